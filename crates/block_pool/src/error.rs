@@ -1,0 +1,93 @@
+//! What can go wrong, one type for each thing that a caller acts on differently.
+
+use thiserror::Error;
+
+/// The pool cannot give as many blocks as were asked for. Nothing was taken.
+///
+/// This is the one error a scheduler acts on: wait, or preempt a sequence, and ask again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("asked for {requested} blocks, {available} are free")]
+pub struct OutOfBlocks {
+    /// How many blocks the request needed.
+    pub requested: usize,
+    /// How many blocks the pool could have given.
+    pub available: usize,
+}
+
+/// The device tensor refused an operation on its blocks.
+#[derive(Debug, Error)]
+#[error("block storage: {0}")]
+pub struct StorageError(#[from] Box<dyn std::error::Error + Send + Sync>);
+
+impl StorageError {
+    /// Wraps the failure of a [`BlockStorage`](crate::BlockStorage).
+    pub fn new(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self(source.into())
+    }
+}
+
+/// A reservation failed and changed nothing.
+#[derive(Debug, Error)]
+pub enum ReserveError {
+    /// There are not enough free blocks.
+    #[error(transparent)]
+    OutOfBlocks(#[from] OutOfBlocks),
+    /// A shared block had to be copied before the first write to it, and the copy failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+/// A pool cannot be made from these numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum PoolError {
+    /// A pool needs at least one block.
+    #[error("a pool of 0 blocks holds nothing")]
+    NoBlocks,
+    /// A block needs at least one token.
+    #[error("a block of 0 tokens holds nothing")]
+    EmptyBlocks,
+    /// Blocks and slots are counted in 32 bits.
+    #[error("{blocks} blocks of {block_size} tokens are too many: a pool has at most {max} slots")]
+    TooLarge {
+        /// The blocks asked for.
+        blocks: usize,
+        /// The tokens per block asked for.
+        block_size: usize,
+        /// The most slots a pool can have.
+        max: usize,
+    },
+    /// One of the dimensions of the keys and values is zero.
+    #[error(
+        "keys and values need at least one layer, head and dimension: {layers} layers, {kv_heads} heads x {head_dim}"
+    )]
+    EmptyShape {
+        /// Attention layers.
+        layers: usize,
+        /// Key and value heads per layer.
+        kv_heads: usize,
+        /// Dimensions per head.
+        head_dim: usize,
+    },
+    /// The memory for the blocks cannot be had.
+    #[error("{blocks} blocks of {bytes_per_block} bytes do not fit into this machine's memory")]
+    OutOfMemory {
+        /// The blocks asked for.
+        blocks: usize,
+        /// Bytes of one block over all layers.
+        bytes_per_block: usize,
+    },
+    /// Keys and values are stored as floating point numbers.
+    #[error("keys and values cannot be stored as {0}; use f32, f16 or bf16")]
+    UnsupportedDType(String),
+    /// The device refused to make the tensor.
+    #[error("device tensor: {0}")]
+    Device(String),
+}
+
+/// The pool's books do not agree with themselves: a defect of this crate, found by [`BlockPool::check`].
+///
+/// [`BlockPool::check`]: crate::BlockPool::check
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("the pool is inconsistent: {0}")]
+pub struct Inconsistent(pub(crate) String);

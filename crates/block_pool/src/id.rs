@@ -1,0 +1,30 @@
+//! The name of a block.
+
+use std::fmt;
+
+/// The index of one block in its pool.
+///
+/// An id is a plain number without power: it can be copied and printed, and it says where a block lies in the
+/// device tensor, but nothing public takes an id and frees or writes the block. Ownership is with
+/// [`Blocks`](crate::Blocks).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockId(u32);
+
+impl BlockId {
+    pub(crate) fn new(index: usize) -> Self {
+        // A pool never has more than `MAX_BLOCKS` blocks, which fit.
+        Self(index as u32)
+    }
+
+    /// The block's row in the device tensor.
+    #[inline]
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl fmt::Debug for BlockId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "#{}", self.0)
+    }
+}

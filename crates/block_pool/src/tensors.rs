@@ -1,0 +1,144 @@
+//! The device tensors behind the blocks: one per layer.
+//!
+//! One per layer and not one for all, because candle keeps a lock per storage: a thread that writes one layer must not
+//! wait for a thread that reads another.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor};
+
+use crate::pool::check_size;
+use crate::{BlockId, BlockStorage, KvLayout, KvShape, Order, PoolError, StorageError};
+
+/// Keys and values of all blocks: per layer one tensor `(blocks, elements of a block)`. Cloning shares them.
+#[derive(Debug, Clone)]
+pub struct KvTensors {
+    layers: Arc<[Tensor]>,
+    layout: KvLayout,
+}
+
+impl KvTensors {
+    /// Allocates zeroed tensors for `blocks` blocks of `block_size` tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`PoolError`] when a number is zero or too large, the dtype is not f32, f16 or bf16, or the memory cannot be had.
+    pub fn zeros(
+        shape: KvShape,
+        blocks: usize,
+        block_size: usize,
+        order: Order,
+        dtype: DType,
+        device: &Device,
+    ) -> std::result::Result<Self, PoolError> {
+        shape.check()?;
+        check_size(blocks, block_size)?;
+        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+            return Err(PoolError::UnsupportedDType(format!("{dtype:?}").to_lowercase()));
+        }
+        let bytes_per_block = bytes_per_block(shape, block_size, dtype);
+        let too_large = PoolError::OutOfMemory { blocks, bytes_per_block: bytes_per_block.unwrap_or(usize::MAX) };
+        let Some(bytes) = bytes_per_block.and_then(|bytes| bytes.checked_mul(blocks)) else {
+            return Err(too_large);
+        };
+        // An allocation that fails inside the tensor library aborts the process; asking first makes it an error.
+        if device.is_cpu() && Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
+            return Err(too_large);
+        }
+        let layout = KvLayout { block_size, kv_heads: shape.kv_heads, head_dim: shape.head_dim, order };
+        let layers = (0..shape.layers)
+            .map(|_| Tensor::zeros((blocks, layout.block_elements()), dtype, device))
+            .collect::<Result<_>>()
+            .map_err(|error| PoolError::Device(error.to_string()))?;
+        Ok(Self { layers, layout })
+    }
+
+    /// The tensor of one layer, `(blocks, elements of a block)`, contiguous.
+    pub fn layer(&self, layer: usize) -> Option<&Tensor> {
+        self.layers.get(layer)
+    }
+
+    /// How many layers there are.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Where the numbers of a block lie.
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// The type in which keys and values are stored.
+    pub fn dtype(&self) -> DType {
+        self.layers[0].dtype()
+    }
+
+    /// The device on which they are stored.
+    pub fn device(&self) -> &Device {
+        self.layers[0].device()
+    }
+
+    /// Bytes of one block over all layers.
+    pub fn bytes_per_block(&self) -> usize {
+        self.layers() * self.layout.block_elements() * self.dtype().size_in_bytes()
+    }
+}
+
+/// Bytes of one block over all layers, or nothing when they cannot be counted.
+fn bytes_per_block(shape: KvShape, block_size: usize, dtype: DType) -> Option<usize> {
+    [2, shape.layers, shape.kv_heads, shape.head_dim, block_size]
+        .into_iter()
+        .try_fold(dtype.size_in_bytes(), usize::checked_mul)
+}
+
+impl BlockStorage for KvTensors {
+    fn copy(&self, from: BlockId, to: BlockId) -> std::result::Result<(), StorageError> {
+        let copy = CopyBlock { from: from.index(), to: to.index(), elements: self.layout.block_elements() };
+        for layer in self.layers.iter() {
+            copy.apply(layer).map_err(StorageError::new)?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies a row of a tensor to another row of the same tensor.
+///
+/// candle refuses an in-place operation whose source is a view of its destination, so on a CPU the operation carries
+/// both places itself; elsewhere the row takes the way through a temporary.
+struct CopyBlock {
+    from: usize,
+    to: usize,
+    elements: usize,
+}
+
+impl CopyBlock {
+    fn apply(&self, layer: &Tensor) -> Result<()> {
+        if layer.device().is_cpu() {
+            return layer.inplace_op1(self);
+        }
+        let row = layer.narrow(0, self.from, 1)?.copy()?;
+        layer.slice_set(&row, 0, self.to)
+    }
+
+    fn within<T: Copy>(&self, data: &mut [T], start: usize) {
+        let from = start + self.from * self.elements;
+        data.copy_within(from..from + self.elements, start + self.to * self.elements);
+    }
+}
+
+impl InplaceOp1 for CopyBlock {
+    fn name(&self) -> &'static str {
+        "copy-block"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let start = layout.start_offset();
+        match storage {
+            CpuStorage::F32(data) => self.within(data, start),
+            CpuStorage::F16(data) => self.within(data, start),
+            CpuStorage::BF16(data) => self.within(data, start),
+            _ => candle_core::bail!("a block of this dtype cannot be copied"),
+        }
+        Ok(())
+    }
+}
