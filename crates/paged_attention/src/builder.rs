@@ -1,0 +1,128 @@
+//! How a cache is made.
+
+use block_pool::{BlockPool, KvShape, KvTensors, Order};
+use candle_core::{DType, Device};
+
+use crate::{CacheError, Kernel, KvCache};
+
+/// Which way attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backend {
+    /// Fused on a CPU, gather elsewhere.
+    #[default]
+    Auto,
+    /// Plain tensor operations: copies the blocks of a sequence together, then multiplies. Runs on every device that
+    /// candle has.
+    Gather,
+    /// Reads the blocks where they lie, on a CPU.
+    Fused,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Size {
+    Blocks(usize),
+    Bytes(usize),
+}
+
+/// Collects what a [`KvCache`] is made of; see [`KvCache::builder`].
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct KvCacheBuilder {
+    shape: KvShape,
+    size: Size,
+    block_size: usize,
+    dtype: DType,
+    device: Device,
+    backend: Backend,
+    kernel: Kernel,
+}
+
+impl KvCacheBuilder {
+    pub(crate) fn new(shape: KvShape) -> Self {
+        Self {
+            shape,
+            size: Size::Blocks(1024),
+            block_size: 16,
+            dtype: DType::F32,
+            device: Device::Cpu,
+            backend: Backend::Auto,
+            kernel: Kernel::best(),
+        }
+    }
+
+    /// The number of blocks; 1024 unless told.
+    pub fn blocks(self, blocks: usize) -> Self {
+        Self { size: Size::Blocks(blocks), ..self }
+    }
+
+    /// As many blocks as fit into this many bytes, all layers together.
+    pub fn memory(self, bytes: usize) -> Self {
+        Self { size: Size::Bytes(bytes), ..self }
+    }
+
+    /// Tokens per block; 16 unless told.
+    pub fn block_size(self, block_size: usize) -> Self {
+        Self { block_size, ..self }
+    }
+
+    /// The type in which keys and values are stored: f32 (the default), f16 or bf16.
+    pub fn dtype(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// Where the blocks lie; the CPU unless told.
+    pub fn device(self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self }
+    }
+
+    /// Which way attention is computed.
+    pub fn backend(self, backend: Backend) -> Self {
+        Self { backend, ..self }
+    }
+
+    /// The kernel of the fused backend; the fastest this machine can run unless told.
+    pub fn kernel(self, kernel: Kernel) -> Self {
+        Self { kernel, ..self }
+    }
+
+    /// Allocates the pool.
+    ///
+    /// # Errors
+    ///
+    /// [`CacheError`] when a number is zero or too large, the dtype is not a floating point number that attention can
+    /// read, the memory cannot be had, or the backend or kernel cannot run here.
+    pub fn build(self) -> Result<KvCache, CacheError> {
+        let fused = match self.backend {
+            Backend::Auto => self.device.is_cpu(),
+            Backend::Gather => false,
+            Backend::Fused if self.device.is_cpu() => true,
+            Backend::Fused => return Err(CacheError::FusedNeedsCpu),
+        };
+        if !self.kernel.is_available() {
+            return Err(CacheError::KernelUnavailable(self.kernel.name()));
+        }
+        let order = if fused { Order::HeadMajor } else { Order::TokenMajor };
+        let blocks = self.block_count()?;
+        let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, order, self.dtype, &self.device)?;
+        let pool = BlockPool::with_storage(blocks, self.block_size, tensors.clone())?;
+        Ok(KvCache::from_parts(pool, tensors, self.shape, self.kernel))
+    }
+
+    fn block_count(&self) -> Result<usize, CacheError> {
+        let bytes = match self.size {
+            Size::Blocks(blocks) => return Ok(blocks),
+            Size::Bytes(bytes) => bytes,
+        };
+        let KvShape { layers, .. } = self.shape;
+        let bytes_per_block = [layers, self.block_size, self.dtype.size_in_bytes()]
+            .into_iter()
+            .try_fold(self.shape.elements_per_token(), usize::checked_mul)
+            .unwrap_or(usize::MAX);
+        match bytes.checked_div(bytes_per_block) {
+            // A zero somewhere in the shape: the pool says which.
+            None => Ok(1),
+            Some(0) => Err(CacheError::TooLittleMemory { bytes, bytes_per_block }),
+            Some(blocks) => Ok(blocks),
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! Attention over blocks: online softmax over tiles of tokens.
+//!
+//! A *task* is one key head and a few consecutive new tokens of one sequence. Its *rows* are those tokens times the
+//! query heads of the group, so that decode (one token, a group of heads) and prefill (many tokens) are the same
+//! computation, and every key and value is loaded once for all rows.
+//!
+//! For each tile of tokens, with `m` the largest score so far, `l` the sum of weights and `o` the weighted sum of
+//! values (Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1):
+//!
+//! ```text
+//! s = q K        m' = max(m, max s)      p = exp(s - m')
+//! l = l exp(m - m') + sum p              o = o exp(m - m') + p V
+//! ```
+//!
+//! The order of all sums depends on token positions alone. A row's result is the same to the last bit whatever blocks
+//! hold the tokens, whichever rows are computed beside it, and however many threads there are.
+
+use block_pool::KvLayout;
+
+use super::element::Element;
+use super::exp::exp_nonpositive;
+
+/// Tokens per tile, at least: scores of one tile are computed before they are weighed.
+const TILE: usize = 64;
+/// Tokens or dimensions that one register block covers.
+const LANES: usize = 16;
+/// Rows that one register block covers.
+const ROWS: usize = 4;
+
+/// What one task reads.
+pub(super) struct Task<'a, T> {
+    /// All blocks of the layer.
+    pub(super) storage: &'a [T],
+    pub(super) layout: &'a KvLayout,
+    /// The sequence's blocks, in order.
+    pub(super) blocks: &'a [u32],
+    /// The key head.
+    pub(super) head: usize,
+    /// `(tokens, group, head_dim)`: each token's query heads of this key head, one run per token.
+    pub(super) queries: &'a [&'a [f32]],
+    /// How many tokens the first of the queries sees; each further one sees `growth` more.
+    pub(super) visible: usize,
+    /// 1 if causal, otherwise 0.
+    pub(super) growth: usize,
+    pub(super) scale: f32,
+}
+
+/// Memory that a thread uses again from task to task.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// `(rows, head_dim)`: scaled queries.
+    q: Vec<f32>,
+    /// `(rows, head_dim)`: weighted sums of values.
+    o: Vec<f32>,
+    /// `(rows, tile)`: scores, then weights.
+    p: Vec<f32>,
+    /// `(rows)`: largest score, sum of weights.
+    m: Vec<f32>,
+    l: Vec<f32>,
+    /// One head of one block's keys or values, converted.
+    wide: Vec<f32>,
+}
+
+/// Computes one task. `out` has the shape of `task.queries`. `FMA` says that a fused multiply-add is one instruction.
+#[inline(always)]
+pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
+    let KvLayout { block_size, head_dim, .. } = *task.layout;
+    let Some(width) = task.queries.first().map(|q| q.len()) else {
+        return;
+    };
+    let group = width / head_dim;
+    let rows = task.queries.len() * group;
+    let tile = TILE.div_ceil(block_size) * block_size;
+    let block_elements = task.layout.block_elements();
+    let seen_by = |row: usize| task.visible + task.growth * (row / group);
+    let total = seen_by(rows - 1);
+
+    let Scratch { q, o, p, m, l, wide } = scratch;
+    q.clear();
+    q.extend(task.queries.iter().flat_map(|run| run.iter().map(|x| x * task.scale)));
+    refill(o, rows * head_dim, 0.0);
+    refill(p, rows * tile, 0.0);
+    refill(m, rows, f32::NEG_INFINITY);
+    refill(l, rows, 0.0);
+    wide.resize(task.layout.head_elements(), 0.0);
+
+    for start in (0..total).step_by(tile) {
+        let end = total.min(start + tile);
+        // The first rows may see nothing of this tile: rows see more and more.
+        let first_row = (0..rows).position(|row| seen_by(row) > start).unwrap_or(rows);
+        let blocks = &task.blocks[start / block_size..end.div_ceil(block_size)];
+        let block = |id: u32| &task.storage[id as usize * block_elements..][..block_elements];
+
+        for (b, &id) in blocks.iter().enumerate() {
+            let keys = T::widened(&block(id)[task.layout.head_keys(task.head)], wide);
+            let at = b * block_size;
+            for row in (first_row..rows).step_by(ROWS) {
+                let (q, p) = (&q[row * head_dim..], &mut p[row * tile + at..]);
+                match rows - row {
+                    1 => scores::<1, FMA>(q, keys, p, head_dim, block_size, tile),
+                    2 => scores::<2, FMA>(q, keys, p, head_dim, block_size, tile),
+                    3 => scores::<3, FMA>(q, keys, p, head_dim, block_size, tile),
+                    _ => scores::<ROWS, FMA>(q, keys, p, head_dim, block_size, tile),
+                }
+            }
+        }
+
+        for row in first_row..rows {
+            let seen = end.min(seen_by(row)) - start;
+            let (p, hidden) = p[row * tile..][..end - start].split_at_mut(seen);
+            let highest = p.iter().copied().fold(m[row], f32::max);
+            // All scores -inf: nothing to weigh yet, and -inf - -inf is not a number.
+            let reference = if highest == f32::NEG_INFINITY { 0.0 } else { highest };
+            let shrink = exp_nonpositive(m[row] - reference);
+            for s in p.iter_mut() {
+                *s = exp_nonpositive(*s - reference);
+            }
+            hidden.fill(0.0);
+            l[row] = l[row] * shrink + sum(p);
+            m[row] = highest;
+            if shrink != 1.0 {
+                o[row * head_dim..][..head_dim].iter_mut().for_each(|x| *x *= shrink);
+            }
+        }
+
+        for (b, &id) in blocks.iter().enumerate() {
+            let values = T::widened(&block(id)[task.layout.head_values(task.head)], wide);
+            let at = b * block_size;
+            // Slots behind the last token hold anything, NaN included: they are not read.
+            let tokens = block_size.min(end - start - at);
+            for row in (first_row..rows).step_by(ROWS) {
+                let (p, o) = (&p[row * tile + at..], &mut o[row * head_dim..]);
+                match rows - row {
+                    1 => weigh::<1, FMA>(p, values, o, head_dim, tokens, tile),
+                    2 => weigh::<2, FMA>(p, values, o, head_dim, tokens, tile),
+                    3 => weigh::<3, FMA>(p, values, o, head_dim, tokens, tile),
+                    _ => weigh::<ROWS, FMA>(p, values, o, head_dim, tokens, tile),
+                }
+            }
+        }
+    }
+
+    for (token, out) in out.iter_mut().enumerate() {
+        for (h, out) in out.chunks_exact_mut(head_dim).enumerate() {
+            let row = token * group + h;
+            let by = 1.0 / l[row];
+            for (out, x) in out.iter_mut().zip(&o[row * head_dim..]) {
+                *out = x * by;
+            }
+        }
+    }
+}
+
+/// `p (R, tokens) = q (R, head_dim) * keys (head_dim, tokens)`; rows of p are `stride` apart.
+#[inline(always)]
+fn scores<const R: usize, const FMA: bool>(
+    q: &[f32],
+    keys: &[f32],
+    p: &mut [f32],
+    head_dim: usize,
+    tokens: usize,
+    stride: usize,
+) {
+    let q: [&[f32]; R] = std::array::from_fn(|r| &q[r * head_dim..][..head_dim]);
+    let lanes_end = tokens / LANES * LANES;
+    for at in (0..lanes_end).step_by(LANES) {
+        let mut sums = [[0f32; LANES]; R];
+        for (d, keys) in keys.chunks_exact(tokens).enumerate() {
+            let keys = &keys[at..][..LANES];
+            for r in 0..R {
+                let x = q[r][d];
+                for t in 0..LANES {
+                    sums[r][t] = multiply_add::<FMA>(x, keys[t], sums[r][t]);
+                }
+            }
+        }
+        for r in 0..R {
+            p[r * stride + at..][..LANES].copy_from_slice(&sums[r]);
+        }
+    }
+    for r in 0..R {
+        let rest = &mut p[r * stride + lanes_end..][..tokens - lanes_end];
+        rest.fill(0.0);
+        for (d, keys) in keys.chunks_exact(tokens).enumerate() {
+            let x = q[r][d];
+            for (sum, &key) in rest.iter_mut().zip(&keys[lanes_end..]) {
+                *sum = multiply_add::<FMA>(x, key, *sum);
+            }
+        }
+    }
+}
+
+/// `o (R, head_dim) += p (R, tokens) * values (tokens, head_dim)`; rows of p are `stride` apart.
+#[inline(always)]
+fn weigh<const R: usize, const FMA: bool>(
+    p: &[f32],
+    values: &[f32],
+    o: &mut [f32],
+    head_dim: usize,
+    tokens: usize,
+    stride: usize,
+) {
+    let p: [&[f32]; R] = std::array::from_fn(|r| &p[r * stride..][..tokens]);
+    let lanes_end = head_dim / LANES * LANES;
+    for at in (0..lanes_end).step_by(LANES) {
+        let mut sums = [[0f32; LANES]; R];
+        for r in 0..R {
+            sums[r].copy_from_slice(&o[r * head_dim + at..][..LANES]);
+        }
+        for t in 0..tokens {
+            let values = &values[t * head_dim + at..][..LANES];
+            for r in 0..R {
+                let weight = p[r][t];
+                for d in 0..LANES {
+                    sums[r][d] = multiply_add::<FMA>(weight, values[d], sums[r][d]);
+                }
+            }
+        }
+        for r in 0..R {
+            o[r * head_dim + at..][..LANES].copy_from_slice(&sums[r]);
+        }
+    }
+    for r in 0..R {
+        let rest = &mut o[r * head_dim + lanes_end..][..head_dim - lanes_end];
+        for t in 0..tokens {
+            let weight = p[r][t];
+            for (sum, &value) in rest.iter_mut().zip(&values[t * head_dim + lanes_end..]) {
+                *sum = multiply_add::<FMA>(weight, value, *sum);
+            }
+        }
+    }
+}
+
+/// A sum in `LANES` partial sums, for the rounding as much as for the speed.
+#[inline(always)]
+fn sum(xs: &[f32]) -> f32 {
+    let mut sums = [0f32; LANES];
+    let chunks = xs.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().sum();
+    for chunk in chunks {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *sum += x;
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+/// `a * b + c`. Without the instruction, `mul_add` is a call that computes the single rounding in software.
+#[inline(always)]
+fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+fn refill(xs: &mut Vec<f32>, len: usize, with: f32) {
+    xs.clear();
+    xs.resize(len, with);
+}

@@ -1,0 +1,57 @@
+//! What can go wrong around a step.
+
+use block_pool::{OutOfBlocks, PoolError, ReserveError, StorageError};
+use thiserror::Error;
+
+/// A cache cannot be made as asked.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CacheError {
+    /// The pool's numbers, or its memory.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The memory given is less than one block takes.
+    #[error("{bytes} bytes do not hold one block, which takes {bytes_per_block}")]
+    TooLittleMemory {
+        /// The memory given.
+        bytes: usize,
+        /// What one block takes over all layers.
+        bytes_per_block: usize,
+    },
+    /// The fused backend and its kernels exist for CPUs only.
+    #[error("the fused backend needs the tensors on a CPU; use the gather backend")]
+    FusedNeedsCpu,
+    /// The kernel needs instructions that this machine does not have.
+    #[error("this machine cannot run the {0} kernel")]
+    KernelUnavailable(&'static str),
+}
+
+/// A sequence could not join a step. The sequence, the step and the pool are as before.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PushError {
+    /// The pool has too few free blocks: wait, or preempt somebody.
+    #[error(transparent)]
+    OutOfBlocks(#[from] OutOfBlocks),
+    /// A shared block had to be copied, and the device refused.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A sequence takes part in a step with at least one token.
+    #[error("a sequence joins a step with at least one token")]
+    NoTokens,
+    /// The table's blocks belong to another cache's pool.
+    #[error("the table belongs to another pool")]
+    ForeignTable,
+    /// Attention has begun: the step's tokens are settled.
+    #[error("a sequence cannot join a step after its first attention")]
+    Started,
+}
+
+impl From<ReserveError> for PushError {
+    fn from(error: ReserveError) -> Self {
+        match error {
+            ReserveError::OutOfBlocks(error) => Self::OutOfBlocks(error),
+            ReserveError::Storage(error) => Self::Storage(error),
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Attention in plain tensor operations, for every device that candle has.
+//!
+//! Blocks are copied together, and the rest is `softmax(q kᵀ) v` as one would write it for a contiguous cache. On a GPU
+//! this is a fallback; on a CPU it is the independent neighbour that the fused kernels are compared with.
+
+use block_pool::{KvLayout, Order};
+use candle_core::{D, DType, Result, Tensor};
+
+use crate::Attention;
+use crate::plan::{Plan, Span};
+
+/// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place.
+pub(crate) fn write(layer: &Tensor, layout: &KvLayout, plan: &Plan, k: &Tensor, v: &Tensor) -> Result<()> {
+    let width = layout.kv_heads * layout.head_dim;
+    let rows = layer.reshape((layer.elem_count() / width, width))?;
+    let keys: Vec<u32> = plan
+        .slots
+        .iter()
+        .map(|&slot| layout.token_row(slot as usize / layout.block_size, slot as usize % layout.block_size) as u32)
+        .collect();
+    let values: Vec<u32> = keys.iter().map(|row| row + layout.block_size as u32).collect();
+    for (index, source) in [(keys, k), (values, v)] {
+        let index = Tensor::new(index, layer.device())?.unsqueeze(1)?.broadcast_as((plan.rows(), width))?;
+        let source = source.reshape((plan.rows(), width))?.to_dtype(layer.dtype())?.contiguous()?;
+        rows.scatter_set(&index.contiguous()?, &source, 0)?;
+    }
+    Ok(())
+}
+
+/// Copies the first `len` tokens of these blocks together: k and v, each `(len, kv_heads, head_dim)`.
+pub(crate) fn gather(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize) -> Result<(Tensor, Tensor)> {
+    let KvLayout { block_size, kv_heads, head_dim, order } = *layout;
+    if len == 0 {
+        let empty = Tensor::zeros((0, kv_heads, head_dim), layer.dtype(), layer.device())?;
+        return Ok((empty.clone(), empty));
+    }
+    let index = Tensor::new(blocks, layer.device())?;
+    let blocks = layer.index_select(&index, 0)?;
+    let n = blocks.dim(0)?;
+    let half = blocks.dim(1)? / 2;
+    let (k, v) = (blocks.narrow(1, 0, half)?, blocks.narrow(1, half, half)?);
+    let (k, v) = match order {
+        Order::TokenMajor => (k, v),
+        Order::HeadMajor => (
+            k.reshape((n, kv_heads, head_dim, block_size))?.permute((0, 3, 1, 2))?,
+            v.reshape((n, kv_heads, block_size, head_dim))?.permute((0, 2, 1, 3))?,
+        ),
+    };
+    let tokens = (n * block_size, kv_heads, head_dim);
+    Ok((k.reshape(tokens)?.narrow(0, 0, len)?, v.reshape(tokens)?.narrow(0, 0, len)?))
+}
+
+/// Attends with q `(tokens, heads, head_dim)` to all tokens of each sequence.
+pub(crate) fn attend(
+    layer: &Tensor,
+    layout: &KvLayout,
+    plan: &Plan,
+    q: &Tensor,
+    attention: &Attention,
+) -> Result<Tensor> {
+    let outputs = plan
+        .spans
+        .iter()
+        .map(|span| {
+            let (k, v) = gather(layer, layout, &plan.blocks[span.blocks.clone()], span.len())?;
+            one(&q.narrow(0, span.rows.start, span.rows.len())?, &k, &v, span, attention)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())
+}
+
+/// One sequence: q `(rows, heads, head_dim)`, k and v `(len, kv_heads, head_dim)`.
+fn one(q: &Tensor, k: &Tensor, v: &Tensor, span: &Span, attention: &Attention) -> Result<Tensor> {
+    let (rows, heads, head_dim) = q.dims3()?;
+    let (len, kv_heads, _) = k.dims3()?;
+    let group = heads / kv_heads;
+    let to_heads = |t: &Tensor| t.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous();
+    let (k, v) = (to_heads(k)?, to_heads(v)?);
+    // The query heads of one key head become rows of one product: keys are not repeated.
+    let q = (q.to_dtype(DType::F32)? * f64::from(attention.scale))?
+        .reshape((rows, kv_heads, group, head_dim))?
+        .permute((1, 2, 0, 3))?
+        .reshape((kv_heads, group * rows, head_dim))?;
+    let mut scores = q.matmul(&k.t()?)?;
+    if attention.causal && rows > 1 {
+        scores = scores
+            .reshape((kv_heads * group, rows, len))?
+            .broadcast_add(&causal_mask(span, q.device())?)?
+            .reshape((kv_heads, group * rows, len))?;
+    }
+    let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+    let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+    weights
+        .matmul(&v)?
+        .reshape((kv_heads, group, rows, head_dim))?
+        .permute((2, 0, 1, 3))?
+        .reshape((rows, heads, head_dim))
+}
+
+/// `(rows, len)`: 0 where a new token sees a position, -inf where it does not.
+fn causal_mask(span: &Span, device: &candle_core::Device) -> Result<Tensor> {
+    let (rows, len) = (span.rows.len(), span.len());
+    let mask: Vec<f32> = (0..rows)
+        .flat_map(|row| (0..len).map(move |at| if at <= span.start + row { 0.0 } else { f32::NEG_INFINITY }))
+        .collect();
+    Tensor::from_vec(mask, (rows, len), device)
+}

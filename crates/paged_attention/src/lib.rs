@@ -1,0 +1,22 @@
+#![doc = include_str!("../README.md")]
+
+mod attention;
+mod builder;
+mod cache;
+mod cpu;
+mod error;
+mod gather;
+mod plan;
+mod step;
+mod validate;
+
+pub use attention::Attention;
+pub use builder::{Backend, KvCacheBuilder};
+pub use cache::KvCache;
+pub use cpu::Kernel;
+pub use error::{CacheError, PushError};
+pub use step::Step;
+pub use validate::AttendError;
+
+pub use block_pool::{BlockId, BlockPool, KvShape, OutOfBlocks, PoolError, ReserveError, StorageError};
+pub use block_table::{BlockTable, NotReserved, SequenceError, SequenceId, Sequences, Taken};

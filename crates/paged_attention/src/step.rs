@@ -1,0 +1,169 @@
+//! One forward pass over a batch of sequences.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use block_table::BlockTable;
+use candle_core::{Result, Tensor};
+
+use crate::plan::Plan;
+use crate::{Attention, KvCache, PushError, cpu, gather, validate};
+
+/// One forward pass over a batch of sequences, prefill and decode alike.
+///
+/// Sequences join with [`push`](Self::push), each layer calls [`attend`](Self::attend) once, and
+/// [`commit`](Self::commit) makes the new tokens part of their sequences. A step that is dropped instead, by an early
+/// return or a panic, rolls every sequence back.
+///
+/// The step borrows its tables: pushing one twice, or dropping one in mid-step, does not compile.
+///
+/// ```compile_fail
+/// # use paged_attention::{KvCache, KvShape};
+/// # let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
+/// # let cache = KvCache::builder(shape).blocks(4).build().unwrap();
+/// let mut table = cache.table();
+/// let mut step = cache.step();
+/// step.push(&mut table, &[1, 2]).unwrap();
+/// drop(table); // error[E0505]: cannot move out of `table` because it is borrowed
+/// step.commit();
+/// ```
+#[derive(Debug)]
+#[must_use = "dropping a step rolls its sequences back"]
+pub struct Step<'t> {
+    cache: KvCache,
+    pushed: Vec<Pushed<'t>>,
+    plan: Plan,
+    token_ids: Vec<u32>,
+    /// Whether some layer has been written: from then on nobody may join.
+    started: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Pushed<'t> {
+    table: &'t mut BlockTable,
+    tokens: usize,
+}
+
+impl<'t> Step<'t> {
+    pub(crate) fn new(cache: &KvCache) -> Self {
+        Self {
+            cache: cache.clone(),
+            pushed: Vec::new(),
+            plan: Plan::default(),
+            token_ids: Vec::new(),
+            started: AtomicBool::new(false),
+        }
+    }
+
+    /// Adds a sequence with its next tokens: a whole prompt, a part of one, or the token just sampled.
+    ///
+    /// Takes the blocks that the tokens need, and copies the last block if a fork shares it.
+    ///
+    /// # Errors
+    ///
+    /// [`PushError::OutOfBlocks`] when the pool has too few free blocks. After any error the sequence, the step and the
+    /// pool are as before, and the step goes on with the sequences it has.
+    pub fn push(&mut self, table: &'t mut BlockTable, tokens: &[u32]) -> std::result::Result<(), PushError> {
+        if *self.started.get_mut() {
+            return Err(PushError::Started);
+        }
+        if tokens.is_empty() {
+            return Err(PushError::NoTokens);
+        }
+        if !table.pool().is_same(self.cache.pool()) {
+            return Err(PushError::ForeignTable);
+        }
+        table.reserve(tokens.len())?;
+        self.plan.push(table, tokens.len());
+        self.token_ids.extend_from_slice(tokens);
+        self.pushed.push(Pushed { table, tokens: tokens.len() });
+        Ok(())
+    }
+
+    /// How many sequences take part.
+    pub fn sequences(&self) -> usize {
+        self.pushed.len()
+    }
+
+    /// How many new tokens they have together: the rows of `q`, `k` and `v`.
+    pub fn tokens(&self) -> usize {
+        self.plan.rows()
+    }
+
+    /// The new tokens' ids, sequence after sequence: `(tokens)` of u32, what the embedding takes.
+    ///
+    /// # Errors
+    ///
+    /// When the device refuses.
+    pub fn token_ids(&self) -> Result<Tensor> {
+        Tensor::new(self.token_ids.as_slice(), self.cache.device())
+    }
+
+    /// Each new token's position in its sequence: `(tokens)` of u32, what the rotary embedding takes.
+    ///
+    /// # Errors
+    ///
+    /// When the device refuses.
+    pub fn positions(&self) -> Result<Tensor> {
+        let positions: Vec<u32> =
+            self.plan.spans.iter().flat_map(|span| span.start as u32..span.len() as u32).collect();
+        Tensor::new(positions, self.cache.device())
+    }
+
+    /// The row of each sequence's last token: `(sequences)` of u32, whose logits are sampled from.
+    ///
+    /// # Errors
+    ///
+    /// When the device refuses.
+    pub fn last_rows(&self) -> Result<Tensor> {
+        let rows: Vec<u32> = self.plan.spans.iter().map(|span| span.rows.end as u32 - 1).collect();
+        Tensor::new(rows, self.cache.device())
+    }
+
+    /// Stores the new tokens' keys and values in one layer, and attends to all tokens of each sequence.
+    ///
+    /// | tensor | shape |
+    /// |---|---|
+    /// | `q` and the result | `(tokens, heads, head_dim)` |
+    /// | `k`, `v` | `(tokens, kv_heads, head_dim)` |
+    ///
+    /// `heads` is a multiple of `kv_heads`: query head `h` reads key head `h / (heads / kv_heads)` (grouped-query
+    /// attention, Ainslie et al. 2023). The three are f32, f16 or bf16, all the same; the cache may store another
+    /// of them. Arithmetic is in f32. Positions are the caller's: apply the rotary embedding to `q` and `k` before.
+    ///
+    /// # Errors
+    ///
+    /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist or a shape, dtype or device is
+    /// wrong; nothing was written then. Otherwise what the device reports.
+    pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
+        let tensor = validate::layer(self.cache.tensors(), layer)?;
+        let heads = validate::qkv(&self.cache, self.plan.rows(), q, k, v)?;
+        self.started.store(true, Ordering::Relaxed);
+        match self.cache.layout().order {
+            block_pool::Order::HeadMajor => {
+                let call = cpu::Call { layout: self.cache.layout(), plan: &self.plan, heads, attention };
+                cpu::write(tensor, k, v, &call)?;
+                cpu::attend(tensor, q, &call, self.cache.kernel())
+            }
+            block_pool::Order::TokenMajor => {
+                gather::write(tensor, self.cache.layout(), &self.plan, k, v)?;
+                gather::attend(tensor, self.cache.layout(), &self.plan, q, attention)
+            }
+        }
+    }
+
+    /// Makes the new tokens part of their sequences.
+    pub fn commit(mut self) {
+        for Pushed { table, tokens } in self.pushed.drain(..) {
+            let committed = table.commit(tokens);
+            debug_assert!(committed.is_ok(), "`push` has reserved them");
+        }
+    }
+}
+
+impl Drop for Step<'_> {
+    fn drop(&mut self) {
+        for Pushed { table, .. } in &mut self.pushed {
+            table.roll_back();
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Whether the tensors given to attention fit the step, before anything is written.
+
+use block_pool::{BlockPool, KvTensors};
+use block_table::BlockTable;
+use candle_core::{DType, Error, Result, Tensor};
+
+use crate::KvCache;
+
+/// What is wrong with the arguments of [`Step::attend`](crate::Step::attend). It arrives wrapped in a
+/// `candle_core::Error`, so that `?` works inside a model.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttendError {
+    /// The layer does not exist.
+    #[error("there is no layer {layer}: the cache has {layers}")]
+    NoLayer {
+        /// The layer asked for.
+        layer: usize,
+        /// The layers there are.
+        layers: usize,
+    },
+    /// A tensor has the wrong shape.
+    #[error("{tensor} has shape {got:?}, expected {expected}")]
+    Shape {
+        /// `q`, `k` or `v`.
+        tensor: &'static str,
+        /// Its shape.
+        got: Vec<usize>,
+        /// The shape it should have.
+        expected: String,
+    },
+    /// The query heads do not form equal groups, one for each key head.
+    #[error("{heads} query heads are not a multiple of {kv_heads} key heads")]
+    Groups {
+        /// Query heads.
+        heads: usize,
+        /// Key and value heads.
+        kv_heads: usize,
+    },
+    /// A tensor has a type that attention does not read, or another than `q`.
+    #[error("{tensor} is {got}, expected {expected}")]
+    DType {
+        /// `q`, `k` or `v`.
+        tensor: &'static str,
+        /// Its type.
+        got: &'static str,
+        /// The type it should have.
+        expected: &'static str,
+    },
+    /// A tensor lies on another device than the cache.
+    #[error("{tensor} is on {got}, the cache is on {expected}")]
+    Device {
+        /// `q`, `k` or `v`.
+        tensor: &'static str,
+        /// Where it lies.
+        got: String,
+        /// Where the cache lies.
+        expected: String,
+    },
+    /// No sequence takes part in the step.
+    #[error("no sequence was pushed to the step")]
+    EmptyStep,
+    /// The table's blocks belong to another cache's pool.
+    #[error("the table belongs to another pool")]
+    ForeignTable,
+}
+
+pub(crate) fn layer(tensors: &KvTensors, layer: usize) -> Result<&Tensor> {
+    tensors.layer(layer).ok_or_else(|| Error::wrap(AttendError::NoLayer { layer, layers: tensors.layers() }))
+}
+
+pub(crate) fn table(pool: &BlockPool, table: &BlockTable) -> Result<()> {
+    if table.pool().is_same(pool) { Ok(()) } else { Err(Error::wrap(AttendError::ForeignTable)) }
+}
+
+/// Checks all three and returns the number of query heads.
+pub(crate) fn qkv(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<usize> {
+    check(cache, rows, q, k, v).map_err(Error::wrap)
+}
+
+fn check(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> std::result::Result<usize, AttendError> {
+    if rows == 0 {
+        return Err(AttendError::EmptyStep);
+    }
+    let shape = cache.shape();
+    for (tensor, name) in [(k, "k"), (v, "v")] {
+        if tensor.dims() != [rows, shape.kv_heads, shape.head_dim] {
+            let expected = format!("({rows} tokens, {} kv_heads, {} head_dim)", shape.kv_heads, shape.head_dim);
+            return Err(AttendError::Shape { tensor: name, got: tensor.dims().to_vec(), expected });
+        }
+    }
+    let heads = match *q.dims() {
+        [r, heads, dim] if r == rows && dim == shape.head_dim && heads > 0 => heads,
+        ref dims => {
+            let expected = format!("({rows} tokens, heads, {} head_dim)", shape.head_dim);
+            return Err(AttendError::Shape { tensor: "q", got: dims.to_vec(), expected });
+        }
+    };
+    if heads % shape.kv_heads != 0 {
+        return Err(AttendError::Groups { heads, kv_heads: shape.kv_heads });
+    }
+    if !matches!(q.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+        return Err(AttendError::DType { tensor: "q", got: q.dtype().as_str(), expected: "f32, f16 or bf16" });
+    }
+    for (tensor, name) in [(q, "q"), (k, "k"), (v, "v")] {
+        if tensor.dtype() != q.dtype() {
+            let (got, expected) = (tensor.dtype().as_str(), q.dtype().as_str());
+            return Err(AttendError::DType { tensor: name, got, expected });
+        }
+        if !tensor.device().same_device(cache.device()) {
+            let (got, expected) = (format!("{:?}", tensor.device()), format!("{:?}", cache.device()));
+            return Err(AttendError::Device { tensor: name, got, expected });
+        }
+    }
+    Ok(heads)
+}

@@ -1,0 +1,270 @@
+//! Attention over blocks equals dense attention in f64 over the same tokens: for every backend and kernel by name,
+//! every storage type, block size and head geometry, whatever blocks the tokens lie in.
+
+mod common;
+
+use candle_core::{DType, Device};
+use common::{Random, dense, difference, poison, rounded, tensor, ways};
+use paged_attention::{Attention, BlockTable, Kernel, KvCache, KvShape};
+
+/// One sequence and, beside it, all its keys and values in one piece.
+struct Sequence {
+    table: BlockTable,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+struct Case {
+    heads: usize,
+    shape: KvShape,
+    dtype: DType,
+    causal: bool,
+}
+
+impl Case {
+    /// One step in which sequence `i` gets `new[i]` tokens; returns the largest difference to dense attention.
+    fn step(&self, cache: &KvCache, sequences: &mut [Sequence], new: &[usize], random: &mut Random) -> f64 {
+        let KvShape { kv_heads, head_dim, layers } = self.shape;
+        let scale = 0.3;
+        let tokens: usize = new.iter().sum();
+        let mut step = cache.step();
+        let q = random.numbers(tokens * self.heads * head_dim);
+        let k = random.numbers(tokens * kv_heads * head_dim);
+        let v = random.numbers(tokens * kv_heads * head_dim);
+        let mut at = 0;
+        for (sequence, &n) in sequences.iter_mut().zip(new).filter(|(_, n)| **n > 0) {
+            step.push(&mut sequence.table, &vec![1; n]).unwrap();
+            let own = at * kv_heads * head_dim..(at + n) * kv_heads * head_dim;
+            sequence.k.extend(rounded(&k[own.clone()], self.dtype));
+            sequence.v.extend(rounded(&v[own], self.dtype));
+            at += n;
+        }
+        let (qt, kt, vt) = (
+            tensor(&q, self.heads, head_dim, DType::F32),
+            tensor(&k, kv_heads, head_dim, DType::F32),
+            tensor(&v, kv_heads, head_dim, DType::F32),
+        );
+        let attention = Attention::new(scale).causal(self.causal);
+        let got = step.attend(layers - 1, &qt, &kt, &vt, &attention).unwrap();
+        assert_eq!(got.dims(), qt.dims());
+        let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
+        step.commit();
+
+        let width = self.heads * head_dim;
+        let mut row = 0;
+        let mut reference = Vec::new();
+        for (sequence, &n) in sequences.iter().zip(new) {
+            let len = sequence.table.len();
+            for i in 0..n {
+                let seen = if self.causal { len - n + i + 1 } else { len };
+                let q = &q[row * width..][..width];
+                reference.extend(dense(q, &sequence.k, &sequence.v, seen, kv_heads, head_dim, f64::from(scale)));
+                row += 1;
+            }
+        }
+        difference(&got, &reference)
+    }
+}
+
+const STORED: [(DType, f64); 3] = [(DType::F32, 1e-5), (DType::F16, 1e-5), (DType::BF16, 1e-5)];
+
+#[test]
+fn every_kernel_geometry_and_storage() {
+    for (name, build) in ways() {
+        for (heads, kv_heads, head_dim) in
+            [(1, 1, 8), (4, 2, 32), (9, 3, 64), (8, 1, 40), (6, 6, 33), (8, 2, 128), (5, 1, 17), (2, 1, 256)]
+        {
+            for block_size in [1, 7, 16, 32] {
+                for (dtype, bound) in STORED {
+                    let shape = KvShape { layers: 2, kv_heads, head_dim };
+                    let case = Case { heads, shape, dtype, causal: true };
+                    let blocks = 400usize.div_ceil(block_size) + 8;
+                    let cache = build(KvCache::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype));
+                    let cache = cache.build().unwrap();
+                    poison(&cache);
+                    let mut random = Random::new(7);
+                    let mut sequences: Vec<_> =
+                        (0..4).map(|_| Sequence { table: cache.table(), k: vec![], v: vec![] }).collect();
+                    // Prefill, mixed with decode, chunks around the borders of blocks and tiles.
+                    let b = block_size;
+                    for new in [[b, 1, 0, 3], [1, b, 2 * b + 1, 0], [1, 1, 1, 1], [b + 1, 0, 1, 70], [1, 1, 1, 1]] {
+                        let worst = case.step(&cache, &mut sequences, &new, &mut random);
+                        assert!(
+                            worst < bound,
+                            "{name}, {heads}/{kv_heads}x{head_dim}, blocks of {b}, {dtype:?}, {new:?}: {worst:e}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn long_sequences_and_no_mask() {
+    for (name, build) in ways() {
+        for causal in [true, false] {
+            let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 64 };
+            let case = Case { heads: 6, shape, dtype: DType::F32, causal };
+            let cache = build(KvCache::builder(shape).blocks(200)).build().unwrap();
+            poison(&cache);
+            let mut sequences = vec![Sequence { table: cache.table(), k: vec![], v: vec![] }];
+            let mut random = Random::new(3);
+            for new in [[300], [1], [129], [1]] {
+                let worst = case.step(&cache, &mut sequences, &new, &mut random);
+                assert!(worst < 1e-5, "{name}, causal {causal}, {new:?}: {worst:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn huge_numbers_give_no_nan() {
+    for (name, build) in ways() {
+        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16 };
+        let cache = build(KvCache::builder(shape).blocks(8)).build().unwrap();
+        poison(&cache);
+        let mut table = cache.table();
+        let mut step = cache.step();
+        step.push(&mut table, &[1; 40]).unwrap();
+        let mut random = Random::new(1);
+        let huge: Vec<f32> = random.numbers(40 * 16).iter().map(|x| x * 1e4).collect();
+        let (q, v) = (tensor(&huge, 1, 16, DType::F32), tensor(&random.numbers(40 * 16), 1, 16, DType::F32));
+        let y = step.attend(0, &q, &q, &v, &Attention::new(1.0)).unwrap();
+        let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();
+        assert!(y.iter().all(|y| y.abs() <= 1.0), "{name}");
+    }
+}
+
+/// The result of one sequence's prefill and one decode step, to the last bit, with `others` beside it in the pool.
+fn bits(kernel: Kernel, chunks: &[usize], others: &[usize], threads: usize) -> Vec<u32> {
+    let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 32 };
+    let cache = KvCache::builder(shape).blocks(256).block_size(8).kernel(kernel).build().unwrap();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    // Holes in the pool, so that the blocks lie in another order.
+    let mut holes: Vec<_> = (0..256).map(|_| cache.pool().take(1).unwrap()).collect();
+    let mut random = Random::new(others.len() as u64);
+    while cache.pool().available() < 200 {
+        drop(holes.swap_remove(random.below(holes.len())));
+    }
+    let tokens: usize = chunks.iter().sum();
+    let mut numbers = Random::new(99);
+    let q = tensor(&numbers.numbers(tokens * 4 * 32), 4, 32, DType::F32);
+    let k = tensor(&numbers.numbers(tokens * 2 * 32), 2, 32, DType::F32);
+    let mut table = cache.table();
+    let mut neighbours: Vec<_> = others.iter().map(|_| cache.table()).collect();
+    let mut out = Vec::new();
+    let mut at = 0;
+    for &n in chunks {
+        let mut step = cache.step();
+        let mut rows = 0;
+        for (neighbour, &n) in neighbours.iter_mut().zip(others) {
+            step.push(neighbour, &vec![2; n]).unwrap();
+            rows += n;
+        }
+        step.push(&mut table, &vec![1; n]).unwrap();
+        let with = |own: &candle_core::Tensor, heads| {
+            let others = tensor(&Random::new(5).numbers(rows * heads * 32), heads, 32, DType::F32);
+            candle_core::Tensor::cat(&[others, own.narrow(0, at, n).unwrap()], 0).unwrap()
+        };
+        let (q, k) = (with(&q, 4), with(&k, 2));
+        let y = pool.install(|| step.attend(0, &q, &k, &k, &Attention::new(0.2)).unwrap());
+        let y = y.narrow(0, rows, n).unwrap().flatten_all().unwrap();
+        out.extend(y.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits));
+        step.commit();
+        at += n;
+    }
+    out
+}
+
+#[test]
+fn fused_results_do_not_depend_on_blocks_neighbours_chunks_or_threads() {
+    for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
+        let alone = bits(kernel, &[150, 1], &[], 1);
+        for (chunks, others, threads) in [
+            (&[150, 1][..], &[][..], 2),
+            (&[150, 1], &[3, 40, 1], 2),
+            (&[7, 100, 43, 1], &[9, 9], 3),
+            (&[1, 1, 1, 147, 1], &[], 1),
+        ] {
+            assert!(alone == bits(kernel, chunks, others, threads), "{} {chunks:?}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn reads_and_returns_the_caller_s_type() {
+    for (name, build) in ways() {
+        for dtype in [DType::F16, DType::BF16] {
+            let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16 };
+            let cache = build(KvCache::builder(shape).blocks(4)).build().unwrap();
+            let (mut a, mut b) = (cache.table(), cache.table());
+            let numbers = Random::new(2).numbers(20 * 16);
+            let run = |table, dtype| {
+                let mut step = cache.step();
+                step.push(table, &[1; 20]).unwrap();
+                let x = tensor(&rounded(&numbers, dtype), 1, 16, dtype);
+                let y = step.attend(0, &x, &x, &x, &Attention::new(1.0)).unwrap();
+                assert_eq!(y.dtype(), dtype, "{name}");
+                y.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            let half = run(&mut a, dtype);
+            let mut step = cache.step();
+            step.push(&mut b, &[1; 20]).unwrap();
+            let x = tensor(&rounded(&numbers, dtype), 1, 16, DType::F32);
+            let full = step.attend(0, &x, &x, &x, &Attention::new(1.0)).unwrap();
+            let full: Vec<f32> = full.flatten_all().unwrap().to_vec1().unwrap();
+            assert_eq!(half, rounded(&full, dtype), "{name}: only the result is rounded");
+        }
+    }
+}
+
+#[test]
+fn strided_views_of_one_projection_are_fine() {
+    for (name, build) in ways() {
+        let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 8 };
+        let run = |fused: bool| {
+            let cache = build(KvCache::builder(shape).blocks(4)).build().unwrap();
+            let mut table = cache.table();
+            let mut step = cache.step();
+            step.push(&mut table, &[1; 5]).unwrap();
+            let all = tensor(&Random::new(8).numbers(5 * 8 * 8), 8, 8, DType::F32);
+            let part = |at, n| {
+                let part = all.narrow(1, at, n).unwrap();
+                if fused { part } else { part.force_contiguous().unwrap() }
+            };
+            let y = step.attend(0, &part(0, 4), &part(4, 2), &part(6, 2), &Attention::new(1.0)).unwrap();
+            y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(run(true), run(false), "{name}");
+    }
+}
+
+#[test]
+fn what_is_stored_can_be_read_back() {
+    for (name, build) in ways() {
+        let shape = KvShape { layers: 2, kv_heads: 2, head_dim: 5 };
+        let cache = build(KvCache::builder(shape).blocks(6).block_size(4)).build().unwrap();
+        poison(&cache);
+        let mut table = cache.table();
+        let (k, v) = cache.keys_and_values(&table, 0).unwrap();
+        assert_eq!((k.dims(), v.dims()), (&[0, 2, 5][..], &[0, 2, 5][..]), "{name}");
+        let mut random = Random::new(4);
+        let (k, v) = (random.numbers(90), random.numbers(90));
+        let mut step = cache.step();
+        step.push(&mut table, &[1; 9]).unwrap();
+        let (k, v) = (tensor(&k, 2, 5, DType::F32), tensor(&v, 2, 5, DType::F32));
+        step.attend(1, &k, &k, &v, &Attention::new(1.0)).unwrap();
+        step.commit();
+        let fork = table.fork_at(7);
+        for (table, len) in [(&table, 9), (&fork, 7)] {
+            let (stored_k, stored_v) = cache.keys_and_values(table, 1).unwrap();
+            for (stored, given) in [(stored_k, &k), (stored_v, &v)] {
+                let given = given.narrow(0, 0, len).unwrap();
+                assert_eq!(stored.to_vec3::<f32>().unwrap(), given.to_vec3::<f32>().unwrap(), "{name}");
+            }
+        }
+        assert!(cache.keys_and_values(&table, 2).is_err());
+        assert!(matches!(cache.device(), Device::Cpu));
+    }
+}

@@ -1,0 +1,94 @@
+//! Dense attention in f64, and random numbers: what the tests compare with.
+#![allow(dead_code, unreachable_pub)] // every test binary uses another part
+
+use candle_core::{DType, Device, Tensor};
+use paged_attention::{Backend, Kernel, KvCache, KvCacheBuilder};
+
+/// Numbers in (-1, 1), the same for the same seed.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % n
+    }
+
+    pub fn number(&mut self) -> f32 {
+        self.below(1 << 24) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    pub fn numbers(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.number()).collect()
+    }
+}
+
+/// `(tokens, heads, head_dim)`.
+pub fn tensor(numbers: &[f32], heads: usize, head_dim: usize, dtype: DType) -> Tensor {
+    let tokens = numbers.len() / (heads * head_dim);
+    Tensor::from_slice(numbers, (tokens, heads, head_dim), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+/// What storage in `dtype` makes of these numbers.
+pub fn rounded(numbers: &[f32], dtype: DType) -> Vec<f32> {
+    let tensor = Tensor::from_slice(numbers, numbers.len(), &Device::Cpu).unwrap();
+    tensor.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+}
+
+/// `softmax(scale q kᵀ) v` of one token, `(heads, head_dim)`, over `tokens` keys and values `(_, kv_heads, head_dim)`.
+pub fn dense(q: &[f32], k: &[f32], v: &[f32], tokens: usize, kv_heads: usize, head_dim: usize, scale: f64) -> Vec<f64> {
+    let heads = q.len() / head_dim;
+    let mut out = Vec::new();
+    for head in 0..heads {
+        let at = |token: usize| (token * kv_heads + head / (heads / kv_heads)) * head_dim;
+        let q = &q[head * head_dim..][..head_dim];
+        let scores: Vec<f64> = (0..tokens)
+            .map(|t| scale * q.iter().zip(&k[at(t)..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>())
+            .collect();
+        let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - highest).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for d in 0..head_dim {
+            let sum: f64 = (0..tokens).map(|t| weights[t] * f64::from(v[at(t) + d])).sum();
+            out.push(sum / total);
+        }
+    }
+    out
+}
+
+/// The largest difference, relative to the largest number of the reference.
+pub fn difference(got: &[f32], reference: &[f64]) -> f64 {
+    assert_eq!(got.len(), reference.len());
+    let largest = reference.iter().fold(0f64, |m, x| m.max(x.abs()));
+    let worst = got.iter().zip(reference).map(|(&a, b)| (f64::from(a) - b).abs());
+    // `max` would swallow a NaN.
+    worst.fold(0f64, |m, x| if x.is_nan() || x > m { x } else { m }) / largest
+}
+
+/// Every way this machine can compute, by name.
+pub fn ways() -> Vec<(String, Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder>)> {
+    let mut ways: Vec<(String, Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder>)> =
+        vec![("gather".into(), Box::new(|b: KvCacheBuilder| b.backend(Backend::Gather)))];
+    for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
+        ways.push((kernel.name().into(), Box::new(move |b: KvCacheBuilder| b.backend(Backend::Fused).kernel(kernel))));
+    }
+    ways
+}
+
+/// Writes NaN into every slot, so that whoever reads one that is not theirs is found out.
+pub fn poison(cache: &KvCache) {
+    let shape = cache.shape();
+    let mut table = cache.table();
+    let tokens = cache.pool().available() * cache.pool().block_size();
+    let mut step = cache.step();
+    step.push(&mut table, &vec![0; tokens]).unwrap();
+    let nan =
+        tensor(&vec![f32::NAN; tokens * shape.kv_heads * shape.head_dim], shape.kv_heads, shape.head_dim, DType::F32);
+    // One query head is enough, and non-causal attention the cheapest.
+    for layer in 0..shape.layers {
+        step.attend(layer, &nan, &nan, &nan, &paged_attention::Attention::new(1.0)).unwrap();
+    }
+}

@@ -1,0 +1,241 @@
+//! Steps: what a commit keeps, what a failure leaves behind, and what bad input is told.
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use candle_core::{DType, Device, Tensor};
+use common::{Random, tensor, ways};
+use paged_attention::{
+    AttendError, Attention, Backend, BlockTable, CacheError, KvCache, KvShape, OutOfBlocks, PoolError, PushError,
+};
+
+const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: 4 };
+
+fn cache(blocks: usize) -> KvCache {
+    KvCache::builder(SHAPE).blocks(blocks).block_size(4).build().unwrap()
+}
+
+fn rows(n: usize, seed: u64) -> Tensor {
+    tensor(&Random::new(seed).numbers(n * 4), 1, 4, DType::F32)
+}
+
+/// All layers of one step over one sequence.
+fn forward(cache: &KvCache, table: &mut BlockTable, n: usize, seed: u64) {
+    let mut step = cache.step();
+    step.push(table, &vec![0; n]).unwrap();
+    for layer in 0..SHAPE.layers {
+        let x = rows(n, seed + layer as u64);
+        step.attend(layer, &x, &x, &x, &Attention::new(1.0)).unwrap();
+    }
+    step.commit();
+}
+
+fn stored(cache: &KvCache, table: &BlockTable) -> Vec<Vec<Vec<f32>>> {
+    cache.keys_and_values(table, 1).unwrap().1.to_vec3().unwrap()
+}
+
+#[test]
+fn a_step_packs_prefill_and_decode() {
+    let cache = cache(16);
+    let (mut a, mut b, mut c) = (cache.table(), cache.table(), cache.table());
+    forward(&cache, &mut a, 6, 1);
+    let mut step = cache.step();
+    step.push(&mut a, &[7]).unwrap();
+    step.push(&mut b, &[8, 9, 10]).unwrap();
+    step.push(&mut c, &[11]).unwrap();
+    assert_eq!((step.sequences(), step.tokens()), (3, 5));
+    assert_eq!(step.token_ids().unwrap().to_vec1::<u32>().unwrap(), [7, 8, 9, 10, 11]);
+    assert_eq!(step.positions().unwrap().to_vec1::<u32>().unwrap(), [6, 0, 1, 2, 0]);
+    assert_eq!(step.last_rows().unwrap().to_vec1::<u32>().unwrap(), [0, 3, 4]);
+    step.commit();
+    assert_eq!((a.len(), b.len(), c.len()), (7, 3, 1));
+}
+
+#[test]
+fn a_dropped_step_rolls_every_sequence_back() {
+    let cache = cache(8);
+    let (mut a, mut b) = (cache.table(), cache.table());
+    forward(&cache, &mut a, 5, 1);
+    let (before, free) = (stored(&cache, &a), cache.pool().available());
+    let mut step = cache.step();
+    step.push(&mut a, &[1; 9]).unwrap();
+    step.push(&mut b, &[1; 3]).unwrap();
+    let x = rows(12, 9);
+    step.attend(0, &x, &x, &x, &Attention::new(1.0)).unwrap();
+    drop(step);
+    assert_eq!((a.len(), b.len(), cache.pool().available()), (5, 0, free));
+    assert_eq!(stored(&cache, &a), before);
+    cache.pool().check_held([a.blocks(), b.blocks()]).unwrap();
+}
+
+#[test]
+fn a_panic_in_mid_step_leaves_every_block_accounted_for() {
+    let cache = cache(8);
+    let mut a = cache.table();
+    forward(&cache, &mut a, 5, 1);
+    let mut fork = a.fork();
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        let mut step = cache.step();
+        step.push(&mut a, &[1; 9]).unwrap();
+        step.push(&mut fork, &[1]).unwrap();
+        let x = rows(10, 9);
+        step.attend(0, &x, &x, &x, &Attention::new(1.0)).unwrap();
+        panic!("layer 1 fails");
+    }));
+    assert!(panicked.is_err());
+    assert_eq!((a.len(), fork.len()), (5, 5));
+    cache.pool().check_held([a.blocks(), fork.blocks()]).unwrap();
+    forward(&cache, &mut a, 4, 2);
+    drop((a, fork));
+    assert_eq!(cache.pool().available(), 8);
+}
+
+#[test]
+fn a_full_pool_refuses_one_sequence_and_keeps_the_others() {
+    let cache = cache(3);
+    let (mut a, mut b) = (cache.table(), cache.table());
+    let mut step = cache.step();
+    step.push(&mut a, &[1; 8]).unwrap();
+    match step.push(&mut b, &[1; 5]) {
+        Err(PushError::OutOfBlocks(error)) => assert_eq!(error, OutOfBlocks { requested: 2, available: 1 }),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(step.tokens(), 8);
+    step.commit();
+    assert_eq!((a.len(), b.len(), cache.pool().held()), (8, 0, 2));
+}
+
+#[test]
+fn forks_share_until_one_of_them_writes() {
+    for (name, build) in ways() {
+        let cache = build(KvCache::builder(SHAPE).blocks(8).block_size(4)).build().unwrap();
+        let mut a = cache.table();
+        forward(&cache, &mut a, 6, 1);
+        let mut b = a.fork();
+        assert_eq!(cache.pool().held(), 2, "{name}");
+        let before = stored(&cache, &a);
+        forward(&cache, &mut b, 3, 5);
+        assert_eq!(stored(&cache, &a), before, "{name}: the original is not written");
+        assert_eq!(stored(&cache, &b)[..6], before, "{name}: the copy has what was written before");
+        assert_eq!(stored(&cache, &b).len(), 9, "{name}");
+        a.truncate(2);
+        forward(&cache, &mut a, 1, 6);
+        assert_eq!(stored(&cache, &b)[..6], before, "{name}: truncating and writing copies too");
+        assert_eq!(stored(&cache, &a)[..2], before[..2], "{name}");
+    }
+}
+
+fn attend_error(step: &paged_attention::Step<'_>, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> String {
+    let error = step.attend(layer, q, k, v, &Attention::new(1.0)).unwrap_err();
+    error.to_string().lines().next().unwrap_or_default().to_string()
+}
+
+#[test]
+fn wrong_tensors_are_told_what_is_wrong_and_write_nothing() {
+    for (name, build) in ways() {
+        let cache = build(KvCache::builder(KvShape { layers: 2, kv_heads: 2, head_dim: 4 }).blocks(4)).build().unwrap();
+        let mut table = cache.table();
+        let mut step = cache.step();
+        let t = |tokens: usize, heads: usize, dim: usize| {
+            Tensor::zeros((tokens, heads, dim), DType::F32, &Device::Cpu).unwrap()
+        };
+        let (q, k) = (t(3, 4, 4), t(3, 2, 4));
+        assert_eq!(attend_error(&step, 0, &q, &k, &k), "no sequence was pushed to the step");
+        step.push(&mut table, &[1, 2, 3]).unwrap();
+        let error = |layer, q: &Tensor, k: &Tensor, v: &Tensor| attend_error(&step, layer, q, k, v);
+        assert_eq!(error(2, &q, &k, &k), "there is no layer 2: the cache has 2", "{name}");
+        assert_eq!(error(0, &t(2, 4, 4), &k, &k), "q has shape [2, 4, 4], expected (3 tokens, heads, 4 head_dim)");
+        assert_eq!(error(0, &t(3, 0, 4), &k, &k), "q has shape [3, 0, 4], expected (3 tokens, heads, 4 head_dim)");
+        assert_eq!(error(0, &t(3, 3, 4), &k, &k), "3 query heads are not a multiple of 2 key heads");
+        assert_eq!(error(0, &q, &t(3, 2, 5), &k), "k has shape [3, 2, 5], expected (3 tokens, 2 kv_heads, 4 head_dim)");
+        assert_eq!(error(0, &q, &k, &t(3, 4, 4)), "v has shape [3, 4, 4], expected (3 tokens, 2 kv_heads, 4 head_dim)");
+        let flat = q.flatten_all().unwrap();
+        assert_eq!(error(0, &flat, &k, &k), "q has shape [48], expected (3 tokens, heads, 4 head_dim)");
+        let half = k.to_dtype(DType::F16).unwrap();
+        assert_eq!(error(0, &q, &half, &k), "k is f16, expected f32");
+        let whole = q.to_dtype(DType::U32).unwrap();
+        assert_eq!(error(0, &whole, &k, &k), "q is u32, expected f32, f16 or bf16");
+        step.attend(0, &q, &k, &k, &Attention::new(1.0)).unwrap();
+    }
+}
+
+#[test]
+fn attend_errors_can_be_told_apart() {
+    let cache = cache(2);
+    let step = cache.step();
+    let x = rows(1, 1);
+    let error = step.attend(5, &x, &x, &x, &Attention::new(1.0)).unwrap_err();
+    let found = std::iter::successors(Some(&error as &(dyn std::error::Error + 'static)), |e| e.source())
+        .any(|e| e.to_string().contains("there is no layer 5: the cache has 2"));
+    assert!(found, "{error:?}");
+    assert_eq!(AttendError::NoLayer { layer: 5, layers: 2 }.to_string(), "there is no layer 5: the cache has 2");
+}
+
+#[test]
+fn sequences_that_cannot_join_are_told_why() {
+    let (ours, theirs) = (cache(4), cache(4));
+    let (mut empty, mut late, mut stranger) = (ours.table(), ours.table(), theirs.table());
+    let mut a = ours.table();
+    let mut step = ours.step();
+    assert!(matches!(step.push(&mut empty, &[]), Err(PushError::NoTokens)));
+    assert!(matches!(step.push(&mut stranger, &[1]), Err(PushError::ForeignTable)));
+    step.push(&mut a, &[1]).unwrap();
+    let x = rows(1, 1);
+    step.attend(0, &x, &x, &x, &Attention::new(1.0)).unwrap();
+    assert!(matches!(step.push(&mut late, &[1]), Err(PushError::Started)));
+}
+
+#[test]
+fn impossible_caches_are_refused_with_the_numbers() {
+    let build = |shape, blocks, block_size, dtype| KvCache::new(shape, blocks, block_size, dtype, &Device::Cpu);
+    let message = |result: Result<KvCache, CacheError>| result.unwrap_err().to_string();
+    assert!(matches!(build(SHAPE, 0, 4, DType::F32), Err(CacheError::Pool(PoolError::NoBlocks))));
+    assert!(matches!(build(SHAPE, 4, 0, DType::F32), Err(CacheError::Pool(PoolError::EmptyBlocks))));
+    assert!(matches!(build(SHAPE, usize::MAX, 2, DType::F32), Err(CacheError::Pool(PoolError::TooLarge { .. }))));
+    assert!(matches!(
+        build(KvShape { head_dim: usize::MAX, ..SHAPE }, 4, 4, DType::F32),
+        Err(CacheError::Pool(PoolError::OutOfMemory { .. }))
+    ));
+    assert_eq!(
+        message(build(KvShape { kv_heads: 0, ..SHAPE }, 4, 4, DType::F32)),
+        "keys and values need at least one layer, head and dimension: 2 layers, 0 heads x 4"
+    );
+    assert_eq!(message(build(SHAPE, 4, 4, DType::U8)), "keys and values cannot be stored as u8; use f32, f16 or bf16");
+    let wide = KvShape { layers: 64, kv_heads: 64, head_dim: 1024 };
+    assert_eq!(
+        message(build(wide, 1 << 24, 16, DType::F32)),
+        "16777216 blocks of 536870912 bytes do not fit into this machine's memory"
+    );
+    let by_memory = |bytes| KvCache::builder(SHAPE).block_size(4).memory(bytes).build();
+    assert_eq!(message(by_memory(255)), "255 bytes do not hold one block, which takes 256");
+    assert_eq!(by_memory(1000).unwrap().pool().blocks(), 3);
+    assert_eq!(by_memory(1000).unwrap().bytes_per_block(), 256);
+    assert!(KvCache::builder(SHAPE).backend(Backend::Gather).build().is_ok());
+}
+
+#[test]
+fn threads_step_their_own_sequences_on_one_cache() {
+    fn shared<T: Send + Sync>(_: &T) {}
+    let cache = cache(64);
+    shared(&cache);
+    shared(cache.pool());
+    std::thread::scope(|scope| {
+        for seed in 0..4u64 {
+            let cache = &cache;
+            scope.spawn(move || {
+                for round in 0..50 {
+                    let (mut table, mut expected) = (cache.table(), cache.table());
+                    for i in 0..5 {
+                        forward(cache, &mut table, 3, seed * 100 + round + i);
+                    }
+                    for i in 0..5 {
+                        forward(cache, &mut expected, 3, seed * 100 + round + i);
+                    }
+                    assert_eq!(stored(cache, &table), stored(cache, &expected));
+                }
+            });
+        }
+    });
+    assert_eq!(cache.pool().available(), 64);
+}
