@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use block_pool::Order;
 use block_table::BlockTable;
 use candle_core::{Result, Tensor};
 
@@ -135,19 +136,31 @@ impl<'t> Step<'t> {
     /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist or a shape, dtype or device is
     /// wrong; nothing was written then. Otherwise what the device reports.
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
+        let heads = validate::queries(&self.cache, self.plan.rows(), q, k)?;
+        self.write(layer, k, v)?;
         let tensor = validate::layer(self.cache.tensors(), layer)?;
-        let heads = validate::qkv(&self.cache, self.plan.rows(), q, k, v)?;
-        self.started.store(true, Ordering::Relaxed);
         match self.cache.layout().order {
-            block_pool::Order::HeadMajor => {
+            Order::HeadMajor => {
                 let call = cpu::Call { layout: self.cache.layout(), plan: &self.plan, heads, attention };
-                cpu::write(tensor, k, v, &call)?;
                 cpu::attend(tensor, q, &call, self.cache.kernel())
             }
-            block_pool::Order::TokenMajor => {
-                gather::write(tensor, self.cache.layout(), &self.plan, k, v)?;
-                gather::attend(tensor, self.cache.layout(), &self.plan, q, attention)
-            }
+            Order::TokenMajor => gather::attend(tensor, self.cache.layout(), &self.plan, q, attention),
+        }
+    }
+
+    /// Stores the new tokens' keys and values in one layer without attending, both `(tokens, kv_heads, head_dim)`: for
+    /// layers whose attention is computed elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// As [`attend`](Self::attend).
+    pub fn write(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        let tensor = validate::layer(self.cache.tensors(), layer)?;
+        validate::keys_and_values(&self.cache, self.plan.rows(), k, v)?;
+        self.started.store(true, Ordering::Relaxed);
+        match self.cache.layout().order {
+            Order::HeadMajor => cpu::write(tensor, k, v, self.cache.layout(), &self.plan),
+            Order::TokenMajor => gather::write(tensor, self.cache.layout(), &self.plan, k, v),
         }
     }
 

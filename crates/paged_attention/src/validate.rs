@@ -1,6 +1,6 @@
 //! Whether the tensors given to attention fit the step, before anything is written.
 
-use block_pool::{BlockPool, KvTensors};
+use block_pool::{BlockPool, KvShape, KvTensors};
 use block_table::BlockTable;
 use candle_core::{DType, Error, Result, Tensor};
 
@@ -73,44 +73,71 @@ pub(crate) fn table(pool: &BlockPool, table: &BlockTable) -> Result<()> {
     if table.pool().is_same(pool) { Ok(()) } else { Err(Error::wrap(AttendError::ForeignTable)) }
 }
 
-/// Checks all three and returns the number of query heads.
-pub(crate) fn qkv(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<usize> {
-    check(cache, rows, q, k, v).map_err(Error::wrap)
+/// Checks k and v.
+pub(crate) fn keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+    check_keys_and_values(cache, rows, k, v).map_err(Error::wrap)
 }
 
-fn check(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> std::result::Result<usize, AttendError> {
+/// Checks q beside k, and returns the number of query heads.
+pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor) -> Result<usize> {
+    check_queries(cache, rows, q, k).map_err(Error::wrap)
+}
+
+fn check_keys_and_values(
+    cache: &KvCache,
+    rows: usize,
+    k: &Tensor,
+    v: &Tensor,
+) -> std::result::Result<(), AttendError> {
     if rows == 0 {
         return Err(AttendError::EmptyStep);
     }
-    let shape = cache.shape();
+    let KvShape { kv_heads, head_dim, .. } = cache.shape();
     for (tensor, name) in [(k, "k"), (v, "v")] {
-        if tensor.dims() != [rows, shape.kv_heads, shape.head_dim] {
-            let expected = format!("({rows} tokens, {} kv_heads, {} head_dim)", shape.kv_heads, shape.head_dim);
+        if tensor.dims() != [rows, kv_heads, head_dim] {
+            let expected = format!("({rows} tokens, {kv_heads} kv_heads, {head_dim} head_dim)");
             return Err(AttendError::Shape { tensor: name, got: tensor.dims().to_vec(), expected });
         }
+        check_number(cache, tensor, name)?;
     }
+    same_dtype(v, "v", k)
+}
+
+fn check_queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor) -> std::result::Result<usize, AttendError> {
+    if rows == 0 {
+        return Err(AttendError::EmptyStep);
+    }
+    let KvShape { kv_heads, head_dim, .. } = cache.shape();
     let heads = match *q.dims() {
-        [r, heads, dim] if r == rows && dim == shape.head_dim && heads > 0 => heads,
+        [r, heads, dim] if r == rows && dim == head_dim && heads > 0 => heads,
         ref dims => {
-            let expected = format!("({rows} tokens, heads, {} head_dim)", shape.head_dim);
+            let expected = format!("({rows} tokens, heads, {head_dim} head_dim)");
             return Err(AttendError::Shape { tensor: "q", got: dims.to_vec(), expected });
         }
     };
-    if heads % shape.kv_heads != 0 {
-        return Err(AttendError::Groups { heads, kv_heads: shape.kv_heads });
+    if heads % kv_heads != 0 {
+        return Err(AttendError::Groups { heads, kv_heads });
     }
-    if !matches!(q.dtype(), DType::F32 | DType::F16 | DType::BF16) {
-        return Err(AttendError::DType { tensor: "q", got: q.dtype().as_str(), expected: "f32, f16 or bf16" });
-    }
-    for (tensor, name) in [(q, "q"), (k, "k"), (v, "v")] {
-        if tensor.dtype() != q.dtype() {
-            let (got, expected) = (tensor.dtype().as_str(), q.dtype().as_str());
-            return Err(AttendError::DType { tensor: name, got, expected });
-        }
-        if !tensor.device().same_device(cache.device()) {
-            let (got, expected) = (format!("{:?}", tensor.device()), format!("{:?}", cache.device()));
-            return Err(AttendError::Device { tensor: name, got, expected });
-        }
-    }
+    check_number(cache, q, "q")?;
+    same_dtype(k, "k", q)?;
     Ok(heads)
+}
+
+/// Whether attention can read a tensor's numbers: their type, and where they lie.
+fn check_number(cache: &KvCache, tensor: &Tensor, name: &'static str) -> std::result::Result<(), AttendError> {
+    if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+        return Err(AttendError::DType { tensor: name, got: tensor.dtype().as_str(), expected: "f32, f16 or bf16" });
+    }
+    if !tensor.device().same_device(cache.device()) {
+        let (got, expected) = (format!("{:?}", tensor.device()), format!("{:?}", cache.device()));
+        return Err(AttendError::Device { tensor: name, got, expected });
+    }
+    Ok(())
+}
+
+fn same_dtype(tensor: &Tensor, name: &'static str, as_: &Tensor) -> std::result::Result<(), AttendError> {
+    if tensor.dtype() == as_.dtype() {
+        return Ok(());
+    }
+    Err(AttendError::DType { tensor: name, got: tensor.dtype().as_str(), expected: as_.dtype().as_str() })
 }

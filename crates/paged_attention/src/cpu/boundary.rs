@@ -20,7 +20,7 @@ const TASK_ROWS: usize = 32;
 /// Multiply-adds below which waking other threads takes longer than the work.
 const WORTH_A_THREAD: usize = 1 << 18;
 
-/// What is the same for all tensors of one call.
+/// What one call computes.
 pub(crate) struct Call<'a> {
     pub(crate) layout: &'a KvLayout,
     pub(crate) plan: &'a Plan,
@@ -30,11 +30,14 @@ pub(crate) struct Call<'a> {
 }
 
 /// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place, in one pass.
-pub(crate) fn write(layer: &Tensor, k: &Tensor, v: &Tensor, call: &Call<'_>) -> Result<()> {
-    layer.inplace_op3(&k.contiguous()?, &v.contiguous()?, &WriteSlots(call))
+pub(crate) fn write(layer: &Tensor, k: &Tensor, v: &Tensor, layout: &KvLayout, plan: &Plan) -> Result<()> {
+    layer.inplace_op3(&k.contiguous()?, &v.contiguous()?, &WriteSlots { layout, plan })
 }
 
-struct WriteSlots<'a>(&'a Call<'a>);
+struct WriteSlots<'a> {
+    layout: &'a KvLayout,
+    plan: &'a Plan,
+}
 
 impl InplaceOp3 for WriteSlots<'_> {
     fn name(&self) -> &'static str {
@@ -73,7 +76,7 @@ impl WriteSlots<'_> {
     }
 
     fn slots<S: Element, T: Element>(&self, layer: &mut [T], k: &[S], v: &[S]) {
-        let Call { layout, plan, .. } = *self.0;
+        let Self { layout, plan } = *self;
         let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
         let width = kv_heads * head_dim;
         let block_elements = layout.block_elements();

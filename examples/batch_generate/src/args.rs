@@ -1,0 +1,139 @@
+//! What the command line says.
+
+use std::path::PathBuf;
+
+use candle_core::DType;
+use clap::{Parser, ValueEnum};
+
+use crate::model::Weights;
+
+/// Answers many prompts at once with a real language model, out of one paged KV cache.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Args {
+    /// A GGUF file of the llama architecture [default: SmolLM2-135M-Instruct, downloaded once]
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+
+    /// How the model's weights are held
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = Weights::F32)]
+    pub weights: Weights,
+
+    /// A prompt a line, or JSON lines: {"prompt": "..", "max_tokens": 32} [default: eight built-in prompts]
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+
+    /// Tokens to generate for each prompt, at most
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_tokens: usize,
+
+    /// Blocks in the pool
+    #[arg(long, value_name = "N", default_value_t = 256, conflicts_with = "memory")]
+    pub blocks: usize,
+
+    /// As many blocks as fit into this much memory: 64MiB, 1.5GiB, 100000000
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub memory: Option<usize>,
+
+    /// Tokens in a block
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub block_size: usize,
+
+    /// The type in which keys and values are stored
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t = KvDtype::F32)]
+    pub kv_dtype: KvDtype,
+
+    /// Sequences that run together, at most
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub max_batch: usize,
+
+    /// 0 always takes the most likely token; 1 draws as the model says
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+
+    /// Draw from the most likely tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+
+    /// Sample i of a prompt draws with seed SEED + i
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    pub seed: u64,
+
+    /// Answers for each prompt; the prompt is computed and stored once
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub samples: usize,
+
+    /// Also write the results as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Compute every sequence again, alone, with candle's own model and contiguous cache, and compare token for token
+    #[cfg(feature = "verify")]
+    #[arg(long)]
+    pub verify: bool,
+
+    /// Measure decoding in batches of 1 and 8 beside candle's own loop, and nothing else
+    #[cfg(feature = "verify")]
+    #[arg(long, conflicts_with_all = ["verify", "prompts", "json"])]
+    pub compare: bool,
+}
+
+/// The types in which keys and values can be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvDtype {
+    /// 32-bit floating point
+    F32,
+    /// 16-bit floating point, 11 bits of precision
+    F16,
+    /// 16-bit floating point, 8 bits of precision
+    Bf16,
+}
+
+impl From<KvDtype> for DType {
+    fn from(dtype: KvDtype) -> DType {
+        match dtype {
+            KvDtype::F32 => DType::F32,
+            KvDtype::F16 => DType::F16,
+            KvDtype::Bf16 => DType::BF16,
+        }
+    }
+}
+
+fn parse_bytes(text: &str) -> Result<usize, String> {
+    const UNITS: [(&str, f64); 7] = [
+        ("KiB", 1024.0),
+        ("MiB", 1_048_576.0),
+        ("GiB", 1_073_741_824.0),
+        ("KB", 1e3),
+        ("MB", 1e6),
+        ("GB", 1e9),
+        ("B", 1.0),
+    ];
+    let unit = UNITS.iter().find_map(|(unit, scale)| Some((text.strip_suffix(unit)?, *scale)));
+    let (number, scale) = unit.unwrap_or((text, 1.0));
+    match number.trim().parse::<f64>() {
+        Ok(number) if number > 0.0 && number * scale < i64::MAX as f64 => Ok((number * scale) as usize),
+        _ => Err("expected a positive number of bytes, like 64MiB, 1.5GiB or 100000000".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_have_units() {
+        assert_eq!(parse_bytes("1.5GiB"), Ok(1_610_612_736));
+        assert_eq!(parse_bytes("64 MB"), Ok(64_000_000));
+        assert_eq!(parse_bytes("123"), Ok(123));
+        for wrong in ["", "0", "-1MiB", "much", "1e30GiB", "NaN"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Args::command().debug_assert();
+    }
+}

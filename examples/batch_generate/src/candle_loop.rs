@@ -1,0 +1,162 @@
+//! The same model in candle's own code, with its contiguous cache, one sequence at a time: what the paged answers are
+//! compared with, and how fast it is.
+
+use std::fs::File;
+use std::io::Cursor;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use candle_core::quantized::gguf_file::{self, Content, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+use candle_transformers::models::quantized_llama::{MAX_SEQ_LEN, ModelWeights};
+use paged_attention::KvCache;
+
+use crate::engine::{self, Outcome, Request, Settings};
+use crate::model::{Model, Weights};
+use crate::sampling::{Random, Sampling};
+
+fn load(path: &Path, weights: Weights) -> Result<ModelWeights> {
+    let mut file = File::open(path)?;
+    let content = Content::read(&mut file)?;
+    match weights {
+        Weights::Stored => Ok(ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?),
+        Weights::F32 => {
+            // candle's model takes its weights from a file only, so it gets one with the same numbers in f32.
+            let mut file = Cursor::new(converted(&content, &mut file)?);
+            Ok(ModelWeights::from_gguf(Content::read(&mut file)?, &mut file, &Device::Cpu)?)
+        }
+    }
+}
+
+/// The same model as a GGUF file whose tensors are f32.
+fn converted(content: &Content, file: &mut File) -> Result<Vec<u8>> {
+    let metadata: Vec<(&str, &Value)> = content
+        .metadata
+        .iter()
+        .map(|(key, value)| (key.as_str(), value))
+        .filter(|(key, _)| key.starts_with("llama.") || *key == "general.architecture")
+        .collect();
+    let tensors = content
+        .tensor_infos
+        .keys()
+        .map(|name| {
+            let tensor = content.tensor(file, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+            Ok((name.as_str(), QTensor::quantize(&tensor, GgmlDType::F32)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let mut bytes = Cursor::new(Vec::new());
+    gguf_file::write(&mut bytes, &metadata, &tensors)?;
+    Ok(bytes.into_inner())
+}
+
+/// The most likely tokens after `prompt`, one by one, and the time of each step.
+fn generate(
+    model: &mut ModelWeights,
+    request: &Request,
+    is_end: impl Fn(u32) -> bool,
+) -> Result<(Vec<u32>, Vec<Duration>)> {
+    model.clear_kv_cache();
+    let (mut tokens, mut times) = (Vec::new(), Vec::new());
+    let mut input = request.prompt.clone();
+    let mut position = 0;
+    while tokens.len() < request.max_tokens && !tokens.last().is_some_and(|&token| is_end(token)) {
+        let started = Instant::now();
+        let rows = Tensor::new(input.as_slice(), &Device::Cpu)?.unsqueeze(0)?;
+        let logits = model.forward(&rows, position)?.squeeze(0)?.to_vec1::<f32>()?;
+        let token = Sampling::greedy().draw(&logits, &mut Random::new(0, 0))?;
+        times.push(started.elapsed());
+        position += input.len();
+        input = vec![token];
+        tokens.push(token);
+    }
+    Ok((tokens, times))
+}
+
+/// Computes every answer again and compares token for token.
+///
+/// # Errors
+///
+/// If a token differs, or candle's model cannot hold a sequence.
+pub fn verify(
+    path: &Path,
+    weights: Weights,
+    requests: &[Request],
+    outcome: &Outcome,
+    is_end: impl Fn(u32) -> bool + Copy,
+) -> Result<()> {
+    let mut model = load(path, weights)?;
+    let mut wrong = 0;
+    for (i, answer) in outcome.answers.iter().enumerate() {
+        let request = &requests[answer.request];
+        let total = request.prompt.len() + request.max_tokens;
+        ensure!(
+            total <= MAX_SEQ_LEN,
+            "sequence {} may have {total} tokens, candle's own model holds {MAX_SEQ_LEN}",
+            i + 1
+        );
+        let (expected, _) = generate(&mut model, request, is_end)?;
+        if answer.tokens != expected {
+            let same = answer.tokens.iter().zip(&expected).take_while(|(a, b)| a == b).count();
+            eprintln!("sequence {}: {same} tokens are the same, then they differ", i + 1);
+            wrong += 1;
+        }
+    }
+    let n = outcome.answers.len();
+    if wrong > 0 {
+        bail!("{wrong} of {n} sequences differ from candle's own model and cache");
+    }
+    let tokens: usize = outcome.answers.iter().map(|answer| answer.tokens.len()).sum();
+    let preemptions: usize = outcome.answers.iter().map(|answer| answer.preemptions).sum();
+    eprintln!(
+        "verified: {n} of {n} sequences, {tokens} tokens, are identical to candle's own model and cache, \
+         {preemptions} preemptions"
+    );
+    Ok(())
+}
+
+/// Measures decoding at a context of 128 tokens, in turn: candle's loop, a batch of 1, a batch of 8.
+///
+/// # Errors
+///
+/// If a step fails.
+pub fn compare(path: &Path, paged: &Model, dtype: DType, weights: Weights) -> Result<()> {
+    const CONTEXT: usize = 128;
+    const TOKENS: usize = 32;
+    const ROUNDS: usize = 5;
+    // Any tokens will do; no end, so that every run has the same length.
+    let request = |max_tokens| Request { prompt: (0..CONTEXT as u32).map(|i| 1000 + 7 * i).collect(), max_tokens };
+    let mut contiguous = load(path, weights)?;
+    let mut stored = load(path, Weights::Stored)?;
+    let candle = |model: &mut ModelWeights, tokens: usize| -> Result<f64> {
+        let (_, times) = generate(model, &request(tokens), |_| false)?;
+        Ok((tokens - 1) as f64 / times[1..].iter().sum::<Duration>().as_secs_f64())
+    };
+    let paged = |batch: usize| -> Result<f64> {
+        let cache = KvCache::builder(paged.shape()).blocks(batch * 16).dtype(dtype).build()?;
+        let requests = vec![request(TOKENS); batch];
+        let settings = Settings { max_batch: 8, samples: 1, seed: 0, sampling: Sampling::greedy() };
+        let outcome = engine::generate(paged, &cache, &requests, &settings, |_| false, |_| ())?;
+        Ok(outcome.decode.rate().unwrap_or_default())
+    };
+    let mut rates: Vec<[f64; 4]> = Vec::new();
+    for _ in 0..ROUNDS {
+        // The stored weights can be ten times slower: fewer tokens of them.
+        rates.push([candle(&mut stored, TOKENS / 4)?, candle(&mut contiguous, TOKENS)?, paged(1)?, paged(8)?]);
+    }
+    let rate = |i: usize| median(rates.iter().map(|round| round[i]).collect());
+    let ratio = |a: usize, b: usize| median(rates.iter().map(|round| round[a] / round[b]).collect());
+    println!("decode at context {CONTEXT}, tokens/s, median of {ROUNDS} rounds in turn");
+    println!("candle's own loop, weights as stored    {:>7.1}", rate(0));
+    println!("candle's own loop, weights as ours      {:>7.1}", rate(1));
+    println!("paged, batch 1   {:>30.1}   {:.2}x and {:.2}x of these", rate(2), ratio(2, 0), ratio(2, 1));
+    println!("paged, batch 8   {:>30.1}   {:.2}x batch 1", rate(3), ratio(3, 2));
+    Ok(())
+}
+
+fn median(mut xs: Vec<f64>) -> f64 {
+    xs.sort_by(f64::total_cmp);
+    xs.get(xs.len() / 2).copied().unwrap_or(f64::NAN)
+}

@@ -1,0 +1,152 @@
+//! The chat template that a GGUF file carries: how a question is put so that the model answers it
+//! instead of going on with it.
+
+use anyhow::{Context, Result, ensure};
+use candle_core::quantized::gguf_file::Content;
+use minijinja::{Environment, Error, ErrorKind, context};
+use minijinja_contrib::pycompat;
+
+use crate::tokenizer::Metadata;
+
+const NAME: &str = "chat template";
+
+/// Puts a prompt into the words in which a model was taught to expect it.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    /// `None` if the model was taught no such words.
+    template: Option<Environment<'static>>,
+    bos: String,
+    eos: String,
+}
+
+impl ChatTemplate {
+    /// Takes the template from `content`. A model without one gets its prompts as they are.
+    ///
+    /// # Errors
+    ///
+    /// If the template or the tokens it may use cannot be read.
+    pub fn from_gguf(content: &Content) -> Result<Self> {
+        let metadata = Metadata::of(content);
+        let tokens = metadata.texts("tokenizer.ggml.tokens")?.unwrap_or_default();
+        let token = |key| -> Result<String> {
+            let id = metadata.id(key)?;
+            let token = id.and_then(|id| tokens.get(id as usize));
+            Ok(token.copied().unwrap_or_default().to_owned())
+        };
+        Ok(Self {
+            template: metadata
+                .text("tokenizer.chat_template")?
+                .map(environment)
+                .transpose()
+                .context("cannot read the chat template of the model file")?,
+            bos: token("tokenizer.ggml.bos_token_id")?,
+            eos: token("tokenizer.ggml.eos_token_id")?,
+        })
+    }
+
+    /// The text after which the model answers `prompt`, with `system` to tell it who it is. Without
+    /// `system`, the template may have a word of its own to say there.
+    ///
+    /// # Errors
+    ///
+    /// If the template refuses, or if there is a `system` message but no template.
+    pub fn render_user(&self, prompt: &str, system: Option<&str>) -> Result<String> {
+        let Some(environment) = &self.template else {
+            ensure!(system.is_none(), "the model file has no chat template, so there is no place for a system message");
+            return Ok(prompt.to_owned());
+        };
+        let messages: Vec<_> = system
+            .map(|system| context! { role => "system", content => system })
+            .into_iter()
+            .chain([context! { role => "user", content => prompt }])
+            .collect();
+        environment
+            .get_template(NAME)
+            .and_then(|template| {
+                template.render(context! {
+                    messages,
+                    add_generation_prompt => true,
+                    bos_token => self.bos,
+                    eos_token => self.eos,
+                })
+            })
+            .context("the chat template of the model file failed")
+    }
+}
+
+fn environment(source: &str) -> Result<Environment<'static>, Error> {
+    let mut environment = Environment::new();
+    // Templates are written for these two settings, and for Python's methods on strings and lists.
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+    environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_template_owned(NAME, source.to_owned())?;
+    Ok(environment)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::gguf_file::Value;
+
+    use super::*;
+    use crate::tokenizer::tests::content;
+
+    fn chat(template: &str) -> Result<ChatTemplate> {
+        let tokens = ["<s>", "</s>"].map(|token| Value::String(token.to_owned()));
+        ChatTemplate::from_gguf(&content([
+            ("tokenizer.ggml.tokens", Value::Array(tokens.to_vec())),
+            ("tokenizer.ggml.bos_token_id", Value::U32(0)),
+            ("tokenizer.ggml.eos_token_id", Value::U32(1)),
+            ("tokenizer.chat_template", Value::String(template.to_owned())),
+        ]))
+    }
+
+    #[test]
+    fn a_template_sees_messages_tokens_and_that_it_is_the_models_turn() -> Result<()> {
+        let chat = chat(
+            "{{ bos_token }}{% for message in messages %}\n\
+             [{{ message['role'] }}] {{ message.content.strip() + eos_token }}\n\
+             {% endfor %}\n\
+             {% if add_generation_prompt %}[assistant]{% endif %}",
+        )?;
+        assert_eq!(chat.render_user(" Hi! ", None)?, "<s>[user] Hi!</s>\n[assistant]");
+        assert_eq!(
+            chat.render_user("Hi!", Some("Be brief."))?,
+            "<s>[system] Be brief.</s>\n[user] Hi!</s>\n[assistant]"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_prompt_is_neither_escaped_nor_run() -> Result<()> {
+        let prompt = "<b> & \"c\" {{ 1 + 1 }} {% raw %}\n";
+        assert_eq!(chat("{{ messages[0].content }}")?.render_user(prompt, None)?, prompt);
+        Ok(())
+    }
+
+    #[test]
+    fn without_a_template_the_prompt_stays_as_it_is() -> Result<()> {
+        let chat = ChatTemplate::from_gguf(&content([]))?;
+        assert_eq!(chat.render_user("Once upon", None)?, "Once upon");
+        let error = chat.render_user("Once upon", Some("Be brief.")).expect_err("no place for it");
+        assert!(error.to_string().contains("no chat template"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_template_can_refuse() -> Result<()> {
+        let chat = chat("{{ raise_exception('system messages are ' ~ 'unknown') }}")?;
+        let error = chat.render_user("Hi!", None).expect_err("it refuses");
+        assert!(format!("{error:#}").contains("system messages are unknown"), "{error:#}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_broken_template_is_an_error() {
+        let error = chat("{% for %}").expect_err("the loop has no variable");
+        assert!(error.to_string().contains("cannot read the chat template"), "{error}");
+    }
+}

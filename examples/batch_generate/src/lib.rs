@@ -1,0 +1,19 @@
+//! Answers many prompts at once with a real language model, out of one paged KV cache.
+//!
+//! A prompt's way: [`model_file`] finds the model, [`tokenizer`] and [`chat`] turn the prompt into tokens, the
+//! [`engine`] keeps as many sequences running as fit into the pool, [`model`] computes one step for all of them,
+//! [`sampling`] picks their next tokens, and [`report`] shows what came of it.
+
+pub mod args;
+pub mod chat;
+pub mod engine;
+pub mod model;
+pub mod model_file;
+pub mod prompts;
+pub mod report;
+pub mod run;
+pub mod sampling;
+pub mod tokenizer;
+
+#[cfg(feature = "verify")]
+pub mod candle_loop;

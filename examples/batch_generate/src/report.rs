@@ -1,0 +1,132 @@
+//! The results, for people and for programs.
+
+use std::fmt::Write as _;
+
+use paged_attention::KvCache;
+use serde::Serialize;
+
+use crate::engine::Outcome;
+
+/// The results as JSON has them.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    sequences: Vec<SequenceReport>,
+    pool: PoolReport,
+    prefill_tokens_per_s: Option<f64>,
+    decode_tokens_per_s: Option<f64>,
+    steps: usize,
+    /// What the peak takes, and what one contiguous cache of the model's whole context for each sequence would.
+    #[serde(skip)]
+    bytes: [usize; 2],
+}
+
+#[derive(Debug, Serialize)]
+struct SequenceReport {
+    prompt: String,
+    text: String,
+    tokens: Vec<u32>,
+    prompt_tokens: usize,
+    cached_tokens: usize,
+    preemptions: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct PoolReport {
+    blocks: usize,
+    block_size: usize,
+    peak_blocks: usize,
+    mean_utilisation: f64,
+}
+
+impl Report {
+    /// Puts the results together; `texts` are the decoded answers, `context` is the model's.
+    pub fn new(outcome: Outcome, cache: &KvCache, context: usize, prompts: &[String], texts: Vec<String>) -> Self {
+        let pool = cache.pool();
+        let per_token = cache.bytes_per_block() / pool.block_size();
+        Self {
+            bytes: [outcome.peak_blocks * cache.bytes_per_block(), outcome.answers.len() * context * per_token],
+            pool: PoolReport {
+                blocks: pool.blocks(),
+                block_size: pool.block_size(),
+                peak_blocks: outcome.peak_blocks,
+                mean_utilisation: outcome.mean_utilisation,
+            },
+            prefill_tokens_per_s: outcome.prefill.rate(),
+            decode_tokens_per_s: outcome.decode.rate(),
+            steps: outcome.steps,
+            sequences: outcome
+                .answers
+                .into_iter()
+                .zip(texts)
+                .map(|(answer, text)| SequenceReport {
+                    prompt: prompts[answer.request].clone(),
+                    text,
+                    tokens: answer.tokens,
+                    prompt_tokens: answer.prompt_tokens,
+                    cached_tokens: answer.cached_tokens,
+                    preemptions: answer.preemptions,
+                })
+                .collect(),
+        }
+    }
+
+    /// The answers, each below its prompt.
+    pub fn answers(&self) -> String {
+        let mut out = String::new();
+        for (i, sequence) in self.sequences.iter().enumerate() {
+            let _ = writeln!(out, "── {} ── {}\n{}\n", i + 1, shortened(&sequence.prompt, 90), sequence.text.trim());
+        }
+        out
+    }
+
+    /// The numbers.
+    pub fn table(&self) -> String {
+        let mut out = String::from("    prompt                            prompt  cached  generated  preempted\n");
+        for (i, s) in self.sequences.iter().enumerate() {
+            let _ = writeln!(
+                out,
+                "{:>3} {:<32} {:>7} {:>7} {:>10} {:>10}",
+                i + 1,
+                shortened(&s.prompt, 32),
+                s.prompt_tokens,
+                s.cached_tokens,
+                s.tokens.len(),
+                s.preemptions
+            );
+        }
+        let PoolReport { blocks, block_size, peak_blocks, mean_utilisation } = self.pool;
+        let [paged, contiguous] = self.bytes.map(|bytes| bytes as f64 / f64::from(1 << 20));
+        let rate = |rate: Option<f64>| rate.map_or("-".to_string(), |rate| format!("{rate:.0} tokens/s"));
+        let _ = write!(
+            out,
+            "\npool      {peak_blocks} of {blocks} blocks of {block_size} tokens at peak, {mean_utilisation:.2} tokens \
+             per reserved slot\nmemory    {paged:.1} MiB at peak; a contiguous cache of the whole context for each \
+             sequence takes {contiguous:.1} MiB\nspeed     prefill {}, decode {}, {} steps\n",
+            rate(self.prefill_tokens_per_s),
+            rate(self.decode_tokens_per_s),
+            self.steps
+        );
+        out
+    }
+}
+
+/// The first line, cut to `width` characters.
+fn shortened(text: &str, width: usize) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    if line.chars().count() <= width {
+        return line.into();
+    }
+    line.chars().take(width - 1).chain(['…']).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shortened;
+
+    #[test]
+    fn long_prompts_are_cut_between_characters() {
+        assert_eq!(shortened("short", 5), "short");
+        assert_eq!(shortened("ünïcödé text", 5), "ünïc…");
+        assert_eq!(shortened("one\ntwo", 10), "one");
+    }
+}

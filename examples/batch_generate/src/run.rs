@@ -1,0 +1,133 @@
+//! From the command line to the table.
+
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::DType;
+use indicatif::{ProgressBar, ProgressStyle};
+use paged_attention::KvCache;
+
+use crate::args::Args;
+use crate::chat::ChatTemplate;
+use crate::engine::{self, Outcome, Request, Settings};
+use crate::model::{Gguf, Model};
+use crate::model_file;
+use crate::prompts::{self, Prompt};
+use crate::report::Report;
+use crate::sampling::Sampling;
+use crate::tokenizer::Tokenizer;
+
+/// Does what the command line says.
+///
+/// # Errors
+///
+/// If something is wrong with the arguments, the files, or the machine.
+pub fn run(args: &Args) -> Result<()> {
+    // What can be refused before a download is refused before it.
+    let sampling = Sampling::new(args.temperature, args.top_p)?;
+    let prompts = match &args.prompts {
+        Some(path) => prompts::read(path)?,
+        None => prompts::built_in(),
+    };
+    #[cfg(feature = "verify")]
+    ensure!(
+        !args.verify || args.temperature == 0.0,
+        "only the most likely tokens can be verified: use --temperature 0"
+    );
+
+    let file = model_file::obtain(args.model.as_deref(), &|line| eprintln!("{line}"))?;
+    eprintln!("model: {} ({})", file.path.display(), file.origin);
+    let mut gguf = Gguf::open(&file.path, args.weights)?;
+    let tokenizer = Tokenizer::from_gguf(&gguf.content)?;
+    let template = ChatTemplate::from_gguf(&gguf.content)?;
+    let model = Model::load(&mut gguf)?;
+
+    #[cfg(feature = "verify")]
+    if args.compare {
+        return crate::candle_loop::compare(&file.path, &model, args.kv_dtype.into(), args.weights);
+    }
+
+    let requests = prompts
+        .iter()
+        .map(|Prompt { prompt, max_tokens }| {
+            let prompt = tokenizer.encode(&template.render_user(prompt, None)?)?;
+            Ok(Request { prompt, max_tokens: max_tokens.unwrap_or(args.max_tokens) })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let cache = cache(args, &model)?;
+    let settings = Settings { max_batch: args.max_batch, samples: args.samples, seed: args.seed, sampling };
+    let outcome = generate(&model, &cache, &requests, &settings, &tokenizer)?;
+
+    #[cfg(feature = "verify")]
+    if args.verify {
+        crate::candle_loop::verify(&file.path, args.weights, &requests, &outcome, |id| tokenizer.is_end(id))?;
+    }
+
+    let texts = outcome.answers.iter().map(|answer| tokenizer.decode(&answer.tokens)).collect::<Result<Vec<_>>>()?;
+    let prompts: Vec<String> = prompts.into_iter().map(|prompt| prompt.prompt).collect();
+    let report = Report::new(outcome, &cache, model.context(), &prompts, texts);
+    // A reader that has seen enough and closed the pipe is no failure.
+    let _ = write!(std::io::stdout(), "{}\n{}", report.answers(), report.table());
+    if let Some(path) = &args.json {
+        let write = || -> Result<()> {
+            let mut file = BufWriter::new(File::create(path)?);
+            serde_json::to_writer_pretty(&mut file, &report)?;
+            Ok(file.flush()?)
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Makes the cache, or says why this machine cannot have it.
+fn cache(args: &Args, model: &Model) -> Result<KvCache> {
+    let (shape, dtype) = (model.shape(), DType::from(args.kv_dtype));
+    let per_token = [shape.layers, shape.elements_per_token(), dtype.size_in_bytes()].iter().product::<usize>();
+    let asked = args.memory.unwrap_or_else(|| args.blocks.saturating_mul(args.block_size).saturating_mul(per_token));
+    let there_is = memory();
+    ensure!(
+        asked <= there_is,
+        "the pool would take {:.1} GiB, this machine has {:.1}",
+        asked as f64 / f64::from(1 << 30),
+        there_is as f64 / f64::from(1 << 30)
+    );
+    let builder = KvCache::builder(shape).block_size(args.block_size).dtype(dtype);
+    let builder = match args.memory {
+        Some(bytes) => builder.memory(bytes),
+        None => builder.blocks(args.blocks),
+    };
+    Ok(builder.build()?)
+}
+
+/// The machine's memory in bytes, or the container's share of it.
+fn memory() -> usize {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    let total = system.cgroup_limits().map_or(u64::MAX, |limits| limits.total_memory).min(system.total_memory());
+    // A system that does not say is not held against the user.
+    if total == 0 { usize::MAX } else { total as usize }
+}
+
+fn generate(
+    model: &Model,
+    cache: &KvCache,
+    requests: &[Request],
+    settings: &Settings,
+    tokenizer: &Tokenizer,
+) -> Result<Outcome> {
+    let most: usize = requests.iter().map(|request| request.max_tokens).sum::<usize>() * settings.samples;
+    let bar = ProgressBar::new(most as u64)
+        .with_style(ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} tokens, {msg}")?);
+    let blocks = cache.pool().blocks();
+    let progress = |p: engine::Progress| {
+        bar.set_position(p.generated as u64);
+        bar.set_message(format!(
+            "{} running, {} waiting, {} done, {}/{blocks} blocks",
+            p.running, p.waiting, p.finished, p.held
+        ));
+    };
+    let outcome = engine::generate(model, cache, requests, settings, |id| tokenizer.is_end(id), progress);
+    bar.finish_and_clear();
+    outcome
+}
