@@ -9,6 +9,8 @@
 //!
 //! `PROPTEST_CASES` sets the number of histories.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 

@@ -1,5 +1,7 @@
 //! Sequences by id: nobody waits, nothing is lost, whatever the threads do.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Barrier;
 use std::thread;

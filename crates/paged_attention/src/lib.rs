@@ -20,3 +20,14 @@ pub use validate::AttendError;
 
 pub use block_pool::{BlockId, BlockPool, KvShape, OutOfBlocks, PoolError, ReserveError, StorageError};
 pub use block_table::{BlockTable, NotReserved, SequenceError, SequenceId, Sequences, Taken};
+
+/// The pages whose examples are compiled and run as tests.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../../README.md")]
+    mod readme {}
+    #[doc = include_str!("../../../docs/design.md")]
+    mod design {}
+    #[doc = include_str!("../../../docs/layout.md")]
+    mod layout {}
+}

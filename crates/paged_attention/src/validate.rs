@@ -83,12 +83,7 @@ pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor) -> R
     check_queries(cache, rows, q, k).map_err(Error::wrap)
 }
 
-fn check_keys_and_values(
-    cache: &KvCache,
-    rows: usize,
-    k: &Tensor,
-    v: &Tensor,
-) -> std::result::Result<(), AttendError> {
+fn check_keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -> std::result::Result<(), AttendError> {
     if rows == 0 {
         return Err(AttendError::EmptyStep);
     }

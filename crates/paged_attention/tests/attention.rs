@@ -1,6 +1,8 @@
 //! Attention over blocks equals dense attention in f64 over the same tokens: for every backend and kernel by name,
 //! every storage type, block size and head geometry, whatever blocks the tokens lie in.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod common;
 
 use candle_core::{DType, Device};

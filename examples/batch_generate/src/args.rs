@@ -9,7 +9,7 @@ use crate::model::Weights;
 
 /// Answers many prompts at once with a real language model, out of one paged KV cache.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, allow_negative_numbers = true)]
 pub struct Args {
     /// A GGUF file of the llama architecture [default: SmolLM2-135M-Instruct, downloaded once]
     #[arg(long, value_name = "FILE")]

@@ -1,5 +1,5 @@
 //! Dense attention in f64, and random numbers: what the tests compare with.
-#![allow(dead_code, unreachable_pub)] // every test binary uses another part
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // every test binary uses another part
 
 use candle_core::{DType, Device, Tensor};
 use paged_attention::{Backend, Kernel, KvCache, KvCacheBuilder};
@@ -68,12 +68,14 @@ pub fn difference(got: &[f32], reference: &[f64]) -> f64 {
     worst.fold(0f64, |m, x| if x.is_nan() || x > m { x } else { m }) / largest
 }
 
+/// A backend and kernel, chosen on a builder.
+pub type Way = Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder>;
+
 /// Every way this machine can compute, by name.
-pub fn ways() -> Vec<(String, Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder>)> {
-    let mut ways: Vec<(String, Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder>)> =
-        vec![("gather".into(), Box::new(|b: KvCacheBuilder| b.backend(Backend::Gather)))];
+pub fn ways() -> Vec<(&'static str, Way)> {
+    let mut ways: Vec<(&str, Way)> = vec![("gather", Box::new(|b: KvCacheBuilder| b.backend(Backend::Gather)))];
     for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
-        ways.push((kernel.name().into(), Box::new(move |b: KvCacheBuilder| b.backend(Backend::Fused).kernel(kernel))));
+        ways.push((kernel.name(), Box::new(move |b: KvCacheBuilder| b.backend(Backend::Fused).kernel(kernel))));
     }
     ways
 }

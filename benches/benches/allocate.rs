@@ -1,0 +1,49 @@
+//! Taking blocks from the pool and giving them back; appending to a table; forking it.
+
+use std::hint::black_box;
+
+use benches::{Record, Stopwatch};
+use criterion::Criterion;
+use paged_attention::{BlockPool, BlockTable};
+
+fn main() -> anyhow::Result<()> {
+    let mut criterion = Criterion::default().configure_from_args();
+    let c = &mut criterion;
+    let mut record = Record::default();
+    let pool = BlockPool::new(4096, 16)?;
+
+    // A hundred at a time: one is as short as reading the clock.
+    const TIMES: usize = 100;
+    for n in [1, 64] {
+        let time = Stopwatch::time(c, &format!("take {n} and free"), || {
+            for _ in 0..TIMES {
+                drop(black_box(pool.take(n)));
+            }
+        });
+        record.time(&format!("take {n} and free, per block"), time.map(|t| t / (TIMES * n) as f64), None, &[]);
+    }
+
+    for context in [512, 4096, 16_384] {
+        let mut table = BlockTable::new(&pool);
+        table.append(context)?;
+        let time = Stopwatch::time(c, &format!("append at {context}"), || {
+            for _ in 0..TIMES {
+                black_box(table.append(1).is_ok());
+            }
+            table.truncate(context);
+        });
+        record.time(&format!("append 1 token at {context}, bookkeeping"), time.map(|t| t / TIMES as f64), None, &[]);
+    }
+
+    let mut table = BlockTable::new(&pool);
+    table.append(64 * 16)?;
+    let time = Stopwatch::time(c, "fork 64", || {
+        for _ in 0..TIMES {
+            drop(black_box(table.fork()));
+        }
+    });
+    record.time("fork 64 blocks and drop, per block", time.map(|t| t / (TIMES * 64) as f64), None, &[]);
+
+    criterion.final_summary();
+    record.write("allocate")
+}

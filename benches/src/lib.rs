@@ -1,0 +1,17 @@
+//! What all benchmarks share: timing through criterion, and a record of the medians as JSON.
+//!
+//! `cargo bench -p benches` runs them all and writes `target/benchmarks/<name>.json`; `-- --test` runs each once, to see
+//! that it works, and writes to `target/benchmarks/smoke/`.
+
+mod machine;
+mod record;
+mod stopwatch;
+
+pub use machine::Machine;
+pub use record::{Record, Row};
+pub use stopwatch::Stopwatch;
+
+/// Whether every case is to run once, to see that it works.
+pub fn is_smoke_test() -> bool {
+    std::env::args().any(|arg| arg == "--test")
+}

@@ -1,0 +1,116 @@
+//! The record of one benchmark.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::{Machine, is_smoke_test};
+
+/// One measured number.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// What was measured, e.g. `32/8x128 f16 batch 8 context 4096`.
+    pub case: String,
+    /// Which number it is, e.g. `time`.
+    pub metric: &'static str,
+    /// The number.
+    pub value: f64,
+    /// Its unit.
+    pub unit: &'static str,
+    /// The floor's time divided by ours: 1 is the limit of the machine.
+    pub floor_ratio: Option<f64>,
+    /// Who was measured beside it.
+    pub peer: Option<String>,
+    /// The peer's time divided by ours: above 1 we are ahead.
+    pub peer_ratio: Option<f64>,
+}
+
+/// All numbers of one benchmark.
+#[derive(Debug, Serialize)]
+pub struct Record {
+    machine: Machine,
+    date: String,
+    rows: Vec<Row>,
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        Self { machine: Machine::this(), date: jiff::Zoned::now().date().to_string(), rows: Vec::new() }
+    }
+}
+
+impl Record {
+    /// Adds a time in nanoseconds, if it was measured, beside the peers that were; without peers it stands alone.
+    pub fn time(&mut self, case: &str, ours: Option<f64>, floor: Option<f64>, peers: &[(&str, Option<f64>)]) {
+        let Some(value) = ours else { return };
+        let mut row = |peer: Option<&str>, peer_ratio| {
+            self.rows.push(Row {
+                case: case.into(),
+                metric: "time",
+                value,
+                unit: "ns",
+                floor_ratio: floor.map(|floor| floor / value),
+                peer: peer.map(String::from),
+                peer_ratio,
+            });
+        };
+        let measured: Vec<_> = peers.iter().filter_map(|(peer, time)| Some((*peer, (*time)?))).collect();
+        if measured.is_empty() {
+            row(None, None);
+        }
+        for (peer, time) in measured {
+            row(Some(peer), Some(time / value));
+        }
+    }
+
+    /// Prints the rows and writes them to `target/benchmarks/<name>.json`.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written.
+    pub fn write(&self, name: &str) -> Result<()> {
+        println!("\n{:<44} {:>14} {:>8}  peer", "case", "time", "floor");
+        for row in &self.rows {
+            let ratio = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+            let peer = row.peer.as_deref().map_or(String::new(), |peer| format!("{}x {peer}", ratio(row.peer_ratio)));
+            println!("{:<44} {:>11.1} {} {:>8}  {peer}", row.case, row.value, row.unit, ratio(row.floor_ratio));
+        }
+        let file = folder().join(format!("{name}.json"));
+        fs::create_dir_all(folder())?;
+        fs::write(&file, serde_json::to_string_pretty(self)?)
+            .with_context(|| format!("cannot write {}", file.display()))
+    }
+}
+
+/// A smoke test's numbers mean nothing, and must not replace those that do.
+fn folder() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
+    let folder = target.join("benchmarks");
+    if is_smoke_test() { folder.join("smoke") } else { folder }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_has_the_promised_shape() {
+        let mut record = Record::default();
+        record.time("a", Some(10.0), Some(5.0), &[("b", Some(30.0)), ("c", None)]);
+        record.time("d", Some(1.0), None, &[]);
+        record.time("filtered out", None, None, &[]);
+        let json = serde_json::to_value(&record).unwrap();
+        let row = |i: usize| json["rows"][i].clone();
+        assert_eq!(
+            row(0),
+            serde_json::json!({"case": "a", "metric": "time", "value": 10.0, "unit": "ns", "floor_ratio": 0.5,
+                "peer": "b", "peer_ratio": 3.0})
+        );
+        assert_eq!((row(1)["floor_ratio"].clone(), row(1)["peer"].clone()), (().into(), ().into()));
+        assert!(json["rows"][2].is_null() && json["machine"]["cores"].as_u64() > Some(0));
+        assert_eq!(json["date"].as_str().map(str::len), Some(10));
+    }
+}

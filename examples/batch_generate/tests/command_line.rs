@@ -1,0 +1,142 @@
+//! What a user sees: answers and JSON from good input; one line and exit code 1, never a panic, from bad input.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::contains;
+use serde_json::Value;
+
+struct World {
+    folder: tempfile::TempDir,
+    model: PathBuf,
+}
+
+impl World {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("tiny.gguf");
+        common::write(&model, "llama");
+        Self { folder, model }
+    }
+
+    fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.folder.path().join(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+fn command(model: &Path, args: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("batch_generate").unwrap();
+    command.arg("--model").arg(model).args(args);
+    command
+}
+
+fn refused(model: &Path, args: &[&str], message: &str) {
+    command(model, args).assert().code(1).stderr(contains(message).and(contains("panicked").not()));
+}
+
+#[test]
+fn prompts_are_answered_and_reported() {
+    let world = World::new();
+    let prompts =
+        world.file("prompts.jsonl", "{\"prompt\": \"Hello there\", \"max_tokens\": 3}\n{\"prompt\": \"1+1=\"}\n");
+    let json = world.folder.path().join("out.json");
+    let args = ["--max-tokens", "5", "--block-size", "4", "--json", json.to_str().unwrap()];
+    let args = [&args[..], &["--prompts", prompts.to_str().unwrap()]].concat();
+    command(&world.model, &args).assert().success().stdout(contains("Hello there").and(contains("per reserved slot")));
+    let report: Value = serde_json::from_str(&fs::read_to_string(json).unwrap()).unwrap();
+    let first = &report["sequences"][0];
+    assert_eq!((&first["prompt"], &first["prompt_tokens"]), (&"Hello there".into(), &11.into()));
+    assert!(first["tokens"].as_array().unwrap().len() <= 3 && first["text"].is_string());
+    assert_eq!((&first["cached_tokens"], &first["preemptions"]), (&0.into(), &0.into()));
+    assert_eq!((&report["pool"]["blocks"], &report["pool"]["block_size"]), (&256.into(), &4.into()));
+    assert!(report["pool"]["peak_blocks"].as_u64().unwrap() >= 4);
+    assert!((0.1..=1.0).contains(&report["pool"]["mean_utilisation"].as_f64().unwrap()));
+    assert!(report["prefill_tokens_per_s"].as_f64().unwrap() > 0.0);
+    assert!(report["steps"].as_u64().unwrap() >= 1);
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    for flag in ["--help", "--version"] {
+        Command::cargo_bin("batch_generate").unwrap().arg(flag).assert().success();
+    }
+}
+
+#[test]
+fn bad_model_files_are_told_apart() {
+    let world = World::new();
+    let whole = fs::read(&world.model).unwrap();
+    refused(&world.folder.path().join("none.gguf"), &[], "none.gguf");
+    refused(world.folder.path(), &[], "error:");
+    refused(&world.file("text.gguf", "not a model"), &[], "is not a GGUF file, or is damaged");
+    refused(&world.file("empty.gguf", ""), &[], "is not a GGUF file, or is damaged");
+    refused(&world.file("header.gguf", &whole[..600]), &[], "is not a GGUF file, or is damaged");
+    refused(&world.file("half.gguf", &whole[..whole.len() / 2]), &[], "truncated or damaged");
+    let other = world.folder.path().join("other.gguf");
+    common::write(&other, "mamba");
+    refused(&other, &[], "is a mamba model, only llama is supported");
+}
+
+#[test]
+fn absurd_numbers_are_refused() {
+    let world = World::new();
+    let refused = |args: &[&str], message| refused(&world.model, args, message);
+    refused(&["--blocks", "0"], "a pool of 0 blocks holds nothing");
+    refused(&["--block-size", "0"], "a block of 0 tokens holds nothing");
+    refused(&["--blocks", "99999999999"], "this machine has");
+    refused(&["--blocks", "18446744073709551615"], "this machine has");
+    refused(&["--block-size", "99999999999999"], "this machine has");
+    refused(&["--blocks", "-1"], "--blocks");
+    refused(&["--kv-dtype", "q9"], "q9");
+    refused(&["--memory", "9000TiB"], "--memory");
+    refused(&["--memory", "9000000GiB"], "this machine has");
+    refused(&["--memory", "1"], "1 bytes do not hold one block");
+    refused(&["--memory", "1GiB", "--blocks", "3"], "cannot be used with");
+    refused(&["--blocks", "1"], "the pool has 1");
+    refused(&["--max-tokens", "0"], "at least one");
+    refused(&["--max-tokens", "99999999"], "the model's context is 256 tokens");
+    refused(&["--samples", "0"], "0 samples");
+    refused(&["--max-batch", "0"], "do not fit into a batch of 0");
+    refused(&["--temperature", "-1"], "temperature");
+    refused(&["--temperature", "NaN"], "the temperature NaN is not 0 or more");
+    refused(&["--top-p", "2"], "top-p 2 is not above 0 and at most 1");
+    refused(&["--nonsense"], "--nonsense");
+}
+
+#[test]
+fn bad_prompt_files_are_refused() {
+    let world = World::new();
+    let prompts = |path: &Path, message| refused(&world.model, &["--prompts", path.to_str().unwrap()], message);
+    prompts(Path::new("no-such-file"), "no-such-file");
+    prompts(&world.file("empty.txt", "\n"), "there is none");
+    prompts(&world.file("broken.jsonl", "{\"prompt\": \"a\"}\nb\n"), "line 2 is not a prompt");
+    prompts(&world.file("binary.txt", [0xff, 0xfe, 0x00]), "cannot read the prompts");
+    prompts(&world.file("huge.txt", "word ".repeat(1000)), "the model's context is 256 tokens");
+    let unwritable = world.folder.path().join("no/such/folder.json");
+    let short = world.file("short.txt", "a");
+    let args = ["--prompts", short.to_str().unwrap(), "--max-tokens", "2", "--json", unwritable.to_str().unwrap()];
+    refused(&world.model, &args, "cannot write");
+}
+
+#[cfg(feature = "verify")]
+#[test]
+fn answers_equal_candle_s_own() {
+    let world = World::new();
+    let short = world.file("short.txt", "a\nbc def ghi\n0123456789 0123456789 0123456789\n");
+    let short = short.to_str().unwrap();
+    for (max_tokens, extra) in
+        [("20", &["--block-size", "16"]), ("20", &["--block-size", "1"]), ("30", &["--blocks", "5"])]
+    {
+        let args = [&["--verify", "--prompts", short, "--max-tokens", max_tokens][..], extra].concat();
+        command(&world.model, &args).assert().success().stderr(contains("verified: 3 of 3 sequences"));
+    }
+    refused(&world.model, &["--verify", "--temperature", "1"], "use --temperature 0");
+}

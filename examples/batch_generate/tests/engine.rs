@@ -1,0 +1,143 @@
+//! Whatever the pool and the batch, every prompt gets the answer it gets alone, computed from scratch for each token.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use batch_generate::engine::{Answer, Outcome, Request, Settings, generate};
+use batch_generate::model::Model;
+use batch_generate::sampling::{Random, Sampling};
+use candle_core::DType;
+use paged_attention::KvCache;
+
+fn requests() -> Vec<Request> {
+    let request = |seed: u32, n: u32, max_tokens| Request {
+        prompt: (0..n).map(|i| (i * 7 + seed * 13) % common::VOCABULARY as u32).collect(),
+        max_tokens,
+    };
+    vec![request(1, 5, 20), request(2, 40, 12), request(3, 1, 30), request(4, 17, 1), request(5, 33, 25)]
+}
+
+fn settings(samples: usize, temperature: f32) -> Settings {
+    Settings { max_batch: 8, samples, seed: 11, sampling: Sampling::new(temperature, 0.9).unwrap() }
+}
+
+fn cache(model: &Model, blocks: usize, block_size: usize) -> KvCache {
+    KvCache::builder(model.shape()).blocks(blocks).block_size(block_size).dtype(DType::F32).build().unwrap()
+}
+
+fn run(model: &Model, cache: &KvCache, requests: &[Request], settings: &Settings) -> Outcome {
+    let outcome = generate(model, cache, requests, settings, |id| id == 95, |_| ()).unwrap();
+    assert_eq!(cache.pool().held(), 0, "every block came back");
+    outcome
+}
+
+/// The whole sequence again for each token: no cache, no batch, no fork.
+fn from_scratch(model: &Model, request: &Request, settings: &Settings, prompt: usize, sample: usize) -> Vec<u32> {
+    let mut random = Random::new(settings.seed + sample as u64, prompt);
+    let mut tokens = request.prompt.clone();
+    while tokens.len() < request.prompt.len() + request.max_tokens {
+        let cache = cache(model, 64, 4);
+        let mut table = cache.table();
+        let mut step = cache.step();
+        step.push(&mut table, &tokens).unwrap();
+        let logits = model.forward(&step).unwrap().to_vec2::<f32>().unwrap();
+        tokens.push(settings.sampling.draw(&logits[0], &mut random).unwrap());
+        if tokens.last() == Some(&95) {
+            break;
+        }
+    }
+    tokens.split_off(request.prompt.len())
+}
+
+#[test]
+fn answers_do_not_depend_on_the_pool_or_the_batch() {
+    let (_folder, model) = common::tiny();
+    let requests = requests();
+    for temperature in [0.0, 0.8] {
+        let settings = settings(1, temperature);
+        let expected: Vec<_> =
+            requests.iter().enumerate().map(|(i, r)| from_scratch(&model, r, &settings, i, 0)).collect();
+        for (blocks, block_size, max_batch) in [(100, 4, 8), (100, 1, 8), (8, 32, 8), (16, 4, 8), (100, 4, 1)] {
+            let settings = Settings { max_batch, ..settings };
+            let outcome = run(&model, &cache(&model, blocks, block_size), &requests, &settings);
+            let answers: Vec<_> = outcome.answers.iter().map(|answer| answer.tokens.clone()).collect();
+            assert_eq!(answers, expected, "{blocks} blocks of {block_size}, batch {max_batch}");
+            if blocks == 16 {
+                assert!(outcome.answers.iter().map(|a| a.preemptions).sum::<usize>() > 0, "the pool was too large");
+            }
+        }
+    }
+}
+
+#[test]
+fn samples_share_their_prompt_and_equal_runs_of_their_own() {
+    let (_folder, model) = common::tiny();
+    let requests = requests();
+    let settings = settings(4, 0.8);
+    for blocks in [100, 20] {
+        let outcome = run(&model, &cache(&model, blocks, 4), &requests, &settings);
+        for (i, Answer { request, tokens, cached_tokens, prompt_tokens, preemptions }) in
+            outcome.answers.iter().enumerate()
+        {
+            let sample = i % 4;
+            let expected = from_scratch(&model, &requests[*request], &settings, *request, sample);
+            assert_eq!(*tokens, expected, "prompt {request}, sample {sample}, {blocks} blocks");
+            if *preemptions == 0 {
+                assert_eq!(*cached_tokens, if sample == 0 { 0 } else { *prompt_tokens });
+            }
+        }
+    }
+}
+
+#[test]
+fn the_prompt_of_all_samples_is_stored_once() {
+    let (_folder, model) = common::tiny();
+    let request = Request { prompt: (0..40).collect(), max_tokens: 2 };
+    let outcome = run(&model, &cache(&model, 100, 4), &[request], &settings(8, 1.0));
+    // 10 blocks of prompt, and one for each sample's own tokens.
+    assert_eq!(outcome.peak_blocks, 10 + 8);
+}
+
+#[test]
+fn packed_logits_equal_those_of_each_sequence_alone() {
+    let (_folder, model) = common::tiny();
+    let requests = requests();
+    let logits = |requests: &[Request]| {
+        let cache = cache(&model, 100, 4);
+        let mut tables: Vec<_> = requests.iter().map(|_| cache.table()).collect();
+        let mut step = cache.step();
+        for (table, request) in tables.iter_mut().zip(requests) {
+            step.push(table, &request.prompt).unwrap();
+        }
+        model.forward(&step).unwrap().to_vec2::<f32>().unwrap()
+    };
+    let packed = logits(&requests);
+    for (request, packed) in requests.iter().zip(&packed) {
+        let alone = &logits(std::slice::from_ref(request))[0];
+        let largest = alone.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let worst = alone.iter().zip(packed).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(worst / largest < 1e-4, "{}", worst / largest);
+    }
+}
+
+#[test]
+fn what_can_never_be_answered_is_refused_at_once_with_the_numbers() {
+    let (_folder, model) = common::tiny();
+    let refused = |request: Request, settings: Settings| {
+        let never = |_| panic!("nothing is computed");
+        generate(&model, &cache(&model, 4, 4), &[request], &settings, |_| false, never).unwrap_err().to_string()
+    };
+    let request = |n: u32, max_tokens| Request { prompt: vec![1; n as usize], max_tokens };
+    assert_eq!(
+        refused(request(10, 8), settings(1, 0.0)),
+        "prompt 1 has 10 tokens and may get 8 more: that takes 5 blocks of 4 tokens, the pool has 4"
+    );
+    assert_eq!(
+        refused(request(250, 8), settings(1, 0.0)),
+        "prompt 1 has 250 tokens and may get 8 more, the model's context is 256 tokens"
+    );
+    assert_eq!(refused(request(0, 8), settings(1, 0.0)), "prompt 1 has no tokens");
+    assert_eq!(refused(request(1, 0), settings(1, 0.0)), "0 tokens of answer were asked for, at least one is needed");
+    assert_eq!(refused(request(1, 1), settings(9, 0.0)), "9 samples of a prompt do not fit into a batch of 8");
+}

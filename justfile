@@ -1,0 +1,31 @@
+# What CI runs, piece by piece.
+
+default:
+    @just --list
+
+# Everything that has to pass before a change lands
+ci:
+    .ci/run
+
+test:
+    cargo test --workspace
+
+# Random histories of the blocks and tables: `just properties 100000`
+properties cases="5000":
+    PROPTEST_CASES={{cases}} cargo test --package block_table --no-default-features --test properties
+
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --features batch_generate/verify -- -D warnings
+    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps
+
+# The libraries on the oldest candle they support
+oldest-candle:
+    .ci/oldest-candle
+
+# The real model against candle's own, token for token
+verify *args:
+    cargo run --release --package batch_generate --features verify -- --verify {{args}}
+
+bench *args:
+    cargo bench --package benches {{args}}
