@@ -40,10 +40,20 @@ impl Blocks {
         if n == 0 {
             return Ok(());
         }
-        self.ids.reserve(n);
+        self.make_room(n)?;
         let after = self.ids.last().copied();
         let Self { pool, ids } = self;
         pool.ledger().take(n, after, |id| ids.push(id))
+    }
+
+    /// Room in the list for `n` more ids, so that nothing is allocated under the pool's lock. Refuses what the pool could
+    /// never give before it asks the allocator for it.
+    fn make_room(&mut self, n: usize) -> Result<(), OutOfBlocks> {
+        if n > self.pool.blocks() {
+            return Err(OutOfBlocks { requested: n, available: self.pool.available() });
+        }
+        self.ids.reserve(n);
+        Ok(())
     }
 
     /// Makes block `at` safe to write and adds `n` blocks at the end, in one transaction.
@@ -61,7 +71,7 @@ impl Blocks {
         };
         let last = self.ids.last().copied();
         let before = self.ids.len();
-        self.ids.reserve(n + 1);
+        self.make_room(n.saturating_add(1))?;
         let Self { pool, ids } = self;
         let mut ledger = pool.ledger();
         if !ledger.is_shared(original) {

@@ -116,7 +116,8 @@ fn generate(
     settings: &Settings,
     tokenizer: &Tokenizer,
 ) -> Result<Outcome> {
-    let most: usize = requests.iter().map(|request| request.max_tokens).sum::<usize>() * settings.samples;
+    let each = requests.iter().fold(0usize, |sum, request| sum.saturating_add(request.max_tokens));
+    let most = each.saturating_mul(settings.samples);
     let bar = ProgressBar::new(most as u64)
         .with_style(ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} tokens, {msg}")?);
     let blocks = cache.pool().blocks();

@@ -103,6 +103,7 @@ fn absurd_numbers_are_refused() {
     refused(&["--blocks", "1"], "the pool has 1");
     refused(&["--max-tokens", "0"], "at least one");
     refused(&["--max-tokens", "99999999"], "the model's context is 256 tokens");
+    refused(&["--max-tokens", "18446744073709551615"], "the model's context is 256 tokens");
     refused(&["--samples", "0"], "0 samples");
     refused(&["--max-batch", "0"], "do not fit into a batch of 0");
     refused(&["--temperature", "-1"], "temperature");
