@@ -1,7 +1,7 @@
 //! Decode attention: one new token for each sequence, its keys and values written first, as in real use.
 //!
-//! Beside ours, on a contiguous cache that is there already and needs no write: candle's grouped matrix products, and
-//! candle-nn's flash attention. The floor is a plain read: the same bytes, summed once by the same threads.
+//! Beside ours: candle's grouped matrix products, on a contiguous cache that is there already and needs no write. The
+//! floor is a plain read: the same bytes, gone through once by the same threads.
 //! Layers take turns, so that the caches see keys and values only once in a while, as when a whole model runs.
 
 use anyhow::Result;
