@@ -241,3 +241,39 @@ fn rotations(context: usize, head_dim: usize, base: f32) -> Result<(Tensor, Tens
     let angles = positions.matmul(&speeds)?;
     Ok((angles.cos()?, angles.sin()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use paged_attention::KvCache;
+
+    use super::*;
+
+    /// The small model of the integration tests has this too; here are thirty layers, whose rounding adds up.
+    #[test]
+    fn packed_logits_of_the_real_model_equal_those_of_each_sequence_alone() {
+        let Some(path) = crate::model_file::cached() else {
+            eprintln!("skipped: the model is not in the cache, `cargo run --release -p batch_generate` brings it");
+            return;
+        };
+        let model = Model::load(&mut Gguf::open(&path, Weights::F32).unwrap()).unwrap();
+        let prompts: Vec<Vec<u32>> =
+            [1, 17, 64, 130].iter().map(|&n| (0..n).map(|i| 100 + (i * 7919 + n) % 40_000).collect()).collect();
+        let logits = |prompts: &[Vec<u32>]| {
+            let cache = KvCache::builder(model.shape()).blocks(32).build().unwrap();
+            let mut tables: Vec<_> = prompts.iter().map(|_| cache.table()).collect();
+            let mut step = cache.step();
+            for (table, prompt) in tables.iter_mut().zip(prompts) {
+                step.push(table, prompt).unwrap();
+            }
+            model.forward(&step).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let packed = logits(&prompts);
+        for (prompt, packed) in prompts.iter().zip(&packed) {
+            let alone = &logits(std::slice::from_ref(prompt))[0];
+            let largest = alone.iter().fold(0f32, |m, x| m.max(x.abs()));
+            let worst = alone.iter().zip(packed).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+            println!("{} tokens: {:e} of the largest logit", prompt.len(), worst / largest);
+            assert!(worst / largest < 1e-4);
+        }
+    }
+}
