@@ -18,9 +18,12 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Numbers that one token takes in one layer, keys and values together.
-    pub fn elements_per_token(&self) -> usize {
-        2 * self.kv_heads * self.head_dim
+    /// Bytes that a block takes over all layers when each number takes `bytes_per_number`; `None` if they are too many
+    /// to count.
+    pub fn bytes_per_block(&self, block_size: usize, bytes_per_number: usize) -> Option<usize> {
+        [2, self.layers, self.kv_heads, self.head_dim, block_size]
+            .into_iter()
+            .try_fold(bytes_per_number, usize::checked_mul)
     }
 
     pub(crate) fn check(&self) -> Result<(), PoolError> {

@@ -36,7 +36,7 @@ impl KvTensors {
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Err(PoolError::UnsupportedDType(format!("{dtype:?}").to_lowercase()));
         }
-        let bytes_per_block = bytes_per_block(shape, block_size, dtype);
+        let bytes_per_block = shape.bytes_per_block(block_size, dtype.size_in_bytes());
         let too_large = PoolError::OutOfMemory { blocks, bytes_per_block: bytes_per_block.unwrap_or(usize::MAX) };
         let Some(bytes) = bytes_per_block.and_then(|bytes| bytes.checked_mul(blocks)) else {
             return Err(too_large);
@@ -82,13 +82,6 @@ impl KvTensors {
     pub fn bytes_per_block(&self) -> usize {
         self.layers() * self.layout.block_elements() * self.dtype().size_in_bytes()
     }
-}
-
-/// Bytes of one block over all layers, or nothing when they cannot be counted.
-fn bytes_per_block(shape: KvShape, block_size: usize, dtype: DType) -> Option<usize> {
-    [2, shape.layers, shape.kv_heads, shape.head_dim, block_size]
-        .into_iter()
-        .try_fold(dtype.size_in_bytes(), usize::checked_mul)
 }
 
 impl BlockStorage for KvTensors {

@@ -113,11 +113,8 @@ impl KvCacheBuilder {
             Size::Blocks(blocks) => return Ok(blocks),
             Size::Bytes(bytes) => bytes,
         };
-        let KvShape { layers, .. } = self.shape;
-        let bytes_per_block = [layers, self.block_size, self.dtype.size_in_bytes()]
-            .into_iter()
-            .try_fold(self.shape.elements_per_token(), usize::checked_mul)
-            .unwrap_or(usize::MAX);
+        let bytes_per_block =
+            self.shape.bytes_per_block(self.block_size, self.dtype.size_in_bytes()).unwrap_or(usize::MAX);
         match bytes.checked_div(bytes_per_block) {
             // A zero somewhere in the shape: the pool says which.
             None => Ok(1),

@@ -83,8 +83,8 @@ pub fn run(args: &Args) -> Result<()> {
 /// Makes the cache, or says why this machine cannot have it.
 fn cache(args: &Args, model: &Model) -> Result<KvCache> {
     let (shape, dtype) = (model.shape(), DType::from(args.kv_dtype));
-    let per_token = [shape.layers, shape.elements_per_token(), dtype.size_in_bytes()].iter().product::<usize>();
-    let asked = args.memory.unwrap_or_else(|| args.blocks.saturating_mul(args.block_size).saturating_mul(per_token));
+    let bytes_per_block = shape.bytes_per_block(args.block_size, dtype.size_in_bytes()).unwrap_or(usize::MAX);
+    let asked = args.memory.unwrap_or_else(|| args.blocks.saturating_mul(bytes_per_block));
     let there_is = memory();
     ensure!(
         asked <= there_is,
