@@ -6,7 +6,7 @@ use thiserror::Error;
 ///
 /// This is the one error a scheduler acts on: wait, or preempt a sequence, and ask again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("asked for {requested} blocks, {available} are free")]
+#[error("asked for {requested} blocks, {available} are available")]
 pub struct OutOfBlocks {
     /// How many blocks the request needed.
     pub requested: usize,

@@ -8,6 +8,7 @@ use std::fmt;
 /// device tensor, but nothing public takes an id and frees or writes the block. Ownership is with
 /// [`Blocks`](crate::Blocks).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct BlockId(u32);
 
 impl BlockId {

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+#[cfg(feature = "candle")]
 use crate::PoolError;
 
 /// The keys and values that one token leaves behind.
@@ -26,6 +27,7 @@ impl KvShape {
             .try_fold(bytes_per_number, usize::checked_mul)
     }
 
+    #[cfg(feature = "candle")]
     pub(crate) fn check(&self) -> Result<(), PoolError> {
         let Self { layers, kv_heads, head_dim } = *self;
         if layers == 0 || kv_heads == 0 || head_dim == 0 {

@@ -3,22 +3,37 @@
 
 mod blocks;
 mod error;
+mod events;
+mod eviction;
 mod free;
 mod id;
 mod layout;
 mod ledger;
+mod observe;
 mod pool;
+mod prefix;
+mod salt;
+mod snapshot;
+mod stats;
 mod storage;
+mod swap;
+mod sync;
 
 #[cfg(feature = "candle")]
 mod tensors;
 
 pub use blocks::Blocks;
 pub use error::{Inconsistent, OutOfBlocks, PoolError, ReserveError, StorageError};
+pub use events::PoolEvent;
 pub use id::BlockId;
 pub use layout::{KvLayout, KvShape, Order};
+pub use observe::PoolMetrics;
 pub use pool::BlockPool;
+pub use salt::Salt;
+pub use snapshot::{BlockState, Snapshot};
+pub use stats::Stats;
 pub use storage::BlockStorage;
+pub use swap::SwappedBlocks;
 
 #[cfg(feature = "candle")]
 pub use tensors::KvTensors;

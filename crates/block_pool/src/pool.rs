@@ -1,11 +1,13 @@
 //! The pool: a handle that many threads share.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
+use std::sync::mpsc::Receiver;
 
 use crate::ledger::Ledger;
 use crate::storage::NoStorage;
-use crate::{BlockId, BlockStorage, Blocks, Inconsistent, OutOfBlocks, PoolError};
+use crate::sync::{Arc, Mutex, MutexGuard};
+use crate::{BlockId, BlockStorage, Blocks, Inconsistent, OutOfBlocks, PoolError, PoolEvent, Stats};
 
 /// Slots are counted in 32 bits, signed, so that index tensors of any integer type can hold them.
 pub(crate) const MAX_SLOTS: usize = i32::MAX as usize;
@@ -35,6 +37,7 @@ struct Inner {
     storage: Box<dyn BlockStorage>,
     blocks: usize,
     block_size: usize,
+    poisons: bool,
 }
 
 impl BlockPool {
@@ -59,7 +62,8 @@ impl BlockPool {
     ) -> Result<Self, PoolError> {
         check_size(blocks, block_size)?;
         Ok(Self(Arc::new(Inner {
-            ledger: Mutex::new(Ledger::new(blocks)),
+            ledger: Mutex::new(Ledger::new(blocks, block_size)),
+            poisons: storage.poisons(),
             storage: Box::new(storage),
             blocks,
             block_size,
@@ -70,7 +74,7 @@ impl BlockPool {
     ///
     /// # Errors
     ///
-    /// [`OutOfBlocks`] when fewer than `n` are free; then none was taken.
+    /// [`OutOfBlocks`] when fewer than `n` are available; then none was taken.
     pub fn take(&self, n: usize) -> Result<Blocks, OutOfBlocks> {
         let mut blocks = Blocks::none(self);
         blocks.grow(n)?;
@@ -87,9 +91,15 @@ impl BlockPool {
         self.0.block_size
     }
 
-    /// How many blocks a request could get at this moment.
+    /// How many blocks a request could get at this moment: the free ones, and the
+    /// [remembered](Self::remembered) ones, which give way.
     pub fn available(&self) -> usize {
         self.ledger().available()
+    }
+
+    /// How many blocks nobody holds, and can be found by their tokens until their memory is needed.
+    pub fn remembered(&self) -> usize {
+        self.ledger().remembered()
     }
 
     /// How many blocks somebody holds. A block that several sequences share counts once.
@@ -105,6 +115,27 @@ impl BlockPool {
     /// Whether `other` is a handle to the same pool.
     pub fn is_same(&self, other: &BlockPool) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Forgets every stored prefix: after the model's weights have changed, say, when what was computed with the old ones
+    /// must not be found again. Sequences keep the blocks that they hold.
+    pub fn reset(&self) {
+        let freed = self.ledger().reset();
+        self.release(&freed);
+    }
+
+    /// How often prefixes were sought and found, and what it cost.
+    pub fn stats(&self) -> Stats {
+        self.ledger().stats()
+    }
+
+    /// A stream of what becomes findable and what is forgotten, in order, for a router that sends a request to the cache
+    /// which knows its prefix. It begins with what is stored now, and ends when the pool does.
+    ///
+    /// Events wait in the receiver until they are read; dropping it ends the stream. Nothing is recorded while nobody
+    /// listens.
+    pub fn listen(&self) -> Receiver<PoolEvent> {
+        self.ledger().listen()
     }
 
     /// Checks every invariant of the books that can be seen from inside: a walk over the whole pool.
@@ -128,6 +159,28 @@ impl BlockPool {
 
     pub(crate) fn storage(&self) -> &dyn BlockStorage {
         &*self.0.storage
+    }
+
+    /// One holder less for each block. Where free blocks are poisoned, that happens before anybody else can be given
+    /// them, and outside the lock.
+    pub(crate) fn release(&self, ids: &[BlockId]) {
+        // While a panic unwinds, the storage may be in the hands of the one who panicked.
+        if !self.0.poisons || std::thread::panicking() {
+            return self.ledger().release(ids);
+        }
+        let freed = self.ledger().release_but_free(ids);
+        self.poison(&freed);
+        self.ledger().release(&freed);
+    }
+
+    /// Overwrites blocks whose content is nobody's, if the storage does that.
+    pub(crate) fn poison(&self, ids: &[BlockId]) {
+        if self.0.poisons
+            && !ids.is_empty()
+            && let Err(error) = self.storage().poison(ids)
+        {
+            tracing::warn!(%error, "free blocks could not be poisoned");
+        }
     }
 
     /// Nothing that runs under this lock can panic half-way, so the books of a poisoned lock are whole.

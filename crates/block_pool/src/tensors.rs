@@ -15,6 +15,7 @@ use crate::{BlockId, BlockStorage, KvLayout, KvShape, Order, PoolError, StorageE
 pub struct KvTensors {
     layers: Arc<[Tensor]>,
     layout: KvLayout,
+    poison: bool,
 }
 
 impl KvTensors {
@@ -50,7 +51,14 @@ impl KvTensors {
             .map(|_| Tensor::zeros((blocks, layout.block_elements()), dtype, device))
             .collect::<Result<_>>()
             .map_err(|error| PoolError::Device(error.to_string()))?;
-        Ok(Self { layers, layout })
+        Ok(Self { layers, layout, poison: false })
+    }
+
+    /// Whether blocks are filled with NaN when they become free, so that whoever reads a slot that is not theirs sees it
+    /// at once. Takes effect in pools that are made with these tensors from now on.
+    #[must_use]
+    pub fn poisoned(self, poison: bool) -> Self {
+        Self { poison, ..self }
     }
 
     /// The tensor of one layer, `(blocks, elements of a block)`, contiguous.
@@ -91,6 +99,43 @@ impl BlockStorage for KvTensors {
             copy.apply(layer).map_err(StorageError::new)?;
         }
         Ok(())
+    }
+
+    fn read(&self, id: BlockId, bytes: &mut Vec<u8>) -> std::result::Result<(), StorageError> {
+        bytes.reserve(self.bytes_per_block());
+        let read = |layer: &Tensor, bytes: &mut Vec<u8>| layer.narrow(0, id.index(), 1)?.write_bytes(bytes);
+        self.layers.iter().try_for_each(|layer| read(layer, bytes)).map_err(StorageError::new)
+    }
+
+    fn write(&self, id: BlockId, bytes: &[u8]) -> std::result::Result<(), StorageError> {
+        if bytes.len() != self.bytes_per_block() {
+            let (got, expected) = (bytes.len(), self.bytes_per_block());
+            return Err(StorageError::new(format!("a block takes {expected} bytes, got {got}")));
+        }
+        let elements = self.layout.block_elements();
+        let parts = bytes.chunks_exact(elements * self.dtype().size_in_bytes());
+        let write = |layer: &Tensor, bytes: &[u8]| {
+            let row = Tensor::from_raw_buffer(bytes, layer.dtype(), &[1, elements], layer.device())?;
+            layer.slice_set(&row, 0, id.index())
+        };
+        self.layers.iter().zip(parts).try_for_each(|(layer, bytes)| write(layer, bytes)).map_err(StorageError::new)
+    }
+
+    fn bytes_per_block(&self) -> usize {
+        KvTensors::bytes_per_block(self)
+    }
+
+    fn poisons(&self) -> bool {
+        self.poison
+    }
+
+    fn poison(&self, ids: &[BlockId]) -> std::result::Result<(), StorageError> {
+        let fill = |layer: &Tensor| {
+            let nan =
+                Tensor::full(f32::NAN, (1, self.layout.block_elements()), layer.device())?.to_dtype(layer.dtype())?;
+            ids.iter().try_for_each(|id| layer.slice_set(&nan, 0, id.index()))
+        };
+        self.layers.iter().try_for_each(fill).map_err(StorageError::new)
     }
 }
 

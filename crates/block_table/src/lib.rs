@@ -1,9 +1,21 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod admission;
+mod error;
 mod sequences;
+mod swap;
+mod sync;
 mod table;
+mod window;
 
-pub use block_pool::{BlockId, BlockPool, OutOfBlocks, PoolError, ReserveError, StorageError};
+pub use admission::Admission;
+pub use block_pool::{
+    BlockId, BlockPool, BlockState, OutOfBlocks, PoolError, PoolEvent, ReserveError, Salt, Snapshot, Stats,
+    StorageError,
+};
+pub use error::{BehindWindow, NotReserved};
 pub use sequences::{SequenceError, SequenceId, Sequences, Taken};
-pub use table::{BlockTable, NotReserved};
+pub use swap::SwappedTable;
+pub use table::{BlockTable, TableOptions};
+pub use window::Window;

@@ -5,13 +5,11 @@
 //! place says *busy* meanwhile, and no table is dropped, nor any pool asked, while a shard is locked.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use block_pool::BlockPool;
-use dashmap::DashMap;
-use dashmap::mapref::entry::Entry;
 
 use crate::BlockTable;
+use crate::sync::{AtomicU64, Ordering, Shards};
 
 /// The name of a sequence, unique within its [`Sequences`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,14 +59,14 @@ enum Place {
 #[derive(Debug)]
 pub struct Sequences {
     pool: BlockPool,
-    places: DashMap<SequenceId, Place>,
+    places: Shards<SequenceId, Place>,
     next: AtomicU64,
 }
 
 impl Sequences {
     /// No sequences yet, over `pool`.
     pub fn new(pool: &BlockPool) -> Self {
-        Self { pool: pool.clone(), places: DashMap::new(), next: AtomicU64::new(0) }
+        Self { pool: pool.clone(), places: Shards::new(), next: AtomicU64::new(0) }
     }
 
     /// The pool that all tables share.
@@ -83,7 +81,7 @@ impl Sequences {
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.len() == 0
     }
 
     /// A new, empty sequence.
@@ -104,10 +102,10 @@ impl Sequences {
     ///
     /// [`SequenceError`] when there is no such sequence, or it is taken already.
     pub fn take(&self, id: SequenceId) -> Result<Taken<'_>, SequenceError> {
-        let mut place = self.places.get_mut(&id).ok_or(SequenceError::Unknown(id))?;
-        match std::mem::replace(&mut *place, Place::Busy) {
-            Place::Idle(table) => Ok(Taken { sequences: self, id, table }),
-            Place::Busy => Err(SequenceError::Busy(id)),
+        match self.places.replace(id, Place::Busy) {
+            Some(Place::Idle(table)) => Ok(Taken { sequences: self, id, table }),
+            Some(Place::Busy) => Err(SequenceError::Busy(id)),
+            None => Err(SequenceError::Unknown(id)),
         }
     }
 
@@ -136,13 +134,12 @@ impl Sequences {
     ///
     /// As [`take`](Self::take): a busy sequence stays.
     pub fn remove(&self, id: SequenceId) -> Result<(), SequenceError> {
-        let removed = match self.places.entry(id) {
-            Entry::Vacant(_) => return Err(SequenceError::Unknown(id)),
-            Entry::Occupied(entry) if matches!(entry.get(), Place::Busy) => return Err(SequenceError::Busy(id)),
-            Entry::Occupied(entry) => entry.remove(),
-        };
-        // The shard is unlocked by now: giving blocks back takes the pool's lock.
-        drop(removed);
+        match self.places.remove_if(id, |place| matches!(place, Place::Idle(_))) {
+            // The shard is unlocked by now: giving blocks back takes the pool's lock.
+            Some(Ok(removed)) => drop(removed),
+            Some(Err(())) => return Err(SequenceError::Busy(id)),
+            None => return Err(SequenceError::Unknown(id)),
+        }
         Ok(())
     }
 }
@@ -181,8 +178,7 @@ impl Drop for Taken<'_> {
     fn drop(&mut self) {
         let empty = BlockTable::new(self.sequences.pool());
         let table = std::mem::replace(&mut self.table, empty);
-        if let Some(mut place) = self.sequences.places.get_mut(&self.id) {
-            *place = Place::Idle(table);
-        }
+        // A busy sequence stays in the map, so there is a place to put it back to.
+        drop(self.sequences.places.replace(self.id, Place::Idle(table)));
     }
 }

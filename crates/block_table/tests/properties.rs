@@ -1,62 +1,60 @@
 //! What is promised about blocks and tables, checked over random histories against a naive model.
 //!
-//! - A token that was written is found at its position, until it is truncated or its table is dropped, whatever forks,
-//!   failures and other sequences do (no two writers ever share a slot).
-//! - A failed reservation changes nothing.
-//! - A table holds exactly as many blocks as its tokens need, plus what it has reserved.
-//! - Every block is free, or counted exactly as often as tables hold it.
-//! - All tables dropped means all blocks available.
+//! 1. A token that was written is found at its position, until it is truncated, its window has moved on or its table is
+//!    dropped, whatever forks, failures, evictions and other sequences do: no two writers ever share a slot, and what
+//!    becomes free is overwritten at once.
+//! 2. A failed request changes nothing: the table, the holders of every block and the number of blocks that can be had
+//!    are as before.
+//! 3. A table holds exactly as many blocks as its tokens need, plus what it has reserved, minus what lies behind its
+//!    window.
+//! 4. Every block is free, or remembered, or counted exactly as often as tables hold it.
+//! 5. What is found by its tokens is what a sequence with these tokens, the same salt and the same window has computed:
+//!    never another one's, never what was not committed, never what was computed before a reset. The last token sought
+//!    is always left to compute.
+//! 6. Nothing is forgotten while there are free blocks: a prefix whose blocks are all still stored is found in full.
+//! 7. The stream of events tells what can be found: applied in order, each stored block's parent is stored, no block with
+//!    children is removed, and at the end the same blocks are stored as in the pool.
+//! 8. A sequence that was swapped out comes back byte for byte.
+//! 9. All tables dropped means all blocks available.
 //!
 //! `PROPTEST_CASES` sets the number of histories.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+mod common;
 
-use block_pool::BlockStorage;
-use block_table::{BlockId, BlockPool, BlockTable, ReserveError, StorageError};
+use std::collections::{HashMap, HashSet};
+use std::sync::mpsc::Receiver;
+
+use block_table::{
+    BlockId, BlockPool, BlockState, BlockTable, PoolEvent, ReserveError, Salt, SwappedTable, TableOptions, Window,
+};
+use common::{Slots, content};
 use proptest::prelude::*;
-
-/// The bytes behind the pool: what was written to each slot. It can be told to fail.
-#[derive(Clone)]
-struct Slots(Arc<Mutex<SlotsInner>>);
-
-struct SlotsInner {
-    written: Vec<u64>,
-    block_size: usize,
-    copy_fails: bool,
-}
-
-impl BlockStorage for Slots {
-    fn copy(&self, from: BlockId, to: BlockId) -> Result<(), StorageError> {
-        let mut inner = self.0.lock().unwrap();
-        if inner.copy_fails {
-            return Err(StorageError::new("told to fail"));
-        }
-        let size = inner.block_size;
-        let start = from.index() * size;
-        inner.written.copy_within(start..start + size, to.index() * size);
-        Ok(())
-    }
-}
 
 #[derive(Debug, Clone)]
 enum Action {
-    Create,
-    /// Reserve some tokens, write them, commit a part, roll the rest back.
+    /// A new sequence, with a prompt of so many tokens, the last few of them different from others'.
+    Create {
+        kind: usize,
+        prompt: usize,
+        branch: u32,
+    },
+    /// Go on with what is computed for the sequence's next tokens elsewhere.
+    Reuse {
+        table: usize,
+    },
+    /// Reserve some tokens, write them, commit a part, roll the rest back or leave it.
     Step {
         table: usize,
         reserve: usize,
         commit: usize,
+        known: bool,
+        roll_back: bool,
     },
-    /// Reserve and leave the reservation for later.
     Reserve {
         table: usize,
         tokens: usize,
-    },
-    RollBack {
-        table: usize,
     },
     Truncate {
         table: usize,
@@ -69,120 +67,278 @@ enum Action {
     Drop {
         table: usize,
     },
+    SwapOut {
+        table: usize,
+    },
+    SwapIn {
+        swapped: usize,
+    },
+    Reset,
     /// Take every block that is left, so that the next reservations fail, and give them back after some actions.
     Exhaust,
     Relax,
-    FailCopies(bool),
+    Fail(bool),
 }
 
 fn action() -> impl Strategy<Value = Action> {
     let table = 0..8usize;
+    let flag = prop::bool::weighted(0.8);
     prop_oneof![
-        2 => Just(Action::Create),
-        6 => (table.clone(), 0..30usize, 0..30usize)
-            .prop_map(|(table, reserve, commit)| Action::Step { table, reserve, commit }),
+        4 => (0..6usize, 0..40usize, 0..3u32)
+            .prop_map(|(kind, prompt, branch)| Action::Create { kind, prompt, branch }),
+        2 => table.clone().prop_map(|table| Action::Reuse { table }),
+        8 => (table.clone(), 0..30usize, 0..30usize, flag.clone(), flag)
+            .prop_map(|(table, reserve, commit, known, roll_back)| {
+                Action::Step { table, reserve, commit, known, roll_back }
+            }),
         1 => (table.clone(), 0..30usize).prop_map(|(table, tokens)| Action::Reserve { table, tokens }),
-        1 => table.clone().prop_map(|table| Action::RollBack { table }),
-        2 => (table.clone(), 0..60usize).prop_map(|(table, len)| Action::Truncate { table, len }),
+        3 => (table.clone(), 0..60usize).prop_map(|(table, len)| Action::Truncate { table, len }),
         3 => (table.clone(), 0..60usize).prop_map(|(table, len)| Action::Fork { table, len }),
-        2 => table.prop_map(|table| Action::Drop { table }),
+        3 => table.clone().prop_map(|table| Action::Drop { table }),
+        1 => table.clone().prop_map(|table| Action::SwapOut { table }),
+        2 => table.prop_map(|swapped| Action::SwapIn { swapped }),
+        1 => prop::bool::weighted(0.3).prop_map(|reset| if reset { Action::Reset } else { Action::Relax }),
         1 => Just(Action::Exhaust),
         2 => Just(Action::Relax),
-        1 => any::<bool>().prop_map(Action::FailCopies),
+        1 => any::<bool>().prop_map(Action::Fail),
     ]
+}
+
+/// What the model knows of a sequence: what to find at each position, and why.
+#[derive(Clone)]
+struct Model {
+    /// All tokens of its stream, computed or not.
+    stream: Vec<u32>,
+    /// The content of each computed position.
+    written: Vec<u64>,
+    /// Which resets it has lived through and which salt and window it has: what its content depends on beside tokens.
+    kind: usize,
+    era: u64,
 }
 
 struct World {
     pool: BlockPool,
     slots: Slots,
-    tables: Vec<BlockTable>,
-    /// The model: what each table's positions hold.
-    tokens: Vec<Vec<u64>>,
+    tables: Vec<(BlockTable, Model)>,
+    swapped: Vec<(SwappedTable, Model)>,
     hoard: Vec<BlockTable>,
-    next_token: u64,
+    events: Receiver<PoolEvent>,
+    /// What a router knows: parent and children of each stored block.
+    router: HashMap<BlockId, Option<BlockId>>,
+    era: u64,
+    serial: u32,
 }
+
+/// Three salts, with and without a window.
+fn options(kind: usize) -> TableOptions {
+    let salt = [Salt::none(), Salt::new(b""), Salt::new(b"b")][kind % 3].clone();
+    let options = TableOptions::default().salt(salt);
+    if kind < 3 { options } else { options.window(Window::new(kind * 3 - 5).with_sinks(kind % 3)) }
+}
+
+/// What a model leaves behind for the last of these tokens in a sequence of this kind.
+fn written(kind: usize, era: u64, tokens: &[u32]) -> u64 {
+    content(tokens) ^ (kind as u64) << 50 ^ era << 40
+}
+
+type Check = Result<(), TestCaseError>;
 
 impl World {
     fn new(blocks: usize, block_size: usize) -> Self {
-        let written = vec![0; blocks * block_size];
-        let slots = Slots(Arc::new(Mutex::new(SlotsInner { written, block_size, copy_fails: false })));
-        let pool = BlockPool::with_storage(blocks, block_size, slots.clone()).unwrap();
-        Self { pool, slots, tables: vec![], tokens: vec![], hoard: vec![], next_token: 1 }
+        let (pool, slots) = Slots::pool(blocks, block_size);
+        let events = pool.listen();
+        Self {
+            pool,
+            slots,
+            tables: vec![],
+            swapped: vec![],
+            hoard: vec![],
+            events,
+            router: HashMap::new(),
+            era: 0,
+            serial: 1000,
+        }
     }
 
-    /// Reserves and says whether that worked; a refusal must be true and must change nothing.
-    fn reserve(&mut self, t: usize, n: usize) -> Result<bool, TestCaseError> {
-        let before = (self.tables[t].blocks().to_vec(), self.pool.available());
-        let table = &mut self.tables[t];
-        match table.reserve(n) {
-            Ok(()) => {
-                prop_assert!(table.capacity() >= table.len() + n);
-                return Ok(true);
-            }
-            Err(ReserveError::OutOfBlocks(error)) => {
+    fn pick(n: usize, len: usize) -> Option<usize> {
+        n.checked_rem(len)
+    }
+
+    /// How often each block is held, and how many can be had.
+    fn holders(&self) -> (Vec<u32>, usize) {
+        let held = |state: BlockState| if let BlockState::Held(n) = state { n } else { 0 };
+        (self.pool.snapshot().blocks.into_iter().map(held).collect(), self.pool.available())
+    }
+
+    fn check_refusal(&self, error: &ReserveError, before: &(Vec<u32>, usize)) -> Check {
+        match error {
+            ReserveError::OutOfBlocks(error) => {
                 prop_assert!(error.requested > error.available);
                 prop_assert_eq!(error.available, before.1);
             }
-            Err(ReserveError::Storage(_)) => prop_assert!(self.slots.0.lock().unwrap().copy_fails),
+            ReserveError::Storage(_) => prop_assert!(self.slots.fails()),
         }
-        prop_assert_eq!(before, (table.blocks().to_vec(), self.pool.available()));
-        Ok(false)
+        prop_assert_eq!(before, &self.holders());
+        Ok(())
     }
 
-    fn apply(&mut self, action: &Action) -> Result<(), TestCaseError> {
-        let pick = |t: usize, n: usize| (n > 0).then(|| t % n);
-        match *action {
-            Action::Create => {
-                self.tables.push(BlockTable::new(&self.pool));
-                self.tokens.push(vec![]);
+    /// Reserves and says whether that worked.
+    fn reserve(&mut self, t: usize, n: usize) -> Result<bool, TestCaseError> {
+        let before = self.holders();
+        let table = &mut self.tables[t].0;
+        let blocks = table.blocks().to_vec();
+        match table.reserve(n) {
+            Ok(()) => prop_assert!(table.capacity() >= table.len() + n),
+            Err(error) => {
+                prop_assert_eq!(blocks, table.blocks());
+                self.check_refusal(&error, &before)?;
+                return Ok(false);
             }
-            Action::Step { table, reserve, commit } => {
-                let Some(t) = pick(table, self.tables.len()) else { return Ok(()) };
+        }
+        Ok(true)
+    }
+
+    /// Continues a sequence with what is stored, and checks that it is what the sequence would have computed.
+    fn reuse(&mut self, t: usize) -> Check {
+        let era = self.era;
+        let (table, model) = &mut self.tables[t];
+        let had = table.len();
+        prop_assert_eq!(had, model.written.len());
+        let found = table.reuse(&model.stream);
+        prop_assert_eq!(table.len(), had + found);
+        prop_assert!(found == 0 || table.len() < model.stream.len(), "a token is left to compute");
+        if found > 0 {
+            prop_assert!(had == 0 || model.era == era, "what was computed before a reset is not continued");
+            model.era = era;
+        }
+        for position in had..table.len() {
+            model.written.push(written(model.kind, era, &model.stream[..=position]));
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, action: &Action) -> Check {
+        match *action {
+            Action::Create { kind, prompt, branch } => {
+                let kind = kind % 6;
+                let table = BlockTable::with_options(&self.pool, &options(kind));
+                let stream = (0..prompt as u32).map(|at| if at + 7 < prompt as u32 { at } else { at * 4 + branch });
+                let model = Model { stream: stream.collect(), written: vec![], kind, era: self.era };
+                self.tables.push((table, model));
+                self.reuse(self.tables.len() - 1)?;
+            }
+            Action::Reuse { table } => {
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
+                self.reuse(t)?;
+            }
+            Action::Step { table, reserve, commit, known, roll_back } => {
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
                 if !self.reserve(t, reserve)? {
                     return Ok(());
                 }
-                let len = self.tables[t].len();
-                let new: Vec<u64> = (self.next_token..).take(reserve).collect();
-                self.next_token += reserve as u64;
-                for (i, &token) in new.iter().enumerate() {
-                    let slot = self.tables[t].slot(len + i).unwrap();
-                    self.slots.0.lock().unwrap().written[slot] = token;
+                let (table, model) = &mut self.tables[t];
+                let computed = table.len();
+                if computed == 0 {
+                    model.era = self.era;
                 }
-                let commit = commit.min(reserve);
-                self.tables[t].commit(commit).unwrap();
-                self.tables[t].roll_back();
-                self.tokens[t].extend(&new[..commit]);
+                while model.stream.len() < computed + reserve {
+                    self.serial += 1;
+                    model.stream.push(self.serial % 3);
+                }
+                for position in computed..computed + reserve {
+                    let what = written(model.kind, model.era, &model.stream[..=position]);
+                    self.slots.write(table.slot(position).unwrap(), what);
+                    if position < computed + commit {
+                        model.written.push(what);
+                    }
+                }
+                let committed = commit.min(reserve);
+                let tokens = model.stream[computed..computed + committed].to_vec();
+                // What was not accepted is not part of the stream.
+                model.stream.truncate(model.stream.len().max(computed + committed));
+                if known {
+                    table.commit_tokens(&tokens).unwrap()
+                } else {
+                    table.commit(committed).unwrap()
+                }
+                let reserved = table.capacity() - table.len();
+                prop_assert!(table.commit(reserved + 1).is_err());
+                prop_assert!(table.commit_tokens(&vec![0; reserved + 1]).is_err());
+                if roll_back {
+                    table.roll_back();
+                }
             }
             Action::Reserve { table, tokens } => {
-                let Some(t) = pick(table, self.tables.len()) else { return Ok(()) };
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
                 self.reserve(t, tokens)?;
-                let reserved = self.tables[t].capacity() - self.tables[t].len();
-                prop_assert!(self.tables[t].commit(reserved + 1).is_err());
-            }
-            Action::RollBack { table } => {
-                let Some(t) = pick(table, self.tables.len()) else { return Ok(()) };
-                self.tables[t].roll_back();
-                prop_assert_eq!(self.tables[t].blocks().len(), self.pool.blocks_for(self.tables[t].len()));
             }
             Action::Truncate { table, len } => {
-                let Some(t) = pick(table, self.tables.len()) else { return Ok(()) };
-                self.tables[t].truncate(len);
-                self.tokens[t].truncate(len);
-                prop_assert_eq!(self.tables[t].blocks().len(), self.pool.blocks_for(self.tables[t].len()));
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
+                let (table, model) = &mut self.tables[t];
+                let before = (table.len(), table.blocks().to_vec());
+                match table.truncate(len) {
+                    Ok(()) => {
+                        if len < before.0 {
+                            // Another continuation, so that the streams part.
+                            model.stream.truncate(len);
+                            model.written.truncate(len);
+                        }
+                    }
+                    Err(error) => {
+                        prop_assert!(table.window().is_some() && error.seen < error.held);
+                        prop_assert_eq!(before, (table.len(), table.blocks().to_vec()));
+                    }
+                }
             }
             Action::Fork { table, len } => {
-                let Some(t) = pick(table, self.tables.len()) else { return Ok(()) };
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
                 let available = self.pool.available();
-                let fork = self.tables[t].fork_at(len);
-                prop_assert_eq!(self.pool.available(), available);
-                self.tables.push(fork);
-                let tokens = self.tokens[t].iter().copied().take(len).collect();
-                self.tokens.push(tokens);
+                let (table, model) = &self.tables[t];
+                if let Ok(fork) = table.fork_at(len) {
+                    prop_assert_eq!(self.pool.available(), available);
+                    let mut model = model.clone();
+                    model.written.truncate(len);
+                    model.stream.truncate(len);
+                    self.tables.push((fork, model));
+                }
             }
             Action::Drop { table } => {
-                let Some(t) = pick(table, self.tables.len()) else { return Ok(()) };
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
                 drop(self.tables.swap_remove(t));
-                self.tokens.swap_remove(t);
+            }
+            Action::SwapOut { table } => {
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
+                let table = &mut self.tables[t].0;
+                table.roll_back();
+                let before = (table.len(), table.blocks().to_vec());
+                match table.swap_out() {
+                    Ok(swapped) => {
+                        prop_assert_eq!((table.len(), table.blocks().len()), (0, 0));
+                        prop_assert_eq!((swapped.len(), swapped.blocks()), (before.0, before.1.len()));
+                        let (_, model) = self.tables.swap_remove(t);
+                        self.swapped.push((swapped, model));
+                    }
+                    Err(_) => {
+                        prop_assert!(self.slots.fails());
+                        prop_assert_eq!(before, (table.len(), table.blocks().to_vec()));
+                    }
+                }
+            }
+            Action::SwapIn { swapped } => {
+                let Some(s) = Self::pick(swapped, self.swapped.len()) else { return Ok(()) };
+                let before = self.holders();
+                match self.swapped[s].0.swap_in() {
+                    Ok(table) => {
+                        let (_, model) = self.swapped.swap_remove(s);
+                        self.tables.push((table, model));
+                    }
+                    Err(error) => self.check_refusal(&error, &before)?,
+                }
+            }
+            Action::Reset => {
+                self.pool.reset();
+                prop_assert_eq!(self.pool.remembered(), 0);
+                self.era += 1;
             }
             Action::Exhaust => {
                 let mut table = BlockTable::new(&self.pool);
@@ -191,28 +347,65 @@ impl World {
                 self.hoard.push(table);
             }
             Action::Relax => self.hoard.clear(),
-            Action::FailCopies(fails) => self.slots.0.lock().unwrap().copy_fails = fails,
+            Action::Fail(fails) => self.slots.fail(fails),
         }
         Ok(())
     }
 
-    fn check(&self) -> Result<(), TestCaseError> {
-        let lists = self.tables.iter().chain(&self.hoard).map(BlockTable::blocks);
-        prop_assert_eq!(self.pool.check_held(lists), Ok(()));
-        let inner = self.slots.0.lock().unwrap();
-        for (table, tokens) in self.tables.iter().zip(&self.tokens) {
-            prop_assert_eq!(table.len(), tokens.len());
-            for (position, token) in tokens.iter().enumerate() {
-                prop_assert_eq!(inner.written[table.slot(position).unwrap()], *token, "position {}", position);
+    /// Does what a router does with the events since the last time.
+    fn follow_events(&mut self) -> Check {
+        for event in self.events.try_iter() {
+            match event {
+                PoolEvent::Stored { block, parent, tokens, .. } => {
+                    prop_assert_eq!(tokens.len(), self.pool.block_size());
+                    prop_assert!(parent.is_none_or(|parent| self.router.contains_key(&parent)), "the parent is stored");
+                    prop_assert_eq!(self.router.insert(block, parent), None, "stored twice");
+                }
+                PoolEvent::Removed { block } => {
+                    prop_assert!(self.router.remove(&block).is_some(), "removed, but not stored");
+                    let orphan = self.router.values().any(|parent| *parent == Some(block));
+                    prop_assert!(!orphan, "a parent went before its child");
+                }
+                PoolEvent::Cleared => self.router.clear(),
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&mut self) -> Check {
+        let tables = || self.tables.iter().map(|(table, _)| table).chain(&self.hoard);
+        prop_assert_eq!(self.pool.check_held(tables().map(BlockTable::blocks)), Ok(()));
+        let held: HashSet<BlockId> = tables().flat_map(BlockTable::blocks).copied().collect();
+        prop_assert_eq!(self.pool.held(), held.len());
+
+        for (table, model) in &self.tables {
+            prop_assert_eq!(table.len(), model.written.len());
+            let first_seen = table.window().map_or(0, |window| window.start(table.len()));
+            let sinks = table.window().map_or(0, |window| window.sinks());
+            for (position, &what) in model.written.iter().enumerate() {
+                match table.slot(position) {
+                    Some(slot) => prop_assert_eq!(self.slots.get(slot), what, "position {}", position),
+                    None => prop_assert!(position >= sinks && position < first_seen, "{} is still seen", position),
+                }
             }
             prop_assert_eq!(table.slot(table.capacity()), None);
+            // As many blocks as the tokens need, less what lies behind the window.
+            let block_size = self.pool.block_size();
+            let whole = self.pool.blocks_for(table.len());
+            let behind = (first_seen / block_size).saturating_sub(self.pool.blocks_for(sinks));
+            let reserved = table.capacity() / block_size - whole;
+            prop_assert_eq!(table.blocks().len(), whole - behind + reserved);
         }
-        // Distinct blocks in the tables, and held blocks in the pool: the same number.
-        let mut distinct = HashMap::new();
-        for id in self.tables.iter().chain(&self.hoard).flat_map(|t| t.blocks()) {
-            *distinct.entry(*id).or_insert(0) += 1;
+
+        self.follow_events()?;
+        let states = self.pool.snapshot().blocks;
+        for (index, state) in states.iter().enumerate() {
+            if *state == BlockState::Remembered {
+                prop_assert!(self.router.keys().any(|id| id.index() == index), "remembered, but not told");
+            }
         }
-        prop_assert_eq!(self.pool.held(), distinct.len());
+        let told = self.router.keys().filter(|id| states[id.index()] == BlockState::Free).count();
+        prop_assert_eq!(told, 0, "told, but free");
         Ok(())
     }
 }
@@ -234,5 +427,33 @@ proptest! {
         drop((tables, hoard));
         prop_assert_eq!(pool.available(), blocks);
         prop_assert_eq!(pool.check_held([]), Ok(()));
+    }
+
+    /// In a pool that never runs full, as much is found as the longest common prefix with any earlier stream of the same
+    /// salt, in whole blocks, and the part of the next block that is the same.
+    #[test]
+    fn with_room_nothing_is_forgotten(
+        block_size in 1..9usize,
+        streams in prop::collection::vec((prop::collection::vec(0..2u32, 1..30), 0..2usize), 1..20),
+    ) {
+        let (pool, slots) = Slots::pool(1000, block_size);
+        let mut earlier: Vec<(Vec<u32>, usize)> = vec![];
+        for (stream, salt) in streams {
+            let mut table = BlockTable::with_options(&pool, &options(salt));
+            let found = table.reuse(&stream);
+            let full = |other: &[u32]| other.len() / block_size * block_size;
+            let common = |other: &[u32]| stream.iter().zip(&other[..full(other)]).take_while(|(a, b)| a == b).count();
+            let most = earlier.iter().filter(|(_, s)| *s == salt).map(|(other, _)| common(other)).max().unwrap_or(0);
+            prop_assert_eq!(found, most.min(stream.len() - 1));
+            for position in 0..found {
+                prop_assert_eq!(slots.get(table.slot(position).unwrap()), content(&stream[..=position]) ^ (salt as u64) << 50);
+            }
+            table.reserve(stream.len() - found).unwrap();
+            for position in found..stream.len() {
+                slots.write(table.slot(position).unwrap(), content(&stream[..=position]) ^ (salt as u64) << 50);
+            }
+            table.commit_tokens(&stream[found..]).unwrap();
+            earlier.push((stream, salt));
+        }
     }
 }

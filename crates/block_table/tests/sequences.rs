@@ -63,7 +63,7 @@ fn threads_share_one_pool_and_every_block_comes_back() {
                     match sequences.take(id) {
                         // A refused growth is what a full pool is for.
                         Ok(mut table) if round % 5 < 4 => drop(table.append(1 + round % 3)),
-                        Ok(mut table) => table.truncate(round % 11),
+                        Ok(mut table) => table.truncate(round % 11).unwrap(),
                         Err(error) => assert_eq!(error, SequenceError::Busy(id)),
                     }
                     if let Ok(fork) = sequences.fork(id) {

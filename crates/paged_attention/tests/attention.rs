@@ -258,7 +258,7 @@ fn what_is_stored_can_be_read_back() {
         let (k, v) = (tensor(&k, 2, 5, DType::F32), tensor(&v, 2, 5, DType::F32));
         step.attend(1, &k, &k, &v, &Attention::new(1.0)).unwrap();
         step.commit();
-        let fork = table.fork_at(7);
+        let fork = table.fork_at(7).unwrap();
         for (table, len) in [(&table, 9), (&fork, 7)] {
             let (stored_k, stored_v) = cache.keys_and_values(table, 1).unwrap();
             for (stored, given) in [(stored_k, &k), (stored_v, &v)] {

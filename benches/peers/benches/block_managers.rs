@@ -1,0 +1,195 @@
+//! Our bookkeeping beside `kvbm-logical`'s: taking blocks, finding a prompt's blocks again, publishing them, and two
+//! threads at once.
+//!
+//! Both sides give the blocks back inside the time that counts. What a caller can have ready beforehand, the tokens and
+//! for `kvbm-logical` their hashes, is made outside of it; the rows marked `hashing` count its hashing too. Ours is given
+//! tokens always, and compares them.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use peers::{
+    BLOCK_SIZE, Backend, KVBM, Kvbm, Line, Ours, Prompts, Race, Report, SequenceHash, Standing, Target, hashes,
+    is_smoke_test, median, throughput,
+};
+
+const POOL: usize = 4096;
+/// Blocks of a prompt.
+const PROMPT: usize = 64;
+/// Tokens to look a prompt up with: ours leaves at least one for the model to compute.
+const LOOKED_UP: usize = PROMPT * BLOCK_SIZE + 1;
+
+fn main() -> Result<()> {
+    let mut report = Report::default();
+    allocate(&mut report, 1, Target { ratio: Some(3.0), at_most: Some(35.0), ..Target::default() })?;
+    allocate(&mut report, PROMPT, Target { ratio: Some(10.0), at_most: Some(4.0), ..Target::default() })?;
+    match_in_use(&mut report, Target { at_most: Some(15.0), ..Target::default() })?;
+    match_remembered(&mut report, Target { ratio: Some(5.0), at_most: Some(30.0), ..Target::default() })?;
+    publish_and_evict(&mut report, Target { ratio: Some(6.0), ..Target::default() })?;
+    two_threads(&mut report, Target { at_least: Some(1.0), ..Target::default() })?;
+    report.write("block_managers")
+}
+
+/// Takes `n` blocks of an empty pool and gives them back.
+fn allocate(report: &mut Report, n: usize, target: Target) -> Result<()> {
+    let (ours, kvbm) = (Ours::new(POOL)?, Kvbm::new(POOL, Backend::Lru)?);
+    // A run is long enough not to notice the clock, and short enough to be rarely interrupted.
+    let times = 2048_usize.div_ceil(n);
+    let race = Race::new(|()| (0..times).for_each(|_| drop(black_box(ours.allocate(n)))))
+        .against(KVBM, |()| (0..times).for_each(|_| drop(black_box(kvbm.allocate(n)))));
+    let case = format!("allocate {n} and free, per block");
+    for standing in race.run(times * n, || ()) {
+        report.push(Line::time(&case, standing, Some(target)));
+    }
+    Ok(())
+}
+
+/// Finds the blocks of a prompt that another sequence holds.
+fn match_in_use(report: &mut Report, target: Target) -> Result<()> {
+    const TIMES: usize = 32;
+    let tokens = Prompts::default().next(LOOKED_UP);
+    let hashed = hashes(&tokens);
+    let (ours, kvbm) = (Ours::new(POOL)?, Kvbm::new(POOL, Backend::Lru)?);
+    let (our_holder, their_holder) = (ours.publish(&tokens[..LOOKED_UP - 1]), kvbm.publish(&hashed));
+    ensure!((ours.available(), kvbm.available()) == (POOL - PROMPT, POOL - PROMPT), "the prompt is held");
+    ensure!((ours.matches(&tokens), kvbm.matches(&hashed)) == (PROMPT, PROMPT), "both sides know all of it");
+
+    let race = Race::new(|()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens))))))
+        .against(KVBM, |()| (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed))))))
+        .against(format!("{KVBM}, hashing"), |()| {
+            (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(&hashes(black_box(&tokens))))));
+        });
+    for (standing, target) in race.run(TIMES * PROMPT, || ()).into_iter().zip([Some(target), None]) {
+        report.push(Line::time(&format!("match {PROMPT} held and drop, per block"), standing, target));
+    }
+    drop((our_holder, their_holder));
+    Ok(())
+}
+
+/// Finds the blocks of a prompt that nobody holds any more, and lets go of them again.
+fn match_remembered(report: &mut Report, target: Target) -> Result<()> {
+    const TIMES: usize = 32;
+    let tokens = Prompts::default().next(LOOKED_UP);
+    let hashed = hashes(&tokens);
+    let ours = Ours::new(POOL)?;
+    drop(ours.publish(&tokens[..LOOKED_UP - 1]));
+    ensure!((ours.matches(&tokens), ours.available()) == (PROMPT, POOL), "known, and nobody holds it");
+
+    for backend in Backend::ALL {
+        let kvbm = Kvbm::new(POOL, backend)?;
+        drop(kvbm.publish(&hashed));
+        ensure!((kvbm.matches(&hashed), kvbm.available()) == (PROMPT, POOL), "known, and nobody holds it");
+
+        let race = Race::new(|()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens)))))).against(
+            backend.peer(),
+            |()| {
+                (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed)))));
+            },
+        );
+        for standing in race.run(TIMES * PROMPT, || ()) {
+            report.push(Line::time(&format!("match {PROMPT} remembered and drop, per block"), standing, Some(target)));
+        }
+    }
+    Ok(())
+}
+
+/// Takes blocks for a prompt from a pool in which all are remembered, publishes it, and lets go.
+fn publish_and_evict(report: &mut Report, target: Target) -> Result<()> {
+    for backend in Backend::ALL {
+        publish_and_evict_beside(report, backend, false, Some(target))?;
+    }
+    publish_and_evict_beside(report, Backend::Lru, true, None)
+}
+
+/// One peer at a time: each works on more memory than the caches hold beside another's.
+fn publish_and_evict_beside(
+    report: &mut Report,
+    backend: Backend,
+    hashing: bool,
+    target: Option<Target>,
+) -> Result<()> {
+    // Half the pool in one go, for the same reason.
+    const TIMES: usize = POOL / PROMPT / 2;
+    let mut prompts = Prompts::default();
+    let (ours, kvbm) = (Ours::new(POOL)?, Kvbm::new(POOL, backend)?);
+    let we_publish = |batch: &Batch| batch.tokens.iter().for_each(|tokens| drop(black_box(ours.publish(tokens))));
+    let they_publish = |batch: &Batch| {
+        if hashing {
+            batch.tokens.iter().for_each(|tokens| drop(black_box(kvbm.publish(&hashes(tokens)))));
+        } else {
+            batch.hashes.iter().for_each(|hashes| drop(black_box(kvbm.publish(hashes))));
+        }
+    };
+    let known = |batch: &Batch, at: usize| {
+        let one_more = [&batch.tokens[at][..], &[0]].concat();
+        (ours.matches(&one_more), kvbm.matches(&batch.hashes[at]))
+    };
+
+    let first = Batch::draw(&mut prompts, POOL / PROMPT);
+    we_publish(&first);
+    they_publish(&first);
+    ensure!(known(&first, 0) == (PROMPT, PROMPT), "the pool is full, and nothing had to go yet");
+
+    let peer = backend.peer() + if hashing { ", hashing" } else { "" };
+    let mut last = Batch::default();
+    let standings = Race::new(we_publish).against(peer, they_publish).run(TIMES * PROMPT, || {
+        last = Batch::draw(&mut prompts, TIMES);
+        last.clone()
+    });
+    // The first prompt was looked up just before; the second is the oldest.
+    let (we_kept, they_kept) = known(&first, 1);
+    ensure!(we_kept < PROMPT && they_kept < PROMPT, "old blocks made way");
+    ensure!(known(&last, TIMES - 1) == (PROMPT, PROMPT), "new ones were published");
+    for standing in standings {
+        report.push(Line::time(&format!("allocate {PROMPT}, publish, free, evicting, per block"), standing, target));
+    }
+    Ok(())
+}
+
+/// Prompts that nobody has seen, and their hashes.
+#[derive(Default, Clone)]
+struct Batch {
+    tokens: Vec<Vec<u32>>,
+    hashes: Vec<Vec<SequenceHash>>,
+}
+
+impl Batch {
+    fn draw(prompts: &mut Prompts, n: usize) -> Self {
+        let tokens: Vec<_> = (0..n).map(|_| prompts.next(PROMPT * BLOCK_SIZE)).collect();
+        let hashes = tokens.iter().map(|tokens| hashes(tokens)).collect();
+        Self { tokens, hashes }
+    }
+}
+
+/// Two threads that take one block of the same pool and give it back, again and again: what they get done together,
+/// and what that is to one thread alone.
+fn two_threads(report: &mut Report, target: Target) -> Result<()> {
+    let (rounds, window) =
+        if is_smoke_test() { (1, Duration::from_micros(100)) } else { (101, Duration::from_millis(5)) };
+    let (ours, kvbm) = (Ours::new(POOL)?, Kvbm::new(POOL, Backend::Lru)?);
+    let our_rate = |threads| throughput(threads, window, || drop(black_box(ours.allocate(1))));
+    let their_rate = |threads| throughput(threads, window, || drop(black_box(kvbm.allocate(1))));
+
+    let rates: Vec<_> = (0..rounds).map(|_| [our_rate(1), their_rate(1), our_rate(2), their_rate(2)]).collect();
+    let middle = |of: fn(&[f64; 4]) -> f64| median(rates.iter().map(of).collect());
+    let case = "allocate 1 and free, two threads";
+    let standing = Standing {
+        peer: KVBM.into(),
+        ours: middle(|[_, _, ours, _]| 1e9 / ours),
+        theirs: middle(|[_, _, _, theirs]| 1e9 / theirs),
+        ratio: middle(|[_, _, ours, theirs]| ours / theirs),
+    };
+    report.push(Line::time(case, standing, None));
+    report.push(Line {
+        case: format!("{case}, of one thread's throughput"),
+        metric: "scaling",
+        unit: "x",
+        ours: middle(|[one, _, two, _]| two / one),
+        peer: KVBM.into(),
+        theirs: middle(|[_, one, _, two]| two / one),
+        ratio: middle(|[our_one, their_one, our_two, their_two]| (our_two / our_one) / (their_two / their_one)),
+        target: Some(target),
+    });
+    Ok(())
+}

@@ -1,0 +1,74 @@
+//! Contestants that take turns.
+
+use std::time::Instant;
+
+use crate::{is_smoke_test, median};
+
+const ROUNDS: usize = 201;
+/// Rounds that nobody counts: caches and branch predictors learn, lists grow to their size.
+const WARM_UP: usize = 20;
+
+type Run<'a, P> = Box<dyn FnMut(&P) + 'a>;
+
+/// Runs that are timed in turn, ours first, so that whatever else the machine does in the meantime meets all of them.
+pub struct Race<'a, P> {
+    runs: Vec<(String, Run<'a, P>)>,
+}
+
+/// How a peer did.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    /// The peer's name.
+    pub peer: String,
+    /// Our median time in nanoseconds.
+    pub ours: f64,
+    /// The peer's.
+    pub theirs: f64,
+    /// The median of what the peer's time was to ours in the same round: above 1 we are ahead.
+    pub ratio: f64,
+}
+
+impl<'a, P> Race<'a, P> {
+    /// A race of `ours` against those to come.
+    pub fn new(ours: impl FnMut(&P) + 'a) -> Self {
+        Self { runs: vec![(String::new(), Box::new(ours))] }
+    }
+
+    /// Adds a peer.
+    pub fn against(mut self, peer: impl Into<String>, theirs: impl FnMut(&P) + 'a) -> Self {
+        self.runs.push((peer.into(), Box::new(theirs)));
+        self
+    }
+
+    /// Runs all of them, round after round. What `prepare` makes for a round is not timed. Times are per unit, of which a
+    /// run has `units`.
+    pub fn run(mut self, units: usize, mut prepare: impl FnMut() -> P) -> Vec<Standing> {
+        let (warm_up, rounds) = if is_smoke_test() { (0, 2) } else { (WARM_UP, ROUNDS) };
+        let mut times = vec![Vec::with_capacity(rounds); self.runs.len()];
+        for round in 0..warm_up + rounds {
+            let prepared = prepare();
+            for ((_, run), times) in self.runs.iter_mut().zip(&mut times) {
+                let started = Instant::now();
+                run(&prepared);
+                let taken = started.elapsed();
+                if round >= warm_up {
+                    times.push(taken.as_nanos() as f64 / units as f64);
+                }
+            }
+        }
+        let (ours, theirs) = times.split_at(1);
+        let standing = |((peer, _), theirs): (&(String, Run<'_, P>), &Vec<f64>)| Standing {
+            peer: peer.clone(),
+            ours: median(ours[0].clone()),
+            theirs: median(theirs.clone()),
+            ratio: median(theirs.iter().zip(&ours[0]).map(|(theirs, ours)| theirs / ours).collect()),
+        };
+        self.runs[1..].iter().zip(theirs).map(standing).collect()
+    }
+}
+
+impl<P> std::fmt::Debug for Race<'_, P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.runs.iter().map(|(peer, _)| peer)).finish()
+    }
+}

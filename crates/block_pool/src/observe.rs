@@ -1,0 +1,54 @@
+//! The pool's numbers for whoever collects metrics.
+
+use metrics::{Key, Label, Level, Metadata};
+
+use crate::BlockPool;
+
+static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
+
+/// Reports a pool to the recorder that the process has installed for the [`metrics`](https://docs.rs/metrics) facade.
+///
+/// | name | kind | |
+/// |---|---|---|
+/// | `kv_cache_blocks` | gauge | labelled `state`: `free`, `held` or `remembered` |
+/// | `kv_cache_queried_tokens` | counter | tokens sought among the stored prefixes |
+/// | `kv_cache_hit_tokens` | counter | tokens found there |
+/// | `kv_cache_evictions` | counter | remembered blocks that gave way |
+/// | `kv_cache_copies` | counter | blocks copied before a write |
+///
+/// The names are made once, here, so that a report without a recorder is nothing but a look at the pool.
+#[derive(Debug)]
+pub struct PoolMetrics {
+    blocks: [Key; 3],
+    counters: [Key; 4],
+}
+
+impl PoolMetrics {
+    /// Reports under the label `cache`: a process may have several.
+    pub fn new(cache: &str) -> Self {
+        let label = || Label::new("cache", cache.to_owned());
+        let blocks = ["free", "held", "remembered"]
+            .map(|state| Key::from_parts("kv_cache_blocks", vec![label(), Label::from_static_parts("state", state)]));
+        let counters = ["kv_cache_queried_tokens", "kv_cache_hit_tokens", "kv_cache_evictions", "kv_cache_copies"]
+            .map(|name| Key::from_parts(name, vec![label()]));
+        Self { blocks, counters }
+    }
+
+    /// Reports the state of `pool`. A `Step` of `paged_attention` does this at its end.
+    pub fn record(&self, pool: &BlockPool) {
+        let (free, remembered, stats) = {
+            let ledger = pool.ledger();
+            (ledger.free(), ledger.remembered(), ledger.stats())
+        };
+        let blocks = [free, pool.blocks() - free - remembered, remembered];
+        let counters = [stats.queried_tokens, stats.hit_tokens, stats.evictions, stats.copies];
+        metrics::with_recorder(|recorder| {
+            for (key, blocks) in self.blocks.iter().zip(blocks) {
+                recorder.register_gauge(key, &METADATA).set(blocks as f64);
+            }
+            for (key, count) in self.counters.iter().zip(counters) {
+                recorder.register_counter(key, &METADATA).absolute(count);
+            }
+        });
+    }
+}

@@ -1,0 +1,41 @@
+//! How far back a sequence looks.
+
+/// A sliding window with attention sinks: a token sees the last `tokens` tokens, itself included, and the first `sinks`
+/// tokens of its sequence ("Efficient Streaming Language Models with Attention Sinks", Xiao et al. 2023, section 3;
+/// here positions go on counting instead of being renumbered).
+///
+/// Blocks that lie wholly behind the window are given back, so that a sequence of any length takes the memory of its
+/// window and its sinks, each rounded up to whole blocks, and of one more block where the window begins inside one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Window {
+    tokens: usize,
+    sinks: usize,
+}
+
+impl Window {
+    /// The last `tokens` tokens. A token always sees itself: 0 counts as 1.
+    pub fn new(tokens: usize) -> Self {
+        Self { tokens: tokens.max(1), sinks: 0 }
+    }
+
+    /// And the first `sinks` tokens of the sequence.
+    #[must_use]
+    pub fn with_sinks(self, sinks: usize) -> Self {
+        Self { sinks, ..self }
+    }
+
+    /// How many tokens a token sees, itself included, beside the sinks.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// How many tokens at the start of the sequence every token sees.
+    pub fn sinks(&self) -> usize {
+        self.sinks
+    }
+
+    /// The first position behind the sinks that the token at `position` sees.
+    pub fn start(&self, position: usize) -> usize {
+        (position + 1).saturating_sub(self.tokens)
+    }
+}

@@ -1,0 +1,114 @@
+//! Storage that remembers what was written to each slot, poisons what becomes free, and fails on command.
+
+#![allow(clippy::unwrap_used, clippy::panic, dead_code)]
+
+use std::sync::{Arc, Mutex};
+
+use block_pool::BlockStorage;
+use block_table::{BlockId, BlockPool, BlockTable, StorageError};
+
+/// What a slot holds that nobody may read.
+pub(crate) const POISON: u64 = u64::MAX;
+
+#[derive(Clone)]
+pub(crate) struct Slots(Arc<Mutex<Inner>>);
+
+struct Inner {
+    written: Vec<u64>,
+    block_size: usize,
+    poisons: bool,
+    fails: bool,
+}
+
+impl Slots {
+    pub(crate) fn pool(blocks: usize, block_size: usize) -> (BlockPool, Slots) {
+        let inner = Inner { written: vec![0; blocks * block_size], block_size, poisons: true, fails: false };
+        let slots = Slots(Arc::new(Mutex::new(inner)));
+        (BlockPool::with_storage(blocks, block_size, slots.clone()).unwrap(), slots)
+    }
+
+    /// From now on nothing can be copied, read or written by the pool.
+    pub(crate) fn fail(&self, fails: bool) {
+        self.0.lock().unwrap().fails = fails;
+    }
+
+    pub(crate) fn fails(&self) -> bool {
+        self.0.lock().unwrap().fails
+    }
+
+    pub(crate) fn write(&self, slot: usize, what: u64) {
+        self.0.lock().unwrap().written[slot] = what;
+    }
+
+    pub(crate) fn get(&self, slot: usize) -> u64 {
+        self.0.lock().unwrap().written[slot]
+    }
+
+    /// Writes what a model would leave behind for `tokens` behind `before`, and commits them.
+    pub(crate) fn append(&self, table: &mut BlockTable, before: &[u32], tokens: &[u32]) {
+        table.reserve(tokens.len()).unwrap();
+        let all = [before, tokens].concat();
+        for position in before.len()..all.len() {
+            self.write(table.slot(position).unwrap(), content(&all[..=position]));
+        }
+        table.commit_tokens(tokens).unwrap();
+    }
+}
+
+/// What a model leaves behind for the last of these tokens: it depends on all of them.
+pub(crate) fn content(tokens: &[u32]) -> u64 {
+    tokens.iter().fold(17, |hash, &token| (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)) >> 1
+}
+
+impl BlockStorage for Slots {
+    fn copy(&self, from: BlockId, to: BlockId) -> Result<(), StorageError> {
+        let mut inner = self.0.lock().unwrap();
+        if inner.fails {
+            return Err(StorageError::new("told to fail"));
+        }
+        let size = inner.block_size;
+        let start = from.index() * size;
+        inner.written.copy_within(start..start + size, to.index() * size);
+        Ok(())
+    }
+
+    fn read(&self, id: BlockId, bytes: &mut Vec<u8>) -> Result<(), StorageError> {
+        let inner = self.0.lock().unwrap();
+        if inner.fails {
+            return Err(StorageError::new("told to fail"));
+        }
+        let start = id.index() * inner.block_size;
+        bytes.extend(inner.written[start..start + inner.block_size].iter().flat_map(|slot| slot.to_le_bytes()));
+        Ok(())
+    }
+
+    fn write(&self, id: BlockId, bytes: &[u8]) -> Result<(), StorageError> {
+        let mut inner = self.0.lock().unwrap();
+        if inner.fails {
+            return Err(StorageError::new("told to fail"));
+        }
+        let start = id.index() * inner.block_size;
+        for (i, slot) in bytes.chunks_exact(8).enumerate() {
+            inner.written[start + i] = u64::from_le_bytes(slot.try_into().unwrap());
+        }
+        Ok(())
+    }
+
+    fn bytes_per_block(&self) -> usize {
+        self.0.lock().unwrap().block_size * 8
+    }
+
+    fn poisons(&self) -> bool {
+        self.0.lock().unwrap().poisons
+    }
+
+    fn poison(&self, ids: &[BlockId]) -> Result<(), StorageError> {
+        let mut inner = self.0.lock().unwrap();
+        for id in ids {
+            let start = id.index() * inner.block_size;
+            let end = start + inner.block_size;
+            inner.written[start..end].fill(POISON);
+        }
+        Ok(())
+    }
+}
