@@ -81,12 +81,10 @@ fn match_remembered(report: &mut Report, target: Target) -> Result<()> {
         drop(kvbm.publish(&hashed));
         ensure!((kvbm.matches(&hashed), kvbm.available()) == (PROMPT, POOL), "known, and nobody holds it");
 
-        let race = Race::new(|()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens)))))).against(
-            backend.peer(),
-            |()| {
-                (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed)))));
-            },
-        );
+        let race = Race::new(|()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens))))));
+        let race = race.against(backend.peer(), |()| {
+            (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed)))));
+        });
         for standing in race.run(TIMES * PROMPT, || ()) {
             report.push(Line::time(&format!("match {PROMPT} remembered and drop, per block"), standing, Some(target)));
         }

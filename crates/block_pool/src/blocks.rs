@@ -25,6 +25,7 @@ pub struct Blocks {
 
 impl Blocks {
     /// An empty list, which a later [`grow`](Self::grow) fills from `pool`.
+    #[inline]
     pub fn none(pool: &BlockPool) -> Self {
         Self { pool: pool.clone(), ids: Ids::new(), epoch: 0 }
     }
@@ -50,6 +51,7 @@ impl Blocks {
     /// # Errors
     ///
     /// [`OutOfBlocks`] when fewer than `n` are available; then none was added.
+    #[inline]
     pub fn grow(&mut self, n: usize) -> Result<(), OutOfBlocks> {
         if n == 0 {
             return Ok(());
@@ -61,7 +63,7 @@ impl Blocks {
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        let evicted = ledger.take(n, last, |id| ids.push(id))?;
+        let evicted = ledger.take(n, last, |run| add(ids, run))?;
         drop(ledger);
         self.poison_last(evicted);
         Ok(())
@@ -69,6 +71,7 @@ impl Blocks {
 
     /// Room in the list for `n` more ids, so that nothing is allocated under the pool's lock. Refuses what the pool could
     /// never give before it asks the allocator for it.
+    #[inline]
     fn make_room(&mut self, n: usize) -> Result<(), OutOfBlocks> {
         if n > self.pool.blocks() {
             return Err(OutOfBlocks { requested: n, available: self.pool.available() });
@@ -78,6 +81,7 @@ impl Blocks {
     }
 
     /// Blocks that were remembered a moment ago still have their old content.
+    #[inline]
     fn poison_last(&self, evicted: usize) {
         if evicted > 0 {
             tracing::trace!(evicted, "remembered blocks gave way");
@@ -103,7 +107,7 @@ impl Blocks {
         self.make_room(n.saturating_add(1))?;
         let last = self.ids.last().copied();
         let Self { pool, ids, .. } = self;
-        let (owned, evicted) = pool.ledger().own(original, n, last, |id| ids.push(id))?;
+        let (owned, evicted) = pool.ledger().own(original, n, last, |run| add(ids, run))?;
         self.poison_last(evicted);
         if matches!(owned, Owned::InPlace) {
             return Ok(());
@@ -122,6 +126,7 @@ impl Blocks {
     }
 
     /// Keeps the first `len` blocks and gives the others back. Does nothing if there are no more than `len`.
+    #[inline]
     pub fn truncate(&mut self, len: usize) {
         if len < self.ids.len() {
             self.pool.release(&self.ids[len..]);
@@ -198,6 +203,16 @@ impl Blocks {
     }
 }
 
+/// Adds a run of neighbours.
+#[inline]
+fn add(ids: &mut Ids, run: Range<usize>) {
+    if run.len() == 1 {
+        ids.push(BlockId::new(run.start));
+    } else {
+        ids.extend(run.map(BlockId::new));
+    }
+}
+
 impl Deref for Blocks {
     type Target = [BlockId];
 
@@ -213,6 +228,7 @@ impl fmt::Debug for Blocks {
 }
 
 impl Drop for Blocks {
+    #[inline]
     fn drop(&mut self) {
         self.truncate(0);
     }

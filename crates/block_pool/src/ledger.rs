@@ -10,13 +10,14 @@
 //! | remembered | 0 | yes |
 //! | held | 1 or more | maybe |
 
+use std::ops::Range;
 use std::sync::mpsc::Receiver;
 
 use smallvec::SmallVec;
 
 use crate::events::Listeners;
 use crate::eviction::Remembered;
-use crate::free::FreeBlocks;
+use crate::free::{FreeBlocks, Pending};
 use crate::prefix::PrefixTree;
 use crate::snapshot::BlockState;
 use crate::{BlockId, Inconsistent, OutOfBlocks, PoolEvent, Salt, Stats};
@@ -74,13 +75,14 @@ impl Ledger {
         self.stats
     }
 
-    /// Takes `n` blocks, free ones first, side by side where possible and right behind `after`; all or none. Returns how
-    /// many of them, the last ones, were remembered until now.
+    /// Takes `n` blocks, free ones first, side by side where possible and right behind `after`; all or none. Hands them to
+    /// `taken` in runs of neighbours, and returns how many of them, the last ones, were remembered until now.
+    #[inline]
     pub(crate) fn take(
         &mut self,
         n: usize,
         after: Option<BlockId>,
-        mut taken: impl FnMut(BlockId),
+        mut taken: impl FnMut(Range<usize>),
     ) -> Result<usize, OutOfBlocks> {
         let available = self.available();
         if n > available {
@@ -88,14 +90,14 @@ impl Ledger {
         }
         let free = n.min(self.free.len());
         let holders = &mut self.holders;
-        self.free.take(free, after, |id| {
-            holders[id.index()] = 1;
-            taken(id);
+        self.free.take(free, after, |run| {
+            holders[run.clone()].fill(1);
+            taken(run);
         });
         for _ in free..n {
             let Some(id) = self.evict() else { break };
             self.holders[id.index()] = 1;
-            taken(id);
+            taken(id.index()..id.index() + 1);
         }
         Ok(n - free)
     }
@@ -138,7 +140,7 @@ impl Ledger {
         block: BlockId,
         n: usize,
         last: Option<BlockId>,
-        taken: impl FnMut(BlockId),
+        taken: impl FnMut(Range<usize>),
     ) -> Result<(Owned, usize), OutOfBlocks> {
         let alone = self.holders[block.index()] == 1;
         if alone && !self.tree.contains(block) {
@@ -167,18 +169,22 @@ impl Ledger {
     }
 
     /// One holder less for each block, from the last to the first: the tail of a sequence is forgotten before its head.
+    #[inline]
     pub(crate) fn release(&mut self, ids: &[BlockId]) {
+        let mut pending = Pending::default();
         for &id in ids.iter().rev() {
             let holders = &mut self.holders[id.index()];
             *holders -= 1;
-            if *holders == 0 {
-                if self.tree.contains(id) {
-                    self.remembered.insert(id);
-                } else {
-                    self.free.insert(id);
-                }
+            if *holders > 0 {
+                continue;
+            }
+            if self.tree.contains(id) {
+                self.remembered.insert(id);
+            } else {
+                self.free.insert_with(&mut pending, id);
             }
         }
+        self.free.finish(pending);
     }
 
     /// Like [`release`](Self::release), but those that would become free are returned instead, still held.

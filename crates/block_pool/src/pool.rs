@@ -1,12 +1,11 @@
 //! The pool: a handle that many threads share.
 
 use std::fmt;
-use std::sync::PoisonError;
 use std::sync::mpsc::Receiver;
 
 use crate::ledger::Ledger;
 use crate::storage::NoStorage;
-use crate::sync::{Arc, Mutex, MutexGuard};
+use crate::sync::{Arc, Mutex, MutexGuard, lock};
 use crate::{BlockId, BlockStorage, Blocks, Inconsistent, OutOfBlocks, PoolError, PoolEvent, Stats};
 
 /// Slots are counted in 32 bits, signed, so that index tensors of any integer type can hold them.
@@ -75,6 +74,7 @@ impl BlockPool {
     /// # Errors
     ///
     /// [`OutOfBlocks`] when fewer than `n` are available; then none was taken.
+    #[inline]
     pub fn take(&self, n: usize) -> Result<Blocks, OutOfBlocks> {
         let mut blocks = Blocks::none(self);
         blocks.grow(n)?;
@@ -163,6 +163,7 @@ impl BlockPool {
 
     /// One holder less for each block. Where free blocks are poisoned, that happens before anybody else can be given
     /// them, and outside the lock.
+    #[inline]
     pub(crate) fn release(&self, ids: &[BlockId]) {
         // While a panic unwinds, the storage may be in the hands of the one who panicked.
         if !self.0.poisons || std::thread::panicking() {
@@ -184,8 +185,9 @@ impl BlockPool {
     }
 
     /// Nothing that runs under this lock can panic half-way, so the books of a poisoned lock are whole.
+    #[inline]
     pub(crate) fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        self.0.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.ledger)
     }
 }
 
