@@ -12,7 +12,7 @@ pub struct SwappedTable {
     len: usize,
     window: Option<Window>,
     gap: usize,
-    salt: Salt,
+    salt: Option<Salt>,
     tail: Option<Tokens>,
 }
 

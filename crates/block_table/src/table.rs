@@ -52,8 +52,8 @@ pub struct BlockTable {
     pub(crate) window: Option<Window>,
     /// How many blocks behind those of the sinks have been given back.
     pub(crate) gap: usize,
-    /// What prefixes of this sequence are stored under.
-    pub(crate) salt: Salt,
+    /// What prefixes of this sequence are stored under; none if they are not.
+    pub(crate) salt: Option<Salt>,
     /// The tokens in the last, unfinished block, when all of them are known.
     pub(crate) tail: Option<Tokens>,
 }
@@ -66,6 +66,8 @@ pub struct TableOptions {
     pub salt: Salt,
     /// How far back the sequence looks; the whole way if there is no window.
     pub window: Option<Window>,
+    /// Whether its prefixes are neither stored nor sought.
+    pub private: bool,
 }
 
 impl TableOptions {
@@ -73,6 +75,13 @@ impl TableOptions {
     #[must_use]
     pub fn salt(self, salt: Salt) -> Self {
         Self { salt, ..self }
+    }
+
+    /// Its prefixes are neither stored nor sought: for inputs that tokens do not tell apart, embeddings say, and for what
+    /// nobody shall learn of by how fast he is answered.
+    #[must_use]
+    pub fn private(self) -> Self {
+        Self { private: true, ..self }
     }
 
     /// The sequence looks back only so far, and gives back what lies behind.
@@ -90,12 +99,13 @@ impl BlockTable {
 
     /// An empty table over `pool` with a salt or a window.
     pub fn with_options(pool: &BlockPool, options: &TableOptions) -> Self {
-        let TableOptions { ref salt, window } = *options;
+        let TableOptions { ref salt, window, private } = *options;
         // The same tokens leave other keys and values behind when they have seen less.
         let salt = match window {
             Some(window) => windowed(salt, window),
             None => salt.clone(),
         };
+        let salt = (!private).then_some(salt);
         Self { blocks: Blocks::none(pool), len: 0, window, gap: 0, salt, tail: Some(Tokens::new()) }
     }
 
@@ -155,10 +165,11 @@ impl BlockTable {
         let block_size = self.pool().block_size();
         let known = tokens.len().saturating_sub(1);
         let broken = self.gap > 0 && self.blocks.len() == self.sink_blocks();
+        let Some(salt) = &self.salt else { return 0 };
         if !self.len.is_multiple_of(block_size) || self.capacity() > self.len || self.len >= known || broken {
             return 0;
         }
-        let found = self.blocks.reuse(&self.salt, &tokens[self.len..known]);
+        let found = self.blocks.reuse(salt, &tokens[self.len..known]);
         self.len += found;
         self.tail = Some(Tokens::from_slice(&tokens[self.len - self.len % block_size..self.len]));
         self.slide();
@@ -217,8 +228,8 @@ impl BlockTable {
         }
         // Behind a gap, the block before is not there to be followed.
         let follows = self.gap == 0 || first > self.sink_blocks() + self.gap;
-        if let (Some(tail), Some(at), true) = (&self.tail, self.place(first), follows) {
-            self.blocks.store(&self.salt, at, tail, tokens);
+        if let (Some(salt), Some(tail), Some(at), true) = (&self.salt, &self.tail, self.place(first), follows) {
+            self.blocks.store(salt, at, tail, tokens);
         }
         let unfinished = self.len % block_size;
         let tail = self.tail.get_or_insert_default();

@@ -137,6 +137,18 @@ fn salt_isolates() {
 }
 
 #[test]
+fn a_private_sequence_neither_gives_nor_takes() {
+    let (pool, slots) = Slots::pool(8, 2);
+    let private = TableOptions::default().private();
+    let mut table = BlockTable::with_options(&pool, &private);
+    slots.append(&mut table, &[], &[1, 2]);
+    assert_eq!(BlockTable::new(&pool).reuse(&[1, 2, 3]), 0);
+    drop(computed(&pool, &slots, &[1, 2]));
+    assert_eq!(BlockTable::with_options(&pool, &private).reuse(&[1, 2, 3]), 0);
+    assert_eq!(BlockTable::new(&pool).reuse(&[1, 2, 3]), 2);
+}
+
+#[test]
 fn a_failed_reservation_changes_nothing() {
     let (pool, slots) = Slots::pool(4, 2);
     drop(computed(&pool, &slots, &[1, 1, 2, 2]));

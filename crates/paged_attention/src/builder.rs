@@ -1,6 +1,6 @@
 //! How a cache is made.
 
-use block_pool::{BlockPool, KvShape, KvTensors, Order};
+use block_pool::{BlockPool, KvShape, KvTensors, Order, PoolMetrics};
 use candle_core::{DType, Device};
 
 use crate::{CacheError, Kernel, KvCache};
@@ -35,6 +35,8 @@ pub struct KvCacheBuilder {
     device: Device,
     backend: Backend,
     kernel: Kernel,
+    poison: bool,
+    name: String,
 }
 
 impl KvCacheBuilder {
@@ -47,6 +49,8 @@ impl KvCacheBuilder {
             device: Device::Cpu,
             backend: Backend::Auto,
             kernel: Kernel::best(),
+            poison: cfg!(debug_assertions),
+            name: "kv".into(),
         }
     }
 
@@ -85,6 +89,17 @@ impl KvCacheBuilder {
         Self { kernel, ..self }
     }
 
+    /// Whether blocks are filled with NaN when they become free, so that whoever reads a slot that is not theirs sees it
+    /// at once; on in debug builds unless told.
+    pub fn poison(self, poison: bool) -> Self {
+        Self { poison, ..self }
+    }
+
+    /// What the cache is called in metrics, as the label `cache`; `kv` unless told.
+    pub fn name(self, name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..self }
+    }
+
     /// Allocates the pool.
     ///
     /// # Errors
@@ -103,9 +118,10 @@ impl KvCacheBuilder {
         }
         let order = if fused { Order::HeadMajor } else { Order::TokenMajor };
         let blocks = self.block_count()?;
-        let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, order, self.dtype, &self.device)?;
+        let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, order, self.dtype, &self.device)?
+            .poisoned(self.poison);
         let pool = BlockPool::with_storage(blocks, self.block_size, tensors.clone())?;
-        Ok(KvCache::from_parts(pool, tensors, self.shape, self.kernel))
+        Ok(KvCache::from_parts(pool, tensors, self.shape, self.kernel, PoolMetrics::new(&self.name)))
     }
 
     fn block_count(&self) -> Result<usize, CacheError> {

@@ -1,7 +1,9 @@
 //! The cache: a pool, the tensors behind it, and a way to attend over them.
 
-use block_pool::{BlockPool, KvLayout, KvShape, KvTensors};
-use block_table::BlockTable;
+use std::sync::Arc;
+
+use block_pool::{BlockPool, KvLayout, KvShape, KvTensors, PoolMetrics};
+use block_table::{BlockTable, TableOptions};
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::{CacheError, Kernel, KvCacheBuilder, Step, gather, validate};
@@ -13,6 +15,7 @@ pub struct KvCache {
     tensors: KvTensors,
     shape: KvShape,
     kernel: Kernel,
+    metrics: Arc<PoolMetrics>,
 }
 
 impl KvCache {
@@ -36,13 +39,25 @@ impl KvCache {
         KvCacheBuilder::new(shape)
     }
 
-    pub(crate) fn from_parts(pool: BlockPool, tensors: KvTensors, shape: KvShape, kernel: Kernel) -> Self {
-        Self { pool, tensors, shape, kernel }
+    pub(crate) fn from_parts(
+        pool: BlockPool,
+        tensors: KvTensors,
+        shape: KvShape,
+        kernel: Kernel,
+        metrics: PoolMetrics,
+    ) -> Self {
+        Self { pool, tensors, shape, kernel, metrics: Arc::new(metrics) }
     }
 
-    /// The table of a new sequence.
+    /// The table of a new sequence. Before it computes its prompt, [`BlockTable::reuse`] gives it what others have
+    /// computed of the same.
     pub fn table(&self) -> BlockTable {
         BlockTable::new(&self.pool)
+    }
+
+    /// The table of a new sequence with a window, or a salt without which its prefixes are not shared.
+    pub fn table_with(&self, options: &TableOptions) -> BlockTable {
+        BlockTable::with_options(&self.pool, options)
     }
 
     /// A new step: one forward pass over any number of sequences.
@@ -76,7 +91,8 @@ impl KvCache {
     }
 
     /// Copies the keys and values of `table`'s committed tokens out of one layer, each `(tokens, kv_heads, head_dim)`:
-    /// for inspection and for attention of another kind. [`Step::attend`] does not need it.
+    /// for inspection and for attention of another kind. [`Step::attend`] does not need it. A table with a window gives
+    /// what it still holds: the blocks of its sinks, then those of its window.
     ///
     /// # Errors
     ///
@@ -85,7 +101,8 @@ impl KvCache {
         let tensor = validate::layer(&self.tensors, layer)?;
         validate::table(&self.pool, table)?;
         let blocks: Vec<u32> = table.blocks().iter().map(|id| id.index() as u32).collect();
-        gather::gather(tensor, self.layout(), &blocks, table.len())
+        let given_back = table.gap().1 * self.pool.block_size();
+        gather::gather(tensor, self.layout(), &blocks, table.len() - given_back)
     }
 
     pub(crate) fn layout(&self) -> &KvLayout {
@@ -94,6 +111,10 @@ impl KvCache {
 
     pub(crate) fn tensors(&self) -> &KvTensors {
         &self.tensors
+    }
+
+    pub(crate) fn record_metrics(&self) {
+        self.metrics.record(&self.pool);
     }
 
     pub(crate) fn kernel(&self) -> Kernel {

@@ -47,6 +47,30 @@ pub enum PushError {
     Started,
 }
 
+/// A step cannot be committed as asked. Its sequences are rolled back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum CommitError {
+    /// There is not one number for each sequence.
+    #[error("accepted tokens are given for {accepted} sequences, {pushed} take part")]
+    Sequences {
+        /// The numbers given.
+        accepted: usize,
+        /// The sequences in the step.
+        pushed: usize,
+    },
+    /// A sequence has fewer new tokens than were accepted.
+    #[error("{accepted} tokens of sequence {sequence} are accepted, {pushed} were pushed")]
+    Tokens {
+        /// The sequence, counted in the order of pushes.
+        sequence: usize,
+        /// The tokens accepted.
+        accepted: usize,
+        /// The tokens it has in the step.
+        pushed: usize,
+    },
+}
+
 impl From<ReserveError> for PushError {
     fn from(error: ReserveError) -> Self {
         match error {

@@ -4,10 +4,10 @@
 //! this is a fallback; on a CPU it is the independent neighbour that the fused kernels are compared with.
 
 use block_pool::{KvLayout, Order};
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use crate::Attention;
-use crate::plan::{Plan, Span};
+use crate::plan::{Plan, Sight, Span};
 
 /// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place.
 pub(crate) fn write(layer: &Tensor, layout: &KvLayout, plan: &Plan, k: &Tensor, v: &Tensor) -> Result<()> {
@@ -62,31 +62,35 @@ pub(crate) fn attend(
         .spans
         .iter()
         .map(|span| {
-            let (k, v) = gather(layer, layout, &plan.blocks[span.blocks.clone()], span.len())?;
-            one(&q.narrow(0, span.rows.start, span.rows.len())?, &k, &v, span, attention)
+            let positions: Vec<usize> = span.held(layout.block_size).collect();
+            let (k, v) = gather(layer, layout, &plan.blocks[span.blocks.clone()], positions.len())?;
+            let q = q.narrow(0, span.rows.start, span.rows.len())?;
+            let mask = mask(span, &positions, attention.causal, q.device())?;
+            one(&q, &k, &v, mask.as_ref(), attention.scale)
         })
         .collect::<Result<Vec<_>>>()?;
     Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())
 }
 
-/// One sequence: q `(rows, heads, head_dim)`, k and v `(len, kv_heads, head_dim)`.
-fn one(q: &Tensor, k: &Tensor, v: &Tensor, span: &Span, attention: &Attention) -> Result<Tensor> {
+/// One sequence: q `(rows, heads, head_dim)`, k and v `(len, kv_heads, head_dim)`, mask `(rows, len)`.
+fn one(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) -> Result<Tensor> {
     let (rows, heads, head_dim) = q.dims3()?;
     let (len, kv_heads, _) = k.dims3()?;
     let group = heads / kv_heads;
     let to_heads = |t: &Tensor| t.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous();
     let (k, v) = (to_heads(k)?, to_heads(v)?);
     // The query heads of one key head become rows of one product: keys are not repeated.
-    let q = (q.to_dtype(DType::F32)? * f64::from(attention.scale))?
+    let q = (q.to_dtype(DType::F32)? * f64::from(scale))?
         .reshape((rows, kv_heads, group, head_dim))?
         .permute((1, 2, 0, 3))?
         .reshape((kv_heads, group * rows, head_dim))?;
     let mut scores = q.matmul(&k.t()?)?;
-    if attention.causal && rows > 1 {
-        scores = scores
-            .reshape((kv_heads * group, rows, len))?
-            .broadcast_add(&causal_mask(span, q.device())?)?
-            .reshape((kv_heads, group * rows, len))?;
+    if let Some(mask) = mask {
+        scores = scores.reshape((kv_heads * group, rows, len))?.broadcast_add(mask)?.reshape((
+            kv_heads,
+            group * rows,
+            len,
+        ))?;
     }
     let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
@@ -97,11 +101,17 @@ fn one(q: &Tensor, k: &Tensor, v: &Tensor, span: &Span, attention: &Attention) -
         .reshape((rows, heads, head_dim))
 }
 
-/// `(rows, len)`: 0 where a new token sees a position, -inf where it does not.
-fn causal_mask(span: &Span, device: &candle_core::Device) -> Result<Tensor> {
-    let (rows, len) = (span.rows.len(), span.len());
-    let mask: Vec<f32> = (0..rows)
-        .flat_map(|row| (0..len).map(move |at| if at <= span.start + row { 0.0 } else { f32::NEG_INFINITY }))
-        .collect();
-    Tensor::from_vec(mask, (rows, len), device)
+/// `(rows, len)`: 0 where a new token sees one of `positions`, -inf where it does not. None if all see everything.
+fn mask(span: &Span, positions: &[usize], causal: bool, device: &Device) -> Result<Option<Tensor>> {
+    let rows = span.rows.len();
+    if span.window.is_none() && (rows == 1 || !causal) {
+        return Ok(None);
+    }
+    let mut mask = Vec::with_capacity(rows * positions.len());
+    for row in 0..rows {
+        let Sight { sinks, recent } = span.sight(row, causal);
+        let sees = |at: &usize| *at < sinks || recent.contains(at);
+        mask.extend(positions.iter().map(|at| if sees(at) { 0.0 } else { f32::NEG_INFINITY }));
+    }
+    Tensor::from_vec(mask, (rows, positions.len()), device).map(Some)
 }

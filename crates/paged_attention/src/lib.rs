@@ -14,12 +14,18 @@ pub use attention::Attention;
 pub use builder::{Backend, KvCacheBuilder};
 pub use cache::KvCache;
 pub use cpu::Kernel;
-pub use error::{CacheError, PushError};
+pub use error::{CacheError, CommitError, PushError};
 pub use step::Step;
 pub use validate::AttendError;
 
-pub use block_pool::{BlockId, BlockPool, KvShape, OutOfBlocks, PoolError, ReserveError, StorageError};
-pub use block_table::{BlockTable, NotReserved, SequenceError, SequenceId, Sequences, Taken};
+pub use block_pool::{
+    BlockId, BlockPool, BlockState, KvShape, OutOfBlocks, PoolError, PoolEvent, ReserveError, Salt, Snapshot, Stats,
+    StorageError,
+};
+pub use block_table::{
+    Admission, BehindWindow, BlockTable, NotReserved, SequenceError, SequenceId, Sequences, SwappedTable, TableOptions,
+    Taken, Window,
+};
 
 /// The pages whose examples are compiled and run as tests.
 #[cfg(doctest)]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use block_table::BlockTable;
+use block_table::{BlockTable, Window};
 
 /// One sequence's part in a step.
 #[derive(Debug, Clone)]
@@ -13,12 +13,45 @@ pub(crate) struct Span {
     pub(crate) start: usize,
     /// Its blocks in [`Plan::blocks`], enough for all its tokens.
     pub(crate) blocks: Range<usize>,
+    /// How far back it looks.
+    pub(crate) window: Option<Window>,
+    /// How many of its blocks come before those that its window has given back, and how many these are.
+    gap: (usize, usize),
+}
+
+/// The positions that a token sees: those before `sinks`, and those in `recent`, which begins behind them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Sight {
+    pub(crate) sinks: usize,
+    pub(crate) recent: Range<usize>,
 }
 
 impl Span {
     /// How many tokens it has, the new ones included.
     pub(crate) fn len(&self) -> usize {
         self.start + self.rows.len()
+    }
+
+    /// Where in its blocks the one of logical index `block` is, unless it has been given back.
+    #[inline]
+    pub(crate) fn place(&self, block: usize) -> Option<usize> {
+        let (before, missing) = self.gap;
+        if block < before { Some(block) } else { block.checked_sub(missing).filter(|&at| at >= before) }
+    }
+
+    /// The positions of the tokens that its blocks hold, in their order.
+    pub(crate) fn held(&self, block_size: usize) -> impl Iterator<Item = usize> + Clone + use<> {
+        let (before, missing) = self.gap;
+        let len = self.len();
+        (0..len.min(before * block_size)).chain((before + missing) * block_size..len)
+    }
+
+    /// What its new token number `token` sees.
+    pub(crate) fn sight(&self, token: usize, causal: bool) -> Sight {
+        let position = self.start + token;
+        let end = if causal { position + 1 } else { self.len() };
+        let (sinks, start) = self.window.map_or((0, 0), |window| (window.sinks().min(end), window.start(position)));
+        Sight { sinks, recent: start.max(sinks).min(end)..end }
     }
 }
 
@@ -38,17 +71,45 @@ impl Plan {
         let block_size = table.pool().block_size();
         let start = table.len();
         let rows = self.slots.len()..self.slots.len() + n;
+        let gap = table.gap();
         let first = self.blocks.len();
-        self.blocks.extend(table.blocks().iter().take((start + n).div_ceil(block_size)).map(|id| id.index() as u32));
+        let needed = (start + n).div_ceil(block_size) - gap.1;
+        self.blocks.extend(table.blocks().iter().take(needed).map(|id| id.index() as u32));
         let blocks = first..self.blocks.len();
+        // New tokens come behind all gaps.
         let own = &self.blocks[blocks.clone()];
-        self.slots
-            .extend((start..start + n).map(|at| own[at / block_size] * block_size as u32 + (at % block_size) as u32));
-        self.spans.push(Span { rows, start, blocks });
+        let slot = |at: usize| own[at / block_size - gap.1] * block_size as u32 + (at % block_size) as u32;
+        self.slots.extend((start..start + n).map(slot));
+        self.spans.push(Span { rows, start, blocks, window: table.window(), gap });
     }
 
     /// New tokens of all sequences.
     pub(crate) fn rows(&self) -> usize {
         self.slots.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_sees_the_sinks_and_its_window() {
+        let window = |tokens, sinks| Some(Window::new(tokens).with_sinks(sinks));
+        let span = |window| Span { rows: 0..4, start: 10, blocks: 0..0, window, gap: (0, 0) };
+        let sight = |window, token| span(window).sight(token, true);
+        assert_eq!(sight(None, 1), Sight { sinks: 0, recent: 0..12 });
+        assert_eq!(sight(window(3, 2), 0), Sight { sinks: 2, recent: 8..11 });
+        assert_eq!(sight(window(1, 0), 3), Sight { sinks: 0, recent: 13..14 });
+        assert_eq!(sight(window(10, 4), 0), Sight { sinks: 4, recent: 4..11 });
+        assert_eq!(sight(window(3, 50), 0), Sight { sinks: 11, recent: 11..11 });
+        assert_eq!(span(window(3, 2)).sight(0, false), Sight { sinks: 2, recent: 8..14 });
+    }
+
+    #[test]
+    fn positions_behind_the_window_have_no_place() {
+        let span = Span { rows: 0..2, start: 18, blocks: 0..3, window: None, gap: (1, 2) };
+        assert_eq!([0, 1, 2, 3, 4].map(|block| span.place(block)), [Some(0), None, None, Some(1), Some(2)]);
+        assert_eq!(span.held(4).collect::<Vec<_>>(), [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19]);
     }
 }

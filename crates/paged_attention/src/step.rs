@@ -7,7 +7,7 @@ use block_table::BlockTable;
 use candle_core::{Result, Tensor};
 
 use crate::plan::Plan;
-use crate::{Attention, KvCache, PushError, cpu, gather, validate};
+use crate::{Attention, CommitError, KvCache, PushError, cpu, gather, validate};
 
 /// One forward pass over a batch of sequences, prefill and decode alike.
 ///
@@ -41,7 +41,6 @@ pub struct Step<'t> {
 #[derive(Debug)]
 struct Pushed<'t> {
     table: &'t mut BlockTable,
-    tokens: usize,
 }
 
 impl<'t> Step<'t> {
@@ -57,7 +56,11 @@ impl<'t> Step<'t> {
 
     /// Adds a sequence with its next tokens: a whole prompt, a part of one, or the token just sampled.
     ///
-    /// Takes the blocks that the tokens need, and copies the last block if a fork shares it.
+    /// Takes the blocks that the tokens need, and copies the last block if others read it.
+    ///
+    /// The tokens stand for what is computed: two sequences with the same salt and the same tokens end up sharing the
+    /// blocks of one of them. Where tokens do not say it all, give the table a [`Salt`](crate::Salt), or make it
+    /// [`private`](crate::TableOptions::private).
     ///
     /// # Errors
     ///
@@ -76,7 +79,7 @@ impl<'t> Step<'t> {
         table.reserve(tokens.len())?;
         self.plan.push(table, tokens.len());
         self.token_ids.extend_from_slice(tokens);
-        self.pushed.push(Pushed { table, tokens: tokens.len() });
+        self.pushed.push(Pushed { table });
         Ok(())
     }
 
@@ -136,6 +139,8 @@ impl<'t> Step<'t> {
     /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist or a shape, dtype or device is
     /// wrong; nothing was written then. Otherwise what the device reports.
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
+        let _span =
+            tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();
         let heads = validate::queries(&self.cache, self.plan.rows(), q, k)?;
         self.write(layer, k, v)?;
         let tensor = validate::layer(self.cache.tensors(), layer)?;
@@ -164,19 +169,48 @@ impl<'t> Step<'t> {
         }
     }
 
-    /// Makes the new tokens part of their sequences.
+    /// Makes the new tokens part of their sequences. Blocks that are full now can be found by others.
     pub fn commit(mut self) {
-        for Pushed { table, tokens } in self.pushed.drain(..) {
-            let committed = table.commit(tokens);
+        let all = std::mem::take(&mut self.pushed);
+        for (Pushed { table }, span) in all.into_iter().zip(&self.plan.spans) {
+            let committed = table.commit_tokens(&self.token_ids[span.rows.clone()]);
             debug_assert!(committed.is_ok(), "`push` has reserved them");
         }
+    }
+
+    /// Makes only the first few of each sequence's new tokens part of it, and rolls the rest back: for speculative
+    /// decoding, where the model accepts a part of what was drafted. `accepted` has one number for each sequence, in the
+    /// order in which they were pushed.
+    ///
+    /// # Errors
+    ///
+    /// [`CommitError`] when there are not as many numbers as sequences, or one is greater than the number of tokens
+    /// pushed. Every sequence is rolled back then.
+    pub fn commit_accepted(mut self, accepted: &[usize]) -> std::result::Result<(), CommitError> {
+        if accepted.len() != self.pushed.len() {
+            return Err(CommitError::Sequences { accepted: accepted.len(), pushed: self.pushed.len() });
+        }
+        let spans = self.plan.spans.iter();
+        for (sequence, (span, &accepted)) in spans.zip(accepted).enumerate() {
+            if accepted > span.rows.len() {
+                return Err(CommitError::Tokens { sequence, accepted, pushed: span.rows.len() });
+            }
+        }
+        for ((Pushed { table }, span), accepted) in self.pushed.iter_mut().zip(&self.plan.spans).zip(accepted) {
+            let tokens = &self.token_ids[span.rows.clone()][..*accepted];
+            let committed = table.commit_tokens(tokens);
+            debug_assert!(committed.is_ok(), "`push` has reserved them");
+        }
+        // What was not accepted is rolled back as the step is dropped.
+        Ok(())
     }
 }
 
 impl Drop for Step<'_> {
     fn drop(&mut self) {
-        for Pushed { table, .. } in &mut self.pushed {
+        for Pushed { table } in &mut self.pushed {
             table.roll_back();
         }
+        self.cache.record_metrics();
     }
 }

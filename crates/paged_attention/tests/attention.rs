@@ -7,7 +7,7 @@ mod common;
 
 use candle_core::{DType, Device};
 use common::{Random, dense, difference, poison, rounded, tensor, ways};
-use paged_attention::{Attention, BlockTable, Kernel, KvCache, KvShape};
+use paged_attention::{Attention, BlockTable, Kernel, KvCache, KvShape, TableOptions, Window};
 
 /// One sequence and, beside it, all its keys and values in one piece.
 struct Sequence {
@@ -21,6 +21,7 @@ struct Case {
     shape: KvShape,
     dtype: DType,
     causal: bool,
+    window: Option<Window>,
 }
 
 impl Case {
@@ -35,7 +36,9 @@ impl Case {
         let v = random.numbers(tokens * kv_heads * head_dim);
         let mut at = 0;
         for (sequence, &n) in sequences.iter_mut().zip(new).filter(|(_, n)| **n > 0) {
-            step.push(&mut sequence.table, &vec![1; n]).unwrap();
+            // Every token another one: the keys and values are, too.
+            let ids: Vec<u32> = (0..n).map(|_| random.below(1 << 30) as u32).collect();
+            step.push(&mut sequence.table, &ids).unwrap();
             let own = at * kv_heads * head_dim..(at + n) * kv_heads * head_dim;
             sequence.k.extend(rounded(&k[own.clone()], self.dtype));
             sequence.v.extend(rounded(&v[own], self.dtype));
@@ -58,9 +61,14 @@ impl Case {
         for (sequence, &n) in sequences.iter().zip(new) {
             let len = sequence.table.len();
             for i in 0..n {
-                let seen = if self.causal { len - n + i + 1 } else { len };
+                let position = len - n + i;
+                let end = if self.causal { position + 1 } else { len };
+                let sees = |at: &usize| {
+                    self.window.is_none_or(|window| *at < window.sinks() || *at + window.tokens() > position)
+                };
+                let seen: Vec<usize> = (0..end).filter(sees).collect();
                 let q = &q[row * width..][..width];
-                reference.extend(dense(q, &sequence.k, &sequence.v, seen, kv_heads, head_dim, f64::from(scale)));
+                reference.extend(dense(q, &sequence.k, &sequence.v, &seen, kv_heads, head_dim, f64::from(scale)));
                 row += 1;
             }
         }
@@ -79,7 +87,7 @@ fn every_kernel_geometry_and_storage() {
             for block_size in [1, 7, 16, 32] {
                 for (dtype, bound) in STORED {
                     let shape = KvShape { layers: 2, kv_heads, head_dim };
-                    let case = Case { heads, shape, dtype, causal: true };
+                    let case = Case { heads, shape, dtype, causal: true, window: None };
                     let blocks = 400usize.div_ceil(block_size) + 8;
                     let cache = build(KvCache::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype));
                     let cache = cache.build().unwrap();
@@ -107,7 +115,7 @@ fn long_sequences_and_no_mask() {
     for (name, build) in ways() {
         for causal in [true, false] {
             let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 64 };
-            let case = Case { heads: 6, shape, dtype: DType::F32, causal };
+            let case = Case { heads: 6, shape, dtype: DType::F32, causal, window: None };
             let cache = build(KvCache::builder(shape).blocks(200)).build().unwrap();
             poison(&cache);
             let mut sequences = vec![Sequence { table: cache.table(), k: vec![], v: vec![] }];
@@ -115,6 +123,37 @@ fn long_sequences_and_no_mask() {
             for new in [[300], [1], [129], [1]] {
                 let worst = case.step(&cache, &mut sequences, &new, &mut random);
                 assert!(worst < 1e-5, "{name}, causal {causal}, {new:?}: {worst:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn windows_and_sinks() {
+    for (name, build) in ways() {
+        for (block_size, window, sinks) in [(1, 5, 2), (4, 9, 3), (16, 40, 4), (16, 1, 0), (7, 200, 20), (64, 70, 65)] {
+            for causal in [true, false] {
+                let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 32 };
+                let window = Window::new(window).with_sinks(sinks);
+                let case = Case { heads: 4, shape, dtype: DType::F32, causal, window: Some(window) };
+                let blocks = 1000usize.div_ceil(block_size) + 8;
+                let cache = build(KvCache::builder(shape).blocks(blocks).block_size(block_size)).build().unwrap();
+                poison(&cache);
+                let options = TableOptions::default().window(window);
+                let sequence = || Sequence { table: cache.table_with(&options), k: vec![], v: vec![] };
+                let mut sequences: Vec<_> = (0..2).map(|_| sequence()).collect();
+                let mut random = Random::new(5);
+                // Longer than the window in one piece, in pieces, and token by token across the borders of blocks.
+                for new in [[150, 3], [1, 1], [33, 70], [1, 64], [90, 1]].into_iter().chain([[1, 1]; 40]) {
+                    let worst = case.step(&cache, &mut sequences, &new, &mut random);
+                    assert!(
+                        worst < 1e-5,
+                        "{name}, blocks of {block_size}, {window:?}, causal {causal}, {new:?}: {worst:e}"
+                    );
+                }
+                let blocks = |tokens: usize| tokens.div_ceil(block_size);
+                let most = blocks(window.tokens()) + 1 + blocks(sinks);
+                assert!(sequences[0].table.blocks().len() <= most, "{} > {most}", sequences[0].table.blocks().len());
             }
         }
     }
@@ -136,6 +175,11 @@ fn huge_numbers_give_no_nan() {
         let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();
         assert!(y.iter().all(|y| y.abs() <= 1.0), "{name}");
     }
+}
+
+/// Tokens that no other sequence has.
+fn tokens_of(sequence: usize, at: usize, n: usize) -> Vec<u32> {
+    (at..at + n).map(|position| (sequence * 1000 + position) as u32).collect()
 }
 
 /// The result of one sequence's prefill and one decode step, to the last bit, with `others` beside it in the pool.
@@ -161,10 +205,10 @@ fn bits(kernel: Kernel, chunks: &[usize], others: &[usize], threads: usize) -> V
         let mut step = cache.step();
         let mut rows = 0;
         for (neighbour, &n) in neighbours.iter_mut().zip(others) {
-            step.push(neighbour, &vec![2; n]).unwrap();
+            step.push(neighbour, &tokens_of(rows + 1, at, n)).unwrap();
             rows += n;
         }
-        step.push(&mut table, &vec![1; n]).unwrap();
+        step.push(&mut table, &tokens_of(0, at, n)).unwrap();
         let with = |own: &candle_core::Tensor, heads| {
             let others = tensor(&Random::new(5).numbers(rows * heads * 32), heads, 32, DType::F32);
             candle_core::Tensor::cat(&[others, own.narrow(0, at, n).unwrap()], 0).unwrap()

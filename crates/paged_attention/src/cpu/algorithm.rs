@@ -19,6 +19,7 @@ use block_pool::KvLayout;
 
 use super::element::Element;
 use super::exp::exp_nonpositive;
+use crate::plan::{Sight, Span};
 
 /// Tokens per tile, at least: scores of one tile are computed before they are weighed.
 const TILE: usize = 64;
@@ -38,10 +39,10 @@ pub(super) struct Task<'a, T> {
     pub(super) head: usize,
     /// `(tokens, group, head_dim)`: each token's query heads of this key head, one run per token.
     pub(super) queries: &'a [&'a [f32]],
-    /// How many tokens the first of the queries sees; each further one sees `growth` more.
-    pub(super) visible: usize,
-    /// 1 if causal, otherwise 0.
-    pub(super) growth: usize,
+    /// The sequence, and which of its new tokens the first of the queries is.
+    pub(super) span: &'a Span,
+    pub(super) first: usize,
+    pub(super) causal: bool,
     pub(super) scale: f32,
 }
 
@@ -72,8 +73,8 @@ pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut 
     let rows = task.queries.len() * group;
     let tile = TILE.div_ceil(block_size) * block_size;
     let block_elements = task.layout.block_elements();
-    let seen_by = |row: usize| task.visible + task.growth * (row / group);
-    let total = seen_by(rows - 1);
+    let seen_by = |row: usize| task.span.sight(task.first + row / group, task.causal);
+    let total = seen_by(rows - 1).recent.end;
 
     let Scratch { q, o, p, m, l, wide } = scratch;
     q.clear();
@@ -86,12 +87,20 @@ pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut 
 
     for start in (0..total).step_by(tile) {
         let end = total.min(start + tile);
-        // The first rows may see nothing of this tile: rows see more and more.
-        let first_row = (0..rows).position(|row| seen_by(row) > start).unwrap_or(rows);
-        let blocks = &task.blocks[start / block_size..end.div_ceil(block_size)];
+        // The first rows may see nothing of this tile: rows see further and further. Those behind them look back less and
+        // less far.
+        let first_row = (0..rows).step_by(group).find(|&row| seen_by(row).recent.end > start).unwrap_or(rows);
+        let Sight { sinks, recent } = seen_by(first_row);
+        if sinks <= start && recent.start >= end {
+            continue;
+        }
         let block = |id: u32| &task.storage[id as usize * block_elements..][..block_elements];
+        // Blocks that a window has given back are skipped; nobody sees them.
+        let blocks = (start / block_size..end.div_ceil(block_size))
+            .enumerate()
+            .filter_map(|(b, block)| Some((b, task.blocks[task.span.place(block)?])));
 
-        for (b, &id) in blocks.iter().enumerate() {
+        for (b, id) in blocks.clone() {
             let keys = T::widened(&block(id)[task.layout.head_keys(task.head)], wide);
             let at = b * block_size;
             for row in (first_row..rows).step_by(ROWS) {
@@ -106,24 +115,33 @@ pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut 
         }
 
         for row in first_row..rows {
-            let seen = end.min(seen_by(row)) - start;
-            let (p, hidden) = p[row * tile..][..end - start].split_at_mut(seen);
-            let highest = p.iter().copied().fold(m[row], f32::max);
+            let Sight { sinks, recent } = seen_by(row);
+            let within = |position: usize| position.clamp(start, end) - start;
+            let p = &mut p[row * tile..][..end - start];
+            // The sinks and the recent tokens of this tile, and between and behind them what this row does not see.
+            let (sinks, recent) = (0..within(sinks), within(recent.start)..within(recent.end));
+            let highest = p[sinks.clone()].iter().chain(&p[recent.clone()]).copied().fold(m[row], f32::max);
             // All scores -inf: nothing to weigh yet, and -inf - -inf is not a number.
             let reference = if highest == f32::NEG_INFINITY { 0.0 } else { highest };
             let shrink = exp_nonpositive(m[row] - reference);
-            for s in p.iter_mut() {
-                *s = exp_nonpositive(*s - reference);
+            p[sinks.end..recent.start].fill(0.0);
+            p[recent.end..].fill(0.0);
+            let mut weight = 0.0;
+            for seen in [sinks, recent] {
+                let p = &mut p[seen];
+                for s in p.iter_mut() {
+                    *s = exp_nonpositive(*s - reference);
+                }
+                weight += sum(p);
             }
-            hidden.fill(0.0);
-            l[row] = l[row] * shrink + sum(p);
+            l[row] = l[row] * shrink + weight;
             m[row] = highest;
             if shrink != 1.0 {
                 o[row * head_dim..][..head_dim].iter_mut().for_each(|x| *x *= shrink);
             }
         }
 
-        for (b, &id) in blocks.iter().enumerate() {
+        for (b, id) in blocks {
             let values = T::widened(&block(id)[task.layout.head_values(task.head)], wide);
             let at = b * block_size;
             // Slots behind the last token hold anything, NaN included: they are not read.

@@ -139,15 +139,15 @@ fn run<T: Element>(storage: &[T], q: &[f32], out: &mut [f32], call: &Call<'_>, k
     let jobs = split(q, out, call);
     let work: usize = jobs.iter().map(|job| job.queries.len() * job.span.len()).sum::<usize>() * call.heads / kv_heads;
     let one = |scratch: &mut Scratch, mut job: Job<'_>| {
-        let causal = call.attention.causal;
         let task = Task {
             storage,
             layout: call.layout,
             blocks: &call.plan.blocks[job.span.blocks.clone()],
             head: job.head,
             queries: &job.queries,
-            visible: if causal { job.span.start + job.first + 1 } else { job.span.len() },
-            growth: usize::from(causal),
+            span: job.span,
+            first: job.first,
+            causal: call.attention.causal,
             scale: call.attention.scale,
         };
         kernel.attend(&task, &mut job.out, scratch);

@@ -1,0 +1,154 @@
+//! Prefix reuse, partial commits, swapping and poison, through the cache and its steps.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use candle_core::{DType, Tensor};
+use common::{tensor, ways};
+use paged_attention::{BlockTable, CommitError, KvCache, KvShape, Step};
+
+const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
+
+/// Writes keys and values that depend on the tokens alone.
+fn write(step: &Step<'_>) -> candle_core::Result<()> {
+    let tokens: Vec<u32> = step.token_ids()?.to_vec1()?;
+    let numbers: Vec<f32> = tokens.iter().flat_map(|&token| (0..16).map(move |i| (token * 16 + i) as f32)).collect();
+    let k = tensor(&numbers, 2, 8, DType::F32);
+    for layer in 0..SHAPE.layers {
+        step.write(layer, &k, &(&k * (layer + 2) as f64)?)?;
+    }
+    Ok(())
+}
+
+fn append(cache: &KvCache, table: &mut BlockTable, tokens: &[u32]) {
+    let mut step = cache.step();
+    step.push(table, tokens).unwrap();
+    write(&step).unwrap();
+    step.commit();
+}
+
+/// What `write` has left for these tokens is what the table holds.
+fn assert_holds(cache: &KvCache, table: &BlockTable, tokens: &[u32]) {
+    let numbers: Vec<f32> = tokens.iter().flat_map(|&token| (0..16).map(move |i| (token * 16 + i) as f32)).collect();
+    let expected = tensor(&numbers, 2, 8, cache.dtype());
+    for layer in 0..SHAPE.layers {
+        let (k, v) = cache.keys_and_values(table, layer).unwrap();
+        let same = |a: &Tensor, b: &Tensor| {
+            let bits = |t: &Tensor| t.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(bits(a), bits(b));
+        };
+        same(&k, &expected);
+        same(
+            &v,
+            &tensor(&numbers, 2, 8, DType::F32)
+                .affine((layer + 2) as f64, 0.)
+                .unwrap()
+                .to_dtype(cache.dtype())
+                .unwrap(),
+        );
+    }
+}
+
+#[test]
+fn only_what_is_committed_can_be_found() {
+    let cache = KvCache::builder(SHAPE).blocks(16).block_size(4).build().unwrap();
+    let prompt: Vec<u32> = (1..10).collect();
+    let found = || cache.table().reuse(&prompt);
+    let mut table = cache.table();
+    let mut step = cache.step();
+    step.push(&mut table, &prompt).unwrap();
+    assert_eq!(found(), 0, "pushed, not written");
+    write(&step).unwrap();
+    assert_eq!(found(), 0, "written, not committed");
+    drop(step);
+    assert_eq!((found(), cache.pool().remembered()), (0, 0), "rolled back");
+    let mut step = cache.step();
+    step.push(&mut table, &prompt).unwrap();
+    let failing = Tensor::zeros((9, 2, 8), DType::F32, cache.device()).unwrap();
+    assert!(step.write(7, &failing, &failing).is_err());
+    drop(step);
+    assert_eq!(found(), 0, "failed");
+    append(&cache, &mut table, &prompt);
+    assert_eq!(found(), 8);
+    drop(table);
+    assert_eq!((found(), cache.pool().remembered()), (8, 2));
+}
+
+#[test]
+fn a_reused_prefix_is_what_would_have_been_computed() {
+    for (name, build) in ways() {
+        let cache = build(KvCache::builder(SHAPE).blocks(16).block_size(4)).build().unwrap();
+        append(&cache, &mut cache.table(), &[1, 2, 3, 4, 5, 6, 7, 8]);
+        let mut table = cache.table();
+        let prompt = [1, 2, 3, 4, 5, 6, 70, 80, 90];
+        assert_eq!(table.reuse(&prompt), 6, "{name}");
+        append(&cache, &mut table, &prompt[6..]);
+        assert_holds(&cache, &table, &prompt);
+        let mut table = cache.table();
+        assert_eq!(table.reuse(&[1, 2, 3, 4, 5, 6, 7, 8, 9]), 8);
+        assert_holds(&cache, &table, &[1, 2, 3, 4, 5, 6, 7, 8]);
+    }
+}
+
+#[test]
+fn a_part_of_what_was_drafted_can_be_accepted() {
+    let cache = KvCache::builder(SHAPE).blocks(16).block_size(4).build().unwrap();
+    let (mut a, mut b) = (cache.table(), cache.table());
+    let mut step = cache.step();
+    step.push(&mut a, &[1, 2, 3, 4, 5, 6]).unwrap();
+    step.push(&mut b, &[7, 8, 9]).unwrap();
+    write(&step).unwrap();
+    step.commit_accepted(&[5, 0]).unwrap();
+    assert_eq!((a.len(), b.len(), cache.pool().held()), (5, 0, 2));
+    assert_holds(&cache, &a, &[1, 2, 3, 4, 5]);
+    append(&cache, &mut a, &[60]);
+    assert_holds(&cache, &a, &[1, 2, 3, 4, 5, 60]);
+
+    let mut step = cache.step();
+    step.push(&mut a, &[7, 8]).unwrap();
+    step.push(&mut b, &[7]).unwrap();
+    assert_eq!(step.commit_accepted(&[1]).unwrap_err(), CommitError::Sequences { accepted: 1, pushed: 2 });
+    let mut step = cache.step();
+    step.push(&mut a, &[7, 8]).unwrap();
+    step.push(&mut b, &[7]).unwrap();
+    let error = step.commit_accepted(&[1, 2]).unwrap_err();
+    assert_eq!(error, CommitError::Tokens { sequence: 1, accepted: 2, pushed: 1 });
+    assert_eq!((a.len(), b.len(), cache.pool().held()), (6, 0, 2));
+}
+
+#[test]
+fn a_sequence_is_swapped_out_and_in_byte_for_byte() {
+    for (name, build) in ways() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let builder = KvCache::builder(SHAPE).blocks(4).block_size(4).dtype(dtype);
+            let cache = build(builder).build().unwrap();
+            let mut table = cache.table();
+            let tokens: Vec<u32> = (1..11).collect();
+            append(&cache, &mut table, &tokens);
+            let swapped = table.swap_out().unwrap();
+            assert_eq!((cache.pool().held(), swapped.bytes()), (0, 3 * cache.bytes_per_block()), "{name}");
+            append(&cache, &mut cache.table(), &[99; 16]); // over everything
+            let mut back = swapped.swap_in().unwrap();
+            assert_holds(&cache, &back, &tokens);
+            append(&cache, &mut back, &[11]);
+            assert_holds(&cache, &back, &(1..12).collect::<Vec<_>>());
+        }
+    }
+}
+
+#[test]
+fn free_blocks_are_poisoned_on_request() {
+    for (name, build) in ways() {
+        for poison in [true, false] {
+            let cache = build(KvCache::builder(SHAPE).blocks(2).block_size(4).poison(poison)).build().unwrap();
+            append(&cache, &mut cache.table(), &[1, 2, 3]);
+            // Reserved and never written: whoever reads it reads what was left there.
+            let mut reader = cache.table();
+            reader.append(3).unwrap();
+            let (k, _) = cache.keys_and_values(&reader, 1).unwrap();
+            let k: Vec<f32> = k.flatten_all().unwrap().to_vec1().unwrap();
+            assert_eq!(k.iter().all(|x| x.is_nan()), poison, "{name}");
+        }
+    }
+}
