@@ -20,7 +20,7 @@ use crate::eviction::Remembered;
 use crate::free::{FreeBlocks, Pending};
 use crate::prefix::PrefixTree;
 use crate::snapshot::BlockState;
-use crate::{BlockId, Inconsistent, OutOfBlocks, PoolEvent, Salt, Stats};
+use crate::{BlockId, Found, Inconsistent, OutOfBlocks, PoolEvent, Salt, Stats};
 
 #[derive(Debug)]
 pub(crate) struct Ledger {
@@ -228,6 +228,22 @@ impl Ledger {
             found += part;
         }
         self.stats.hit_tokens += found as u64;
+        found
+    }
+
+    /// What [`reuse`](Self::reuse) would find, in whole blocks: those that somebody holds, and those that are remembered.
+    pub(crate) fn find(&self, salt: &Salt, tokens: &[u32]) -> Found {
+        let mut found = Found::default();
+        let Some(mut node) = self.tree.node(salt, None) else { return found };
+        for block in tokens.chunks_exact(self.block_size) {
+            let Some((child, id)) = self.tree.child(node, block) else { break };
+            if self.holders[id.index()] > 0 {
+                found.held += 1;
+            } else {
+                found.remembered += 1;
+            }
+            node = child;
+        }
         found
     }
 

@@ -31,7 +31,7 @@ pub use observe::PoolMetrics;
 pub use pool::BlockPool;
 pub use salt::Salt;
 pub use snapshot::{BlockState, Snapshot};
-pub use stats::Stats;
+pub use stats::{Found, Stats};
 pub use storage::BlockStorage;
 pub use swap::SwappedBlocks;
 

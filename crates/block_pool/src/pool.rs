@@ -6,7 +6,7 @@ use std::sync::mpsc::Receiver;
 use crate::ledger::Ledger;
 use crate::storage::NoStorage;
 use crate::sync::{Arc, Mutex, MutexGuard, lock};
-use crate::{BlockId, BlockStorage, Blocks, Inconsistent, OutOfBlocks, PoolError, PoolEvent, Stats};
+use crate::{BlockId, BlockStorage, Blocks, Found, Inconsistent, OutOfBlocks, PoolError, PoolEvent, Salt, Stats};
 
 /// Slots are counted in 32 bits, signed, so that index tensors of any integer type can hold them.
 pub(crate) const MAX_SLOTS: usize = i32::MAX as usize;
@@ -115,6 +115,12 @@ impl BlockPool {
     /// Whether `other` is a handle to the same pool.
     pub fn is_same(&self, other: &BlockPool) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// How much of a prompt is stored, without holding or counting it: for a scheduler that wants to know what a request
+    /// would take.
+    pub fn find(&self, salt: &Salt, tokens: &[u32]) -> Found {
+        self.ledger().find(salt, tokens)
     }
 
     /// Forgets every stored prefix: after the model's weights have changed, say, when what was computed with the old ones

@@ -22,3 +22,12 @@ impl Stats {
         if self.queried_tokens == 0 { 0.0 } else { self.hit_tokens as f64 / self.queried_tokens as f64 }
     }
 }
+
+/// Whole blocks of a prefix that are stored. See [`BlockPool::find`](crate::BlockPool::find).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Held by somebody: sharing them takes nothing from the pool.
+    pub held: usize,
+    /// Held by nobody: using them takes as much from the pool as new blocks would, and spares the computation.
+    pub remembered: usize,
+}

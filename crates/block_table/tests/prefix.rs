@@ -336,6 +336,18 @@ fn events_tell_what_is_stored_and_removed_in_order() {
 }
 
 #[test]
+fn a_scheduler_can_ask_what_a_prompt_would_take() {
+    let (pool, slots) = Slots::pool(8, 2);
+    let short = computed(&pool, &slots, &tokens(0..2));
+    drop(computed(&pool, &slots, &tokens(0..7)));
+    let (before, found) = (pool.snapshot(), pool.find(&Salt::none(), &tokens(0..9)));
+    assert_eq!((found.held, found.remembered), (1, 2));
+    assert_eq!(pool.find(&Salt::new(b"x"), &tokens(0..9)), Default::default());
+    assert_eq!(pool.snapshot(), before, "asking changes nothing");
+    drop(short);
+}
+
+#[test]
 fn hits_are_counted() {
     let (pool, slots) = Slots::pool(8, 2);
     drop(computed(&pool, &slots, &tokens(0..6)));

@@ -23,6 +23,10 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
 
+    /// What every conversation begins with; computed once, whatever the number of prompts
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+
     /// Tokens to generate for each prompt, at most
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_tokens: usize,
@@ -62,6 +66,10 @@ pub struct Args {
     /// Answers for each prompt; the prompt is computed and stored once
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub samples: usize,
+
+    /// Also show the pool's blocks when it was fullest
+    #[arg(long)]
+    pub show_pool: bool,
 
     /// Also write the results as JSON
     #[arg(long, value_name = "FILE")]

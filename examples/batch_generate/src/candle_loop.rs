@@ -17,7 +17,7 @@ use crate::engine::{self, Outcome, Request, Settings};
 use crate::model::{Model, Weights};
 use crate::sampling::{Random, Sampling};
 
-fn load(path: &Path, weights: Weights) -> Result<ModelWeights> {
+pub(crate) fn load(path: &Path, weights: Weights) -> Result<ModelWeights> {
     let mut file = File::open(path)?;
     let content = Content::read(&mut file)?;
     match weights {
@@ -53,7 +53,7 @@ fn converted(content: &Content, file: &mut File) -> Result<Vec<u8>> {
 }
 
 /// The most likely tokens after `prompt`, one by one, and the time of each step.
-fn generate(
+pub(crate) fn generate(
     model: &mut ModelWeights,
     request: &Request,
     is_end: impl Fn(u32) -> bool,

@@ -1,13 +1,14 @@
 //! Continuous batching: sequences join the running ones when blocks allow, and leave when they finish.
 //!
-//! When the pool is full, the sequence with the fewest computed tokens goes back to the front of the queue and is
-//! computed again later: nothing it has said is lost.
+//! What several prompts have in common is computed once. When the pool is full, the sequence with the fewest computed
+//! tokens goes back to the front of the queue; nothing it has said is lost, and what it had computed is found again if
+//! its memory was not needed meanwhile.
 
-use std::collections::VecDeque;
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use paged_attention::{KvCache, PushError, SequenceId, Sequences};
+use paged_attention::{Admission, KvCache, PushError, Salt, SequenceId, Sequences, Snapshot};
 
 use crate::model::Model;
 use crate::sampling::{Random, Sampling};
@@ -46,7 +47,7 @@ pub struct Answer {
     pub tokens: Vec<u32>,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens that it did not have to compute, because another answer to the same prompt had.
+    /// Tokens of the prompt that it did not have to compute, because another had.
     pub cached_tokens: usize,
     /// How often it had to make room for others.
     pub preemptions: usize,
@@ -59,6 +60,12 @@ pub struct Outcome {
     pub answers: Vec<Answer>,
     /// Forward passes.
     pub steps: usize,
+    /// Tokens of prompts that were computed, those computed again after a preemption included.
+    pub computed_prompt_tokens: usize,
+    /// Tokens that were found again after a preemption.
+    pub resumed_tokens: usize,
+    /// The pool when it was fullest.
+    pub fullest: Option<Snapshot>,
     /// The most blocks held at once.
     pub peak_blocks: usize,
     /// Tokens per reserved slot, the mean over all steps; more than 1 when sequences share blocks.
@@ -115,7 +122,7 @@ pub fn generate(
 ) -> Result<Outcome> {
     check(model, cache, requests, settings)?;
     let mut engine = Engine::new(cache, requests, settings);
-    while engine.admit() {
+    while engine.admit()? {
         engine.step(model, &is_end)?;
         progress(engine.progress());
     }
@@ -176,7 +183,7 @@ struct Engine<'a> {
     settings: &'a Settings,
     sequences: Vec<Sequence>,
     tables: Sequences,
-    waiting: VecDeque<Group>,
+    waiting: Admission<Group>,
     running: Vec<Running>,
     finished: usize,
     utilisation: f64,
@@ -186,7 +193,7 @@ struct Engine<'a> {
 impl<'a> Engine<'a> {
     fn new(cache: &'a KvCache, requests: &[Request], settings: &'a Settings) -> Self {
         let mut sequences = Vec::new();
-        let mut waiting = VecDeque::new();
+        let mut waiting = Admission::new();
         for (i, request) in requests.iter().enumerate() {
             let first = sequences.len();
             sequences.extend((0..settings.samples).map(|sample| Sequence {
@@ -201,7 +208,7 @@ impl<'a> Engine<'a> {
                 max_tokens: request.max_tokens,
                 random: Random::new(settings.seed.wrapping_add(sample as u64), i),
             }));
-            waiting.push_back((first..sequences.len()).collect());
+            waiting.enqueue((first..sequences.len()).collect());
         }
         Self {
             cache,
@@ -220,39 +227,76 @@ impl<'a> Engine<'a> {
         self.running.iter().map(|running| running.group.len()).sum()
     }
 
-    /// Lets the waiting start, first come first served, as long as there is room. Says whether anybody runs.
-    fn admit(&mut self) -> bool {
+    /// Lets the waiting start as long as there is room. Says whether anybody runs.
+    fn admit(&mut self) -> Result<bool> {
         let pool = self.cache.pool();
-        let mut available = pool.available();
-        while let Some(group) = self.waiting.front() {
-            // Blocks for its tokens, one for each sample to part with, and one for each that runs to grow into.
-            let needed = pool.blocks_for(self.sequences[group[0]].tokens.len()) + group.len() - 1;
-            let room = needed + self.running.len() <= available || self.running.is_empty();
-            if !room || self.batch() + group.len() > self.settings.max_batch {
-                break;
-            }
-            available = available.saturating_sub(needed);
-            let id = self.tables.create();
-            self.running.extend(self.waiting.pop_front().map(|group| Running { id, group }));
+        // What those who run will take to compute the tokens they have is promised to them.
+        let mut promised = 0;
+        for Running { id, group } in &self.running {
+            let held = self.tables.take(*id)?.blocks().len();
+            promised += pool.blocks_for(self.sequences[group[0]].tokens.len()).saturating_sub(held);
         }
-        !self.running.is_empty()
+        loop {
+            let places = self.settings.max_batch - self.batch();
+            let sequences = &self.sequences;
+            let needed = |group: &Group| {
+                if group.len() > places {
+                    return usize::MAX;
+                }
+                // Blocks for its tokens, less those that others hold, and one for each sample to part with.
+                let tokens = &sequences[group[0]].tokens;
+                let shared = pool.find(&Salt::none(), tokens).held;
+                (pool.blocks_for(tokens.len()) - shared + group.len() - 1).min(pool.blocks())
+            };
+            let available = pool.available().saturating_sub(promised);
+            let Some(group) = self.waiting.admit(pool, available, self.running.len(), needed) else { break };
+            let tokens = &self.sequences[group[0]].tokens;
+            let mut table = self.cache.table();
+            let found = table.reuse(tokens);
+            promised += pool.blocks_for(tokens.len()) + group.len() - 1 - table.blocks().len();
+            self.count_found(group[0], found);
+            self.running.push(Running { id: self.tables.insert(table), group });
+        }
+        Ok(!self.running.is_empty())
+    }
+
+    fn count_found(&mut self, sequence: usize, found: usize) {
+        let answer = &mut self.sequences[sequence].answer;
+        if answer.preemptions == 0 {
+            answer.cached_tokens += found;
+        } else {
+            self.outcome.resumed_tokens += found;
+        }
     }
 
     /// One forward pass over everybody who runs.
     fn step(&mut self, model: &Model, is_end: &impl Fn(u32) -> bool) -> Result<()> {
         let started = Instant::now();
+        let block_size = self.cache.pool().block_size();
         let mut tables = self.tables.take_all(self.running.iter().map(|running| running.id))?;
+        // Another may have computed what comes next since this one was admitted.
+        let mut found = Vec::new();
+        for (running, table) in self.running.iter().zip(&mut tables) {
+            found.push((running.group[0], table.reuse(&self.sequences[running.group[0]].tokens)));
+        }
         let mut step = self.cache.step();
         let mut budget = STEP_TOKENS;
         let mut prefill = false;
         let mut live = 0;
         // For each sequence of the step: its place in `running`, and whether its last token is computed.
         let mut rows = Vec::new();
+        // The prefixes whose next block is computed in this step.
+        let mut under_way = HashSet::new();
+        let mut prompt_tokens = 0;
         let mut full = false;
         for (i, (running, table)) in self.running.iter().zip(&mut tables).enumerate() {
             let (group, computed) = (&running.group, table.len());
-            let tokens = &self.sequences[group[0]].tokens;
-            let n = (tokens.len() - computed).min(budget);
+            let Sequence { tokens, answer, .. } = &self.sequences[group[0]];
+            let mut n = (tokens.len() - computed).min(budget);
+            // Who would compute the same block beside another waits, and finds it in the next step.
+            if n > block_size && !under_way.insert(&tokens[..computed + block_size]) {
+                n = 0;
+            }
             live += computed + n;
             if n == 0 {
                 continue;
@@ -267,22 +311,33 @@ impl<'a> Engine<'a> {
             }
             budget -= n;
             prefill |= n > 1;
+            prompt_tokens += answer.prompt_tokens.saturating_sub(computed).min(n);
             rows.push((i, computed + n == tokens.len()));
         }
         if full {
             // Dropped, the step gives back what it took; the next one finds the room.
             drop(step);
             drop(tables);
+            for (sequence, found) in found {
+                self.count_found(sequence, found);
+            }
             return self.preempt();
         }
         let held = self.cache.pool().held();
-        self.outcome.peak_blocks = self.outcome.peak_blocks.max(held);
+        if held > self.outcome.peak_blocks {
+            self.outcome.peak_blocks = held;
+            self.outcome.fullest = Some(self.cache.pool().snapshot());
+        }
         self.utilisation += live as f64 / (held * self.cache.pool().block_size()) as f64;
 
         let logits = model.forward(&step)?.to_vec2::<f32>()?;
         let new_tokens = step.tokens();
         step.commit();
         drop(tables);
+        self.outcome.computed_prompt_tokens += prompt_tokens;
+        for (sequence, found) in found {
+            self.count_found(sequence, found);
+        }
         let complete = rows.iter().zip(&logits).filter(|((_, complete), _)| *complete);
         for ((i, _), logits) in complete {
             self.extend(*i, logits)?;
@@ -308,7 +363,9 @@ impl<'a> Engine<'a> {
             sequence.answer.tokens.push(token);
         }
         for member in others {
-            self.sequences[member].answer.cached_tokens = computed;
+            // All of the prompt, if this is the first token.
+            let answer = &mut self.sequences[member].answer;
+            answer.cached_tokens = computed.min(answer.prompt_tokens);
             let id = self.tables.fork(self.running[i].id)?;
             self.running.push(Running { id, group: vec![member] });
         }
@@ -332,7 +389,7 @@ impl<'a> Engine<'a> {
     fn preempt(&mut self) -> Result<()> {
         let computed = |running: &Running| self.tables.take(running.id).map(|table| table.len());
         let lengths = self.running.iter().map(computed).collect::<Result<Vec<_>, _>>()?;
-        let Some(victim) = (0..lengths.len()).rev().min_by_key(|&i| lengths[i]).filter(|_| lengths.len() > 1) else {
+        let Some(victim) = Admission::<Group>::who_yields(lengths).filter(|_| self.running.len() > 1) else {
             bail!("one sequence alone does not fit into the pool");
         };
         let Running { id, group } = self.running.remove(victim);
@@ -340,7 +397,7 @@ impl<'a> Engine<'a> {
         for &member in &group {
             self.sequences[member].answer.preemptions += 1;
         }
-        self.waiting.push_front(group);
+        self.waiting.requeue(group);
         Ok(())
     }
 

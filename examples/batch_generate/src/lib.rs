@@ -17,3 +17,5 @@ pub mod tokenizer;
 
 #[cfg(feature = "verify")]
 pub mod candle_loop;
+#[cfg(feature = "verify")]
+mod scenarios;

@@ -185,34 +185,46 @@ impl Model {
     ///
     /// If a token is not in the vocabulary, or a tensor operation fails.
     pub fn forward(&self, step: &Step<'_>) -> candle_core::Result<Tensor> {
-        let rows = step.tokens();
+        let attention = Attention::scaled_by(self.shape.head_dim);
+        let attend = |i: usize, q: &Tensor, k: &Tensor, v: &Tensor| step.attend(i, q, k, v, &attention);
+        self.logits(&step.token_ids()?, &step.positions()?, &step.last_rows()?, attend)
+    }
+
+    /// The logits of some rows, `(rows, vocabulary)`, with any attention: `attend` gets the layer, q, k and v, each
+    /// `(tokens, heads, head_dim)`, and returns what q has.
+    pub(crate) fn logits(
+        &self,
+        token_ids: &Tensor,
+        positions: &Tensor,
+        wanted: &Tensor,
+        attend: impl Fn(usize, &Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        let rows = token_ids.elem_count();
         let KvShape { kv_heads, head_dim, .. } = self.shape;
-        let positions = step.positions()?;
         let half = (rows, 1, head_dim / 2);
-        let cos = self.cos.index_select(&positions, 0)?.reshape(half)?;
-        let sin = self.sin.index_select(&positions, 0)?.reshape(half)?;
+        let cos = self.cos.index_select(positions, 0)?.reshape(half)?;
+        let sin = self.sin.index_select(positions, 0)?.reshape(half)?;
         // Each row is a batch of its own of one token, so that each has its own position.
         let rotate = |x: Tensor, heads: usize| {
             let x = x.reshape((rows, heads, 1, head_dim))?;
             rotary_emb::rope_i(&x, &cos, &sin)?.reshape((rows, heads, head_dim))
         };
-        let attention = Attention::scaled_by(head_dim);
 
-        let mut x = self.embedding.forward(&step.token_ids()?)?; // (tokens, width)
+        let mut x = self.embedding.forward(token_ids)?; // (tokens, width)
         for (i, layer) in self.layers.iter().enumerate() {
             let normed = layer.attention_norm.forward(&x)?;
             let q = rotate(layer.q.forward(&normed)?, self.heads)?;
             let k = rotate(layer.k.forward(&normed)?, kv_heads)?;
             let v = layer.v.forward(&normed)?.reshape((rows, kv_heads, head_dim))?;
-            let y = step.attend(i, &q, &k, &v, &attention)?; // (tokens, heads, head_dim)
+            let y = attend(i, &q, &k, &v)?; // (tokens, heads, head_dim)
             x = (layer.o.forward(&y.flatten_from(1)?)? + x)?;
 
             let normed = layer.mlp_norm.forward(&x)?;
             let gated = (ops::silu(&layer.gate.forward(&normed)?)? * layer.up.forward(&normed)?)?;
             x = (layer.down.forward(&gated)? + x)?;
         }
-        let last = x.index_select(&step.last_rows()?, 0)?;
-        self.output.forward(&self.norm.forward(&last)?)
+        let wanted = x.index_select(wanted, 0)?;
+        self.output.forward(&self.norm.forward(&wanted)?)
     }
 }
 

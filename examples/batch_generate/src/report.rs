@@ -12,6 +12,7 @@ use crate::engine::Outcome;
 pub struct Report {
     sequences: Vec<SequenceReport>,
     pool: PoolReport,
+    prefix: PrefixReport,
     prefill_tokens_per_s: Option<f64>,
     decode_tokens_per_s: Option<f64>,
     steps: usize,
@@ -38,6 +39,15 @@ struct PoolReport {
     mean_utilisation: f64,
 }
 
+/// What did not have to be computed.
+#[derive(Debug, Serialize)]
+struct PrefixReport {
+    prompt_tokens: usize,
+    computed_prompt_tokens: usize,
+    resumed_tokens: usize,
+    evictions: u64,
+}
+
 impl Report {
     /// Puts the results together; `texts` are the decoded answers, `context` is the model's.
     pub fn new(outcome: Outcome, cache: &KvCache, context: usize, prompts: &[String], texts: Vec<String>) -> Self {
@@ -50,6 +60,12 @@ impl Report {
                 block_size: pool.block_size(),
                 peak_blocks: outcome.peak_blocks,
                 mean_utilisation: outcome.mean_utilisation,
+            },
+            prefix: PrefixReport {
+                prompt_tokens: outcome.answers.iter().map(|answer| answer.prompt_tokens).sum(),
+                computed_prompt_tokens: outcome.computed_prompt_tokens,
+                resumed_tokens: outcome.resumed_tokens,
+                evictions: pool.stats().evictions,
             },
             prefill_tokens_per_s: outcome.prefill.rate(),
             decode_tokens_per_s: outcome.decode.rate(),
@@ -95,13 +111,17 @@ impl Report {
             );
         }
         let PoolReport { blocks, block_size, peak_blocks, mean_utilisation } = self.pool;
+        let PrefixReport { prompt_tokens, computed_prompt_tokens, resumed_tokens, evictions } = self.prefix;
+        let times = prompt_tokens as f64 / computed_prompt_tokens.max(1) as f64;
         let [paged, contiguous] = self.bytes.map(|bytes| bytes as f64 / f64::from(1 << 20));
         let rate = |rate: Option<f64>| rate.map_or("-".to_string(), |rate| format!("{rate:.0} tokens/s"));
         let _ = write!(
             out,
             "\npool      {peak_blocks} of {blocks} blocks of {block_size} tokens at peak, {mean_utilisation:.2} tokens \
              per reserved slot\nmemory    {paged:.1} MiB at peak; a contiguous cache of the whole context for each \
-             sequence takes {contiguous:.1} MiB\nspeed     prefill {}, decode {}, {} steps\n",
+             sequence takes {contiguous:.1} MiB\nprefix    {computed_prompt_tokens} of {prompt_tokens} prompt tokens \
+             computed, {times:.1} times less work; {resumed_tokens} found again after preemption, {evictions} blocks \
+             evicted\nspeed     prefill {}, decode {}, {} steps\n",
             rate(self.prefill_tokens_per_s),
             rate(self.decode_tokens_per_s),
             self.steps

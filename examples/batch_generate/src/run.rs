@@ -51,17 +51,19 @@ pub fn run(args: &Args) -> Result<()> {
     let requests = prompts
         .iter()
         .map(|Prompt { prompt, max_tokens }| {
-            let prompt = tokenizer.encode(&template.render_user(prompt, None)?)?;
+            let prompt = tokenizer.encode(&template.render_user(prompt, args.system.as_deref())?)?;
             Ok(Request { prompt, max_tokens: max_tokens.unwrap_or(args.max_tokens) })
         })
         .collect::<Result<Vec<_>>>()?;
     let cache = cache(args, &model)?;
     let settings = Settings { max_batch: args.max_batch, samples: args.samples, seed: args.seed, sampling };
-    let outcome = generate(&model, &cache, &requests, &settings, &tokenizer)?;
+    let mut outcome = generate(&model, &cache, &requests, &settings, &tokenizer)?;
+    let fullest = outcome.fullest.take();
 
     #[cfg(feature = "verify")]
     if args.verify {
         crate::candle_loop::verify(&file.path, args.weights, &requests, &outcome, |id| tokenizer.is_end(id))?;
+        crate::scenarios::verify(&file.path, args.weights, &model, args.block_size, args.kv_dtype.into())?;
     }
 
     let texts = outcome.answers.iter().map(|answer| tokenizer.decode(&answer.tokens)).collect::<Result<Vec<_>>>()?;
@@ -69,6 +71,9 @@ pub fn run(args: &Args) -> Result<()> {
     let report = Report::new(outcome, &cache, model.context(), &prompts, texts);
     // A reader that has seen enough and closed the pipe is no failure.
     let _ = write!(std::io::stdout(), "{}\n{}", report.answers(), report.table());
+    if let (true, Some(fullest)) = (args.show_pool, fullest) {
+        let _ = write!(std::io::stdout(), "\nthe pool when it was fullest\n{fullest}");
+    }
     if let Some(path) = &args.json {
         let write = || -> Result<()> {
             let mut file = BufWriter::new(File::create(path)?);

@@ -1,0 +1,196 @@
+//! What a cache can do to a sequence beside letting it grow, each compared token for token with a computation that
+//! knows nothing of blocks: candle's own model with its contiguous cache, or, for windows, dense attention over the whole
+//! sequence with a mask.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use candle_core::{D, DType, Device, Tensor};
+use candle_transformers::models::quantized_llama::ModelWeights;
+use paged_attention::{BlockTable, KvCache, TableOptions, Window};
+
+use crate::candle_loop::{generate, load};
+use crate::engine::Request;
+use crate::model::{Model, Weights};
+use crate::sampling::{Random, Sampling};
+
+/// Tokens that are generated and compared, each time.
+const TOKENS: usize = 24;
+
+/// Runs every scenario.
+///
+/// # Errors
+///
+/// If a token differs.
+pub(crate) fn verify(path: &Path, weights: Weights, model: &Model, block_size: usize, dtype: DType) -> Result<()> {
+    let cache = KvCache::builder(model.shape()).blocks(1024usize.div_ceil(block_size)).block_size(block_size);
+    let mut verifier = Verifier { paged: model, cache: cache.dtype(dtype).build()?, candle: load(path, weights)? };
+    let prompt: Vec<u32> = (0..75).map(|i| 1000 + 37 * i % 900).collect();
+    let other: Vec<u32> = (0..9).map(|i| 5000 + 11 * i).collect();
+
+    for len in [1, 13, 33, 74] {
+        verifier.fork_at(&prompt, len, &other)?;
+        verifier.truncate_to(&prompt, len, &other)?;
+    }
+    verifier.share(&prompt, &other)?;
+    verifier.swap(&prompt)?;
+    verifier.resume(&prompt)?;
+    for window in [Window::new(20), Window::new(32).with_sinks(4), Window::new(50).with_sinks(17)] {
+        verifier.window(&prompt, window)?;
+    }
+    eprintln!(
+        "verified: forks and truncations at odd lengths, a shared prefix, swapping, resuming, and windows with sinks, \
+         {TOKENS} tokens each"
+    );
+    Ok(())
+}
+
+struct Verifier<'a> {
+    paged: &'a Model,
+    cache: KvCache,
+    candle: ModelWeights,
+}
+
+impl Verifier<'_> {
+    /// Computes `tokens` and returns the most likely next one.
+    fn next(&self, table: &mut BlockTable, tokens: &[u32]) -> Result<u32> {
+        let mut step = self.cache.step();
+        step.push(table, tokens)?;
+        let logits = self.paged.forward(&step)?;
+        step.commit();
+        likeliest(&logits)
+    }
+
+    /// Computes what `tokens` the table lacks, and then `TOKENS` more, one by one; returns these.
+    fn continue_with(&self, table: &mut BlockTable, tokens: &[u32]) -> Result<Vec<u32>> {
+        let mut new = vec![self.next(table, &tokens[table.len()..])?];
+        while new.len() < TOKENS {
+            new.push(self.next(table, &new[new.len() - 1..])?);
+        }
+        Ok(new)
+    }
+
+    fn computed(&self, tokens: &[u32]) -> Result<BlockTable> {
+        let mut table = self.cache.table();
+        self.next(&mut table, tokens)?;
+        Ok(table)
+    }
+
+    /// Compares with candle's own model, which computes everything.
+    fn compare(&mut self, what: &str, tokens: &[u32], got: &[u32]) -> Result<()> {
+        let request = Request { prompt: tokens.to_vec(), max_tokens: TOKENS };
+        let (expected, _) = generate(&mut self.candle, &request, |_| false)?;
+        ensure!(got == expected, "{what}: the tokens differ from candle's own\n{got:?}\n{expected:?}");
+        Ok(())
+    }
+
+    fn fork_at(&mut self, prompt: &[u32], len: usize, other: &[u32]) -> Result<()> {
+        let mut table = self.computed(prompt)?;
+        let mut fork = table.fork_at(len)?;
+        let branch = [&prompt[..len], other].concat();
+        // Both go on, in turn, from the blocks that they share.
+        let got = self.continue_with(&mut fork, &branch)?;
+        let next = [prompt, &[7]].concat();
+        let original = self.continue_with(&mut table, &next)?;
+        self.compare(&format!("a fork at {len}"), &branch, &got)?;
+        self.compare(&format!("the original of a fork at {len}"), &next, &original)
+    }
+
+    fn truncate_to(&mut self, prompt: &[u32], len: usize, other: &[u32]) -> Result<()> {
+        let mut table = self.computed(prompt)?;
+        table.truncate(len)?;
+        let branch = [&prompt[..len], other].concat();
+        let got = self.continue_with(&mut table, &branch)?;
+        self.compare(&format!("a truncation to {len}"), &branch, &got)
+    }
+
+    fn share(&mut self, prompt: &[u32], other: &[u32]) -> Result<()> {
+        self.cache.pool().reset();
+        drop(self.computed(prompt)?);
+        let branch = [&prompt[..70], other].concat();
+        let mut table = self.cache.table();
+        let found = table.reuse(&branch);
+        // Whole blocks, and a part of one if that is full and so can be found.
+        let full = prompt.len() / self.cache.pool().block_size() * self.cache.pool().block_size();
+        ensure!(found == full.min(70), "{found} tokens are found, {} can be", full.min(70));
+        let got = self.continue_with(&mut table, &branch)?;
+        self.compare("a shared prefix", &branch, &got)
+    }
+
+    fn swap(&mut self, prompt: &[u32]) -> Result<()> {
+        self.cache.pool().reset();
+        let mut table = self.computed(prompt)?;
+        let swapped = table.swap_out()?;
+        // All blocks get another content meanwhile.
+        self.cache.pool().reset();
+        let tokens = self.cache.pool().blocks() * self.cache.pool().block_size();
+        let noise: Vec<u32> = (0..tokens as u32).map(|i| i % 1000).collect();
+        for part in noise.chunks(256) {
+            let mut other = self.cache.table();
+            self.next(&mut other, part)?;
+        }
+        let mut back = swapped.swap_in()?;
+        let next = [prompt, &[7]].concat();
+        let got = self.continue_with(&mut back, &next)?;
+        self.compare("a sequence swapped out and in", &next, &got)
+    }
+
+    fn resume(&mut self, prompt: &[u32]) -> Result<()> {
+        self.cache.pool().reset();
+        let mut table = self.computed(prompt)?;
+        let mut tokens = prompt.to_vec();
+        tokens.extend(self.continue_with(&mut table, &[prompt, &[7]].concat())?.first());
+        // Preempted: it gives everything back, and finds it again.
+        drop(table);
+        let mut table = self.cache.table();
+        ensure!(table.reuse(&tokens) > 0, "nothing is found of a sequence that was there a moment ago");
+        let got = self.continue_with(&mut table, &tokens)?;
+        self.compare("a sequence that resumes", &tokens, &got)
+    }
+
+    fn window(&mut self, prompt: &[u32], window: Window) -> Result<()> {
+        let mut table = self.cache.table_with(&TableOptions::default().window(window));
+        let mut tokens = prompt.to_vec();
+        let mut got = vec![self.next(&mut table, &tokens)?];
+        for at in 0..TOKENS {
+            let expected = self.dense(&tokens, window)?;
+            ensure!(got[at] == expected, "{window:?}: token {at} is {}, with a mask it is {expected}", got[at]);
+            tokens.push(got[at]);
+            got.push(self.next(&mut table, &got[at..])?);
+        }
+        Ok(())
+    }
+
+    /// The most likely next token, all of them computed anew with dense attention and a mask.
+    fn dense(&self, tokens: &[u32], window: Window) -> Result<u32> {
+        let n = tokens.len();
+        let sees = |at: usize, position: usize| {
+            at <= position && (at < window.sinks() || at + window.tokens() > position)
+        };
+        let mask: Vec<f32> = (0..n)
+            .flat_map(|position| (0..n).map(move |at| if sees(at, position) { 0.0 } else { f32::NEG_INFINITY }))
+            .collect();
+        let mask = Tensor::from_vec(mask, (n, n), &Device::Cpu)?;
+        let attend = |_: usize, q: &Tensor, k: &Tensor, v: &Tensor| {
+            let (_, heads, head_dim) = q.dims3()?;
+            let group = heads / k.dim(1)?;
+            let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous(); // (heads, tokens, head_dim)
+            let repeated = |x: &Tensor| {
+                let index: Vec<u32> = (0..heads).map(|head| (head / group) as u32).collect();
+                by_head(x)?.index_select(&Tensor::new(index, &Device::Cpu)?, 0)
+            };
+            let scores = (by_head(q)?.matmul(&repeated(k)?.t()?)? / (head_dim as f64).sqrt())?;
+            let weights = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
+            by_head(&weights.matmul(&repeated(v)?)?)
+        };
+        let positions = Tensor::arange(0, n as u32, &Device::Cpu)?;
+        let last = Tensor::new(&[n as u32 - 1], &Device::Cpu)?;
+        likeliest(&self.paged.logits(&Tensor::new(tokens, &Device::Cpu)?, &positions, &last, attend)?)
+    }
+}
+
+/// The most likely token of the only row.
+fn likeliest(logits: &Tensor) -> Result<u32> {
+    let logits = logits.squeeze(0)?.to_vec1::<f32>()?;
+    Sampling::greedy().draw(&logits, &mut Random::new(0, 0))
+}
