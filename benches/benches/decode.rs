@@ -52,9 +52,10 @@ impl Case {
         let cache = KvCache::builder(shape).blocks(blocks).dtype(self.dtype).build()?;
         let history = self.random(&[self.context - 1, self.kv_heads, self.head_dim])?;
         let mut tables: Vec<_> = (0..self.batch).map(|_| cache.table()).collect();
-        for table in &mut tables {
+        for (table, first) in tables.iter_mut().zip((0..).step_by(self.context)) {
             let mut step = cache.step();
-            step.push(table, &vec![0; self.context - 1])?;
+            // Every sequence has tokens of its own, or they would share their blocks.
+            step.push(table, &(first..).take(self.context - 1).collect::<Vec<_>>())?;
             for layer in 0..shape.layers {
                 step.write(layer, &history, &history)?;
             }

@@ -87,7 +87,7 @@ fn action() -> impl Strategy<Value = Action> {
         4 => (0..6usize, 0..40usize, 0..3u32)
             .prop_map(|(kind, prompt, branch)| Action::Create { kind, prompt, branch }),
         2 => table.clone().prop_map(|table| Action::Reuse { table }),
-        8 => (table.clone(), 0..30usize, 0..30usize, flag.clone(), flag)
+        8 => (table.clone(), 0..30usize, 0..30usize, flag, flag)
             .prop_map(|(table, reserve, commit, known, roll_back)| {
                 Action::Step { table, reserve, commit, known, roll_back }
             }),

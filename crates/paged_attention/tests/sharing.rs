@@ -4,8 +4,11 @@
 
 mod common;
 
+use std::collections::HashMap;
+
 use candle_core::{DType, Tensor};
 use common::{tensor, ways};
+use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 use paged_attention::{BlockTable, CommitError, KvCache, KvShape, Step};
 
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
@@ -134,6 +137,39 @@ fn a_sequence_is_swapped_out_and_in_byte_for_byte() {
             append(&cache, &mut back, &[11]);
             assert_holds(&cache, &back, &(1..12).collect::<Vec<_>>());
         }
+    }
+}
+
+#[test]
+fn whoever_collects_metrics_gets_the_pool_s() {
+    let recorder = DebuggingRecorder::new();
+    metrics::with_local_recorder(&recorder, || {
+        let cache = KvCache::builder(SHAPE).blocks(4).block_size(4).name("draft").build().unwrap();
+        append(&cache, &mut cache.table(), &[1, 2, 3, 4, 5]);
+        let mut table = cache.table();
+        assert_eq!(table.reuse(&[1, 2, 3, 9]), 3);
+        append(&cache, &mut table, &[9]); // in a copy
+        drop(cache.pool().take(3).unwrap()); // the original gives way
+        let mut other = cache.table();
+        append(&cache, &mut other, &[7]);
+    });
+    let found: HashMap<String, DebugValue> = recorder
+        .snapshotter()
+        .snapshot()
+        .into_vec()
+        .into_iter()
+        .map(|(key, _, _, value)| {
+            let labels: Vec<_> = key.key().labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
+            (format!("{} {}", key.key().name(), labels.join(" ")), value)
+        })
+        .collect();
+    for (state, blocks) in [("free", 2.0), ("held", 2.0), ("remembered", 0.0)] {
+        let gauge = &found[&format!("kv_cache_blocks cache=draft state={state}")];
+        assert_eq!(*gauge, DebugValue::Gauge(blocks.into()), "{state}");
+    }
+    for (name, count) in [("queried_tokens", 3), ("hit_tokens", 3), ("evictions", 1), ("copies", 1)] {
+        let counter = &found[&format!("kv_cache_{name} cache=draft")];
+        assert_eq!(*counter, DebugValue::Counter(count), "{name}");
     }
 }
 

@@ -17,7 +17,12 @@ use crate::engine::{self, Outcome, Request, Settings};
 use crate::model::{Model, Weights};
 use crate::sampling::{Random, Sampling};
 
-pub(crate) fn load(path: &Path, weights: Weights) -> Result<ModelWeights> {
+/// candle's model, with its weights held in the same way as ours.
+///
+/// # Errors
+///
+/// If the file cannot be read.
+pub fn load(path: &Path, weights: Weights) -> Result<ModelWeights> {
     let mut file = File::open(path)?;
     let content = Content::read(&mut file)?;
     match weights {
@@ -81,13 +86,11 @@ pub(crate) fn generate(
 ///
 /// If a token differs, or candle's model cannot hold a sequence.
 pub fn verify(
-    path: &Path,
-    weights: Weights,
+    model: &mut ModelWeights,
     requests: &[Request],
     outcome: &Outcome,
     is_end: impl Fn(u32) -> bool + Copy,
 ) -> Result<()> {
-    let mut model = load(path, weights)?;
     let mut wrong = 0;
     for (i, answer) in outcome.answers.iter().enumerate() {
         let request = &requests[answer.request];
@@ -97,7 +100,7 @@ pub fn verify(
             "sequence {} may have {total} tokens, candle's own model holds {MAX_SEQ_LEN}",
             i + 1
         );
-        let (expected, _) = generate(&mut model, request, is_end)?;
+        let (expected, _) = generate(model, request, is_end)?;
         if answer.tokens != expected {
             let same = answer.tokens.iter().zip(&expected).take_while(|(a, b)| a == b).count();
             eprintln!("sequence {}: {same} tokens are the same, then they differ", i + 1);

@@ -62,8 +62,9 @@ pub fn run(args: &Args) -> Result<()> {
 
     #[cfg(feature = "verify")]
     if args.verify {
-        crate::candle_loop::verify(&file.path, args.weights, &requests, &outcome, |id| tokenizer.is_end(id))?;
-        crate::scenarios::verify(&file.path, args.weights, &model, args.block_size, args.kv_dtype.into())?;
+        let mut candle = crate::candle_loop::load(&file.path, args.weights)?;
+        crate::candle_loop::verify(&mut candle, &requests, &outcome, |id| tokenizer.is_end(id))?;
+        crate::scenarios::verify(candle, &model, args.block_size, args.kv_dtype.into())?;
     }
 
     let texts = outcome.answers.iter().map(|answer| tokenizer.decode(&answer.tokens)).collect::<Result<Vec<_>>>()?;

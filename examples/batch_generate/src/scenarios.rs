@@ -2,16 +2,14 @@
 //! knows nothing of blocks: candle's own model with its contiguous cache, or, for windows, dense attention over the whole
 //! sequence with a mask.
 
-use std::path::Path;
-
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use paged_attention::{BlockTable, KvCache, TableOptions, Window};
 
-use crate::candle_loop::{generate, load};
+use crate::candle_loop::generate;
 use crate::engine::Request;
-use crate::model::{Model, Weights};
+use crate::model::Model;
 use crate::sampling::{Random, Sampling};
 
 /// Tokens that are generated and compared, each time.
@@ -22,9 +20,9 @@ const TOKENS: usize = 24;
 /// # Errors
 ///
 /// If a token differs.
-pub(crate) fn verify(path: &Path, weights: Weights, model: &Model, block_size: usize, dtype: DType) -> Result<()> {
+pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dtype: DType) -> Result<()> {
     let cache = KvCache::builder(model.shape()).blocks(1024usize.div_ceil(block_size)).block_size(block_size);
-    let mut verifier = Verifier { paged: model, cache: cache.dtype(dtype).build()?, candle: load(path, weights)? };
+    let mut verifier = Verifier { paged: model, cache: cache.dtype(dtype).build()?, candle };
     let prompt: Vec<u32> = (0..75).map(|i| 1000 + 37 * i % 900).collect();
     let other: Vec<u32> = (0..9).map(|i| 5000 + 11 * i).collect();
 
@@ -164,9 +162,8 @@ impl Verifier<'_> {
     /// The most likely next token, all of them computed anew with dense attention and a mask.
     fn dense(&self, tokens: &[u32], window: Window) -> Result<u32> {
         let n = tokens.len();
-        let sees = |at: usize, position: usize| {
-            at <= position && (at < window.sinks() || at + window.tokens() > position)
-        };
+        let sees =
+            |at: usize, position: usize| at <= position && (at < window.sinks() || at + window.tokens() > position);
         let mask: Vec<f32> = (0..n)
             .flat_map(|position| (0..n).map(move |at| if sees(at, position) { 0.0 } else { f32::NEG_INFINITY }))
             .collect();
