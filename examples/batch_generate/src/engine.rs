@@ -292,9 +292,15 @@ impl<'a> Engine<'a> {
         for (i, (running, table)) in self.running.iter().zip(&mut tables).enumerate() {
             let (group, computed) = (&running.group, table.len());
             let Sequence { tokens, answer, .. } = &self.sequences[group[0]];
-            let mut n = (tokens.len() - computed).min(budget);
+            let rest = tokens.len() - computed;
+            // A prompt is computed in pieces that end with a block, so that the rest can still be found elsewhere.
+            let mut n = match (computed + budget) / block_size * block_size {
+                end if rest > budget && end > computed => end - computed,
+                _ => rest.min(budget),
+            };
             // Who would compute the same block beside another waits, and finds it in the next step.
-            if n > block_size && !under_way.insert(&tokens[..computed + block_size]) {
+            let next_block = &tokens[..(computed + block_size).min(tokens.len())];
+            if rest > 1 && !under_way.insert(next_block) {
                 n = 0;
             }
             live += computed + n;

@@ -100,6 +100,24 @@ fn the_prompt_of_all_samples_is_stored_once() {
 }
 
 #[test]
+fn what_prompts_have_in_common_is_computed_once() {
+    let (_folder, model) = common::tiny();
+    let settings = settings(1, 0.0);
+    let common: Vec<u32> = (0..41).map(|i| (i * 5 + 3) % 90).collect();
+    let requests: Vec<Request> =
+        (0..8).map(|i| Request { prompt: [&common[..], &[i, 2 * i + 1, 7]].concat(), max_tokens: 6 }).collect();
+    for block_size in [1, 4, 16] {
+        let outcome = run(&model, &cache(&model, 1024 / block_size, block_size), &requests, &settings);
+        let whole_blocks = 41 / block_size * block_size;
+        for (i, answer) in outcome.answers.iter().enumerate() {
+            assert_eq!(answer.tokens, from_scratch(&model, &requests[i], &settings, i, 0));
+            assert!(i == 0 || answer.cached_tokens >= whole_blocks, "prompt {i}: {}", answer.cached_tokens);
+        }
+        assert!(outcome.computed_prompt_tokens <= 44 + 7 * (44 - whole_blocks), "{}", outcome.computed_prompt_tokens);
+    }
+}
+
+#[test]
 fn packed_logits_equal_those_of_each_sequence_alone() {
     let (_folder, model) = common::tiny();
     let requests = requests();
