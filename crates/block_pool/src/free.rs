@@ -114,6 +114,14 @@ impl FreeBlocks {
     #[inline]
     pub(crate) fn take(&mut self, n: usize, after: Option<BlockId>, mut taken: impl FnMut(Range<usize>)) {
         debug_assert!(n <= self.len);
+        if n == 1 {
+            // What a decode step does all the time.
+            let next = after.map(|id| id.index() + 1).filter(|&at| self.run_at(at) > 0);
+            let start = next.unwrap_or_else(|| self.fresh_start());
+            self.remove_word(start / WORD, 1 << (start % WORD), 1);
+            taken(start..start + 1);
+            return;
+        }
         let mut left = n;
         let mut next = after.map(|id| id.index() + 1);
         while left > 0 {
@@ -132,6 +140,7 @@ impl FreeBlocks {
     }
 
     /// How many blocks are free from `at` on, to the end of its word.
+    #[inline]
     fn run_at(&self, at: usize) -> usize {
         let Some(word) = self.words.get(at / WORD) else {
             return 0;
@@ -139,6 +148,7 @@ impl FreeBlocks {
         (!(word >> (at % WORD))).trailing_zeros() as usize
     }
 
+    #[inline]
     fn fresh_start(&self) -> usize {
         let word = first_set(&self.whole).or_else(|| first_set(&self.any)).unwrap_or(0);
         word * WORD + (self.words[word].trailing_zeros() as usize % WORD)
