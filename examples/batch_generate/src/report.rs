@@ -111,7 +111,7 @@ impl Report {
             );
         }
         let PoolReport { blocks, block_size, peak_blocks, mean_utilisation } = self.pool;
-        let PrefixReport { prompt_tokens, computed_prompt_tokens, resumed_tokens, evictions } = self.prefix;
+        let PrefixReport { prompt_tokens, computed_prompt_tokens, resumed_tokens, .. } = self.prefix;
         let times = prompt_tokens as f64 / computed_prompt_tokens.max(1) as f64;
         let [paged, contiguous] = self.bytes.map(|bytes| bytes as f64 / f64::from(1 << 20));
         let rate = |rate: Option<f64>| rate.map_or("-".to_string(), |rate| format!("{rate:.0} tokens/s"));
@@ -120,8 +120,7 @@ impl Report {
             "\npool      {peak_blocks} of {blocks} blocks of {block_size} tokens at peak, {mean_utilisation:.2} tokens \
              per reserved slot\nmemory    {paged:.1} MiB at peak; a contiguous cache of the whole context for each \
              sequence takes {contiguous:.1} MiB\nprefix    {computed_prompt_tokens} of {prompt_tokens} prompt tokens \
-             computed, {times:.1} times less work; {resumed_tokens} found again after preemption, {evictions} blocks \
-             evicted\nspeed     prefill {}, decode {}, {} steps\n",
+             computed, {times:.1} times less; {resumed_tokens} found again after preemption\nspeed     prefill {}, decode {}, {} steps\n",
             rate(self.prefill_tokens_per_s),
             rate(self.decode_tokens_per_s),
             self.steps
