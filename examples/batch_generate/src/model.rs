@@ -174,6 +174,11 @@ impl Model {
         self.shape
     }
 
+    /// How many different tokens there are.
+    pub fn vocabulary(&self) -> usize {
+        self.embedding.embeddings().dims()[0]
+    }
+
     /// The most tokens a sequence can have.
     pub fn context(&self) -> usize {
         self.context

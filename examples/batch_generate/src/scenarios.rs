@@ -23,8 +23,9 @@ const TOKENS: usize = 24;
 pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dtype: DType) -> Result<()> {
     let cache = KvCache::builder(model.shape()).blocks(1024usize.div_ceil(block_size)).block_size(block_size);
     let mut verifier = Verifier { paged: model, cache: cache.dtype(dtype).build()?, candle };
-    let prompt: Vec<u32> = (0..75).map(|i| 1000 + 37 * i % 900).collect();
-    let other: Vec<u32> = (0..9).map(|i| 5000 + 11 * i).collect();
+    let vocabulary = model.vocabulary() as u32;
+    let prompt: Vec<u32> = (0..75).map(|i| (1000 + 37 * i) % vocabulary).collect();
+    let other: Vec<u32> = (0..9).map(|i| (5000 + 11 * i) % vocabulary).collect();
 
     for len in [1, 13, 33, 74] {
         verifier.fork_at(&prompt, len, &other)?;
@@ -122,8 +123,8 @@ impl Verifier<'_> {
         // All blocks get another content meanwhile.
         self.cache.pool().reset();
         let tokens = self.cache.pool().blocks() * self.cache.pool().block_size();
-        let noise: Vec<u32> = (0..tokens as u32).map(|i| i % 1000).collect();
-        for part in noise.chunks(256) {
+        let noise: Vec<u32> = (0..tokens as u32).map(|i| i % self.paged.vocabulary() as u32).collect();
+        for part in noise.chunks(64) {
             let mut other = self.cache.table();
             self.next(&mut other, part)?;
         }
