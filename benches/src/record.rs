@@ -65,17 +65,36 @@ impl Record {
         }
     }
 
+    /// Adds the median time in nanoseconds of a race's winner or loser, with ratios that were taken round by round: the
+    /// floor's time divided by ours, and each peer's.
+    pub fn raced(&mut self, case: &str, ours: f64, floor_ratio: f64, peers: &[(&str, Option<f64>)]) {
+        let alone = [("", None)];
+        for &(peer, peer_ratio) in if peers.is_empty() { &alone[..] } else { peers } {
+            let peer = peer_ratio.map(|_| peer.into());
+            let (case, value) = (case.into(), ours);
+            let floor_ratio = Some(floor_ratio);
+            self.rows.push(Row { case, metric: "time", value, unit: "ns", floor_ratio, peer, peer_ratio });
+        }
+    }
+
+    /// Adds another number about a case.
+    pub fn value(&mut self, case: &str, metric: &'static str, value: f64, unit: &'static str) {
+        let case = case.into();
+        self.rows.push(Row { case, metric, value, unit, floor_ratio: None, peer: None, peer_ratio: None });
+    }
+
     /// Prints the rows and writes them to `target/benchmarks/<name>.json`.
     ///
     /// # Errors
     ///
     /// If the file cannot be written.
     pub fn write(&self, name: &str) -> Result<()> {
-        println!("\n{:<44} {:>14} {:>8}  peer", "case", "time", "floor");
+        println!("\n{:<64} {:<16} {:>18} {:>6}  peer", "case", "metric", "", "floor");
         for row in &self.rows {
             let ratio = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
             let peer = row.peer.as_deref().map_or(String::new(), |peer| format!("{}x {peer}", ratio(row.peer_ratio)));
-            println!("{:<44} {:>11.1} {} {:>8}  {peer}", row.case, row.value, row.unit, ratio(row.floor_ratio));
+            let Row { case, metric, value, unit, .. } = row;
+            println!("{case:<64} {metric:<16} {value:>13.2} {unit:<4} {:>6}  {peer}", ratio(row.floor_ratio));
         }
         let file = folder().join(format!("{name}.json"));
         fs::create_dir_all(folder())?;

@@ -1,20 +1,29 @@
-//! Decode attention: one new token for each sequence, its keys and values written first, as in real use.
+//! Attention over blocks beside the memory's floor and candle's own attention: one new token for each sequence.
 //!
-//! Beside ours: candle's grouped matrix products, on a contiguous cache that is there already and needs no write. The
-//! floor is a plain read: the same bytes, gone through once by the same threads.
-//! Layers take turns, so that the caches see keys and values only once in a while, as when a whole model runs.
+//! All contenders of a case take turns in one run, on the same threads. Layers take turns too, over at least half a
+//! gibibyte, so that the caches see keys and values only once in a while, as when a whole model runs.
+//!
+//! - `plain` reads the same blocks in the same order once through; `four streams` reads the same bytes as four
+//!   interleaved streams, the most that this memory gives.
+//! - candle's grouped matrix products and its flash attention read a contiguous cache that is there already.
 
-use anyhow::Result;
-use benches::{Record, Stopwatch, is_smoke_test};
-use candle_core::{D, DType, Device, Tensor};
+mod floor;
+
+use std::cell::Cell;
+use std::hint::black_box;
+
+use anyhow::{Result, ensure};
+use benches::{Contender, Race, Record, is_smoke_test};
+use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
+use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops::softmax_last_dim;
-use criterion::Criterion;
+use half::f16;
 use paged_attention::{Attention, BlockTable, KvCache, KvShape};
-use rayon::prelude::*;
 
 /// Bytes over which the layers of one case rotate.
-const COLD: usize = 256 << 20;
+const COLD: usize = 512 << 20;
 
+#[derive(Clone, Copy)]
 struct Case {
     heads: usize,
     kv_heads: usize,
@@ -22,12 +31,30 @@ struct Case {
     batch: usize,
     context: usize,
     dtype: DType,
+    threads: usize,
+    /// Tokens in a block; a whole sequence if it is to lie in one piece.
+    block_size: usize,
+    /// Whether each sequence's blocks lie in random order.
+    shuffled: bool,
 }
 
 impl Case {
     fn name(&self) -> String {
-        let Self { heads, kv_heads, head_dim, batch, context, dtype } = self;
-        format!("{heads}/{kv_heads}x{head_dim} {} batch {batch} context {context}", dtype.as_str())
+        let Self { heads, kv_heads, head_dim, batch, context, dtype, threads, block_size, shuffled } = self;
+        let blocks = match (*block_size == self.capacity(), shuffled) {
+            (true, _) => " contiguous",
+            (_, true) => " random order",
+            _ => "",
+        };
+        format!(
+            "{heads}/{kv_heads}x{head_dim} {} batch {batch} context {context} threads {threads}{blocks}",
+            dtype.as_str()
+        )
+    }
+
+    /// Slots of a sequence: its tokens in whole blocks of 16.
+    fn capacity(&self) -> usize {
+        self.context.next_multiple_of(16)
     }
 
     fn bytes(&self) -> usize {
@@ -35,7 +62,7 @@ impl Case {
     }
 
     fn layers(&self) -> usize {
-        if is_smoke_test() { 1 } else { COLD.div_ceil(self.bytes()).min(64) }
+        if is_smoke_test() { 1 } else { COLD.div_ceil(self.bytes()) }
     }
 
     fn random(&self, shape: &[usize]) -> Result<Tensor> {
@@ -46,13 +73,26 @@ impl Case {
         1.0 / (self.head_dim as f32).sqrt()
     }
 
-    fn paged(&self, c: &mut Criterion) -> Result<Option<f64>> {
+    /// A cache whose sequences have all their tokens but the last.
+    fn filled(&self) -> Result<(KvCache, Vec<BlockTable>)> {
         let shape = KvShape { layers: self.layers(), kv_heads: self.kv_heads, head_dim: self.head_dim };
-        let blocks = self.batch * self.context.div_ceil(16);
-        let cache = KvCache::builder(shape).blocks(blocks).dtype(self.dtype).build()?;
+        let blocks = self.batch * self.capacity() / self.block_size;
+        let cache = KvCache::builder(shape).blocks(blocks).block_size(self.block_size).dtype(self.dtype).build()?;
+        let mut holes = Vec::new();
+        if self.shuffled {
+            holes = (0..blocks).map(|_| cache.pool().take(1)).collect::<Result<_, _>>()?;
+        }
         let history = self.random(&[self.context - 1, self.kv_heads, self.head_dim])?;
         let mut tables: Vec<_> = (0..self.batch).map(|_| cache.table()).collect();
+        let mut random = 1usize;
         for (table, first) in tables.iter_mut().zip((0..).step_by(self.context)) {
+            while table.capacity() < self.context {
+                if !holes.is_empty() {
+                    random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    drop(holes.swap_remove((random >> 33) % holes.len()));
+                }
+                table.reserve(table.capacity() + 1)?;
+            }
             let mut step = cache.step();
             // Every sequence has tokens of its own, or they would share their blocks.
             step.push(table, &(first..).take(self.context - 1).collect::<Vec<_>>())?;
@@ -61,73 +101,144 @@ impl Case {
             }
             step.commit();
         }
-        let q = self.random(&[self.batch, self.heads, self.head_dim])?;
-        let k = self.random(&[self.batch, self.kv_heads, self.head_dim])?;
-        let attention = Attention::new(self.scale());
-        let mut layer = 0;
-        let mut attend = |tables: &mut Vec<BlockTable>| {
-            let mut step = cache.step();
-            for table in tables {
-                step.push(table, &[0]).expect("there is room");
-            }
-            layer = (layer + 1) % shape.layers;
-            step.attend(layer, &q, &k, &k, &attention).expect("the shapes fit");
-        };
-        Ok(Stopwatch::time(c, &format!("paged/{}", self.name()), || attend(&mut tables)))
+        Ok((cache, tables))
     }
 
-    /// Keys and values of all layers, each `(batch * kv_heads, context, head_dim)`.
+    /// Keys and values of one layer, each `(batch, kv_heads, context, head_dim)`.
     fn contiguous(&self) -> Result<Vec<[Tensor; 2]>> {
-        let shape = [self.batch * self.kv_heads, self.context, self.head_dim];
+        let shape = [self.batch, self.kv_heads, self.context, self.head_dim];
         (0..self.layers()).map(|_| Ok([self.random(&shape)?, self.random(&shape)?])).collect()
-    }
-
-    fn grouped(&self, c: &mut Criterion, layers: &[[Tensor; 2]]) -> Result<Option<f64>> {
-        let group = self.heads / self.kv_heads;
-        let q = (self.random(&[self.batch * self.kv_heads, group, self.head_dim])? * f64::from(self.scale()))?;
-        let mut turn = 0;
-        let mut attend = || -> candle_core::Result<Tensor> {
-            turn = (turn + 1) % layers.len();
-            let [k, v] = &layers[turn];
-            softmax_last_dim(&q.matmul(&k.transpose(D::Minus1, D::Minus2)?)?)?.matmul(v)
-        };
-        Ok(Stopwatch::time(c, &format!("grouped/{}", self.name()), || drop(attend().expect("the shapes fit"))))
-    }
-
-    fn floor(&self, c: &mut Criterion) -> Option<f64> {
-        let bits = vec![vec![1u32; self.bytes() / 4]; self.layers()];
-        let mut turn = 0;
-        Stopwatch::time(c, &format!("floor/{}", self.name()), || {
-            turn = (turn + 1) % bits.len();
-            let sum: u32 = bits[turn]
-                .par_chunks(1 << 14)
-                .map(|run| run.iter().fold(0, |sum, x| sum ^ x))
-                .reduce(|| 0, |a, b| a ^ b);
-            std::hint::black_box(sum);
-        })
     }
 }
 
+/// One layer after the other, round and round.
+struct Turn(Cell<usize>);
+
+impl Turn {
+    fn next(&self, layers: usize) -> usize {
+        self.0.set((self.0.get() + 1) % layers);
+        self.0.get()
+    }
+}
+
+/// Calls `read` with a layer's numbers, two or four bytes each, as words of four.
+fn with_words<R>(layer: &Tensor, read: impl FnOnce(&[u32]) -> R) -> Result<R> {
+    let (guard, _) = layer.storage_and_layout();
+    Ok(match &*guard {
+        Storage::Cpu(CpuStorage::F32(numbers)) => read(bytemuck::cast_slice(numbers)),
+        Storage::Cpu(CpuStorage::F16(numbers)) => read(bytemuck::cast_slice(numbers)),
+        Storage::Cpu(CpuStorage::BF16(numbers)) => read(bytemuck::cast_slice(numbers)),
+        _ => anyhow::bail!("the floor is read on a CPU"),
+    })
+}
+
+fn decode(case: &Case, record: &mut Record) -> Result<()> {
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(case.threads).build()?;
+    let (cache, mut tables) = case.filled()?;
+    let layers = case.layers();
+    let order: Vec<u32> = tables.iter().flat_map(|table| table.blocks()).map(|id| id.index() as u32).collect();
+    let block = case.block_size * case.kv_heads * case.head_dim * case.dtype.size_in_bytes() / 2;
+    ensure!(order.len() * block * 4 >= case.bytes(), "the floor reads all that attention reads");
+
+    let q = case.random(&[case.batch, case.heads, case.head_dim])?;
+    let k = case.random(&[case.batch, case.kv_heads, case.head_dim])?;
+    let attention = Attention::new(case.scale());
+    let mut step = cache.step();
+    for table in &mut tables {
+        step.push(table, &[0])?;
+    }
+    let [ours, plain, four, grouped, flash] = [(); 5].map(|()| Turn(Cell::new(0)));
+    let floor = |turn: &Turn, read: fn(&[u32], usize, &[u32]) -> u32| {
+        let layer = cache.tensor(turn.next(layers)).expect("the layer exists");
+        black_box(with_words(layer, |words| threads.install(|| read(words, block, &order))).expect("it is on a CPU"));
+    };
+    let attend = || {
+        let layer = ours.next(layers);
+        black_box(threads.install(|| step.attend(layer, &q, &k, &k, &attention)).expect("the shapes fit"));
+    };
+    // Layouts that differ only in blocks have the same peers.
+    let with_peers = case.block_size == 16 && !case.shuffled;
+    let contiguous = if with_peers { case.contiguous()? } else { vec![] };
+    let group = case.heads / case.kv_heads;
+    let grouped_q = (case.random(&[case.batch, case.kv_heads, group, case.head_dim])? * f64::from(case.scale()))?;
+    let flash_q = case.random(&[case.batch, 1, case.heads, case.head_dim])?;
+    let mut contenders: Vec<Contender<'_>> = vec![
+        Box::new(attend),
+        Box::new(|| floor(&plain, floor::plain)),
+        Box::new(|| floor(&four, floor::four_streams)),
+    ];
+    if with_peers {
+        contenders.push(Box::new(|| {
+            let [k, v] = &contiguous[grouped.next(layers)];
+            let attend = || -> candle_core::Result<Tensor> {
+                softmax_last_dim(&grouped_q.matmul(&k.transpose(D::Minus1, D::Minus2)?)?)?.matmul(v)
+            };
+            black_box(threads.install(attend).expect("the shapes fit"));
+        }));
+        // It has no bf16.
+        if case.dtype != DType::BF16 {
+            contenders.push(Box::new(|| {
+                let [k, v] = &contiguous[flash.next(layers)];
+                let attend = || -> candle_core::Result<Tensor> {
+                    let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
+                    let scale = case.scale();
+                    match case.dtype {
+                        DType::F16 => flash_attn::<f16>(&flash_q, &k, &v, scale, AttnMask::None, None, None),
+                        _ => flash_attn::<f32>(&flash_q, &k, &v, scale, AttnMask::None, None, None),
+                    }
+                };
+                black_box(threads.install(attend).expect("the shapes fit"));
+            }));
+        }
+    }
+    let rounds = if is_smoke_test() { 1 } else { 9 };
+    let race = Race::run(rounds, &mut contenders);
+    let n = contenders.len();
+    drop(contenders);
+
+    let name = case.name();
+    let peers = ["candle grouped matmuls", "candle-nn flash attention"];
+    let peers: Vec<_> = peers.iter().zip(3..n).map(|(&peer, at)| (peer, Some(race.ratio(at, 0)))).collect();
+    record.raced(&name, race.time(0), race.ratio(1, 0), &peers);
+    record.value(&name, "of four streams", race.ratio(2, 0), "x");
+    record.value(&name, "bandwidth", case.bytes() as f64 / race.time(0), "GB/s");
+    Ok(())
+}
+
 fn main() -> Result<()> {
-    let mut criterion = Criterion::default().configure_from_args().sample_size(20);
-    let c = &mut criterion;
     let mut record = Record::default();
-    let contexts: &[usize] = if is_smoke_test() { &[64] } else { &[512, 4096] };
+    // `cargo bench -p benches --bench paged_attention -- f16` runs the cases whose name has `f16` in it.
+    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
+    let contexts: &[usize] = if is_smoke_test() { &[64] } else { &[4096, 16_384] };
     for (heads, kv_heads, head_dim) in [(32, 8, 128), (9, 3, 64)] {
         for &context in contexts {
             for batch in [1, 8] {
-                for dtype in [DType::F32, DType::F16] {
-                    let case = Case { heads, kv_heads, head_dim, batch, context, dtype };
-                    let paged = case.paged(c)?;
-                    let layers = case.contiguous()?;
-                    let grouped = case.grouped(c, &layers)?;
-                    drop(layers);
-                    let floor = case.floor(c);
-                    record.time(&case.name(), paged, floor, &[("candle grouped matmuls", grouped)]);
+                for dtype in [DType::F32, DType::F16, DType::BF16] {
+                    for threads in [1, 2] {
+                        let paged = Case {
+                            heads,
+                            kv_heads,
+                            head_dim,
+                            batch,
+                            context,
+                            dtype,
+                            threads,
+                            block_size: 16,
+                            shuffled: false,
+                        };
+                        let mut cases = vec![paged];
+                        if heads == 32 && batch == 1 && dtype != DType::BF16 {
+                            cases.push(Case { block_size: paged.capacity(), ..paged });
+                            cases.push(Case { shuffled: true, ..paged });
+                        }
+                        for case in cases.iter().filter(|case| case.name().contains(&filter)) {
+                            eprintln!("{}", case.name());
+                            decode(case, &mut record)?;
+                        }
+                    }
                 }
             }
         }
     }
-    criterion.final_summary();
-    record.write("decode")
+    record.write("paged_attention")
 }

@@ -105,6 +105,16 @@ impl KvCache {
         gather::gather(tensor, self.layout(), &blocks, table.len() - given_back)
     }
 
+    /// The tensor behind one layer, `(blocks, numbers of a block)`, for kernels of your own; `docs/layout.md` says where
+    /// each number lies. Reading it needs no care. Who writes to it must hold the blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the layer does not exist.
+    pub fn tensor(&self, layer: usize) -> Result<&Tensor> {
+        validate::layer(&self.tensors, layer)
+    }
+
     pub(crate) fn layout(&self) -> &KvLayout {
         self.tensors.layout()
     }

@@ -1,0 +1,41 @@
+//! What the memory gives: the same blocks in the same order, read and nothing else.
+
+use rayon::prelude::*;
+
+/// Reads each block once through, the blocks shared out evenly among the threads of the current pool.
+pub(crate) fn plain(storage: &[u32], block: usize, order: &[u32]) -> u32 {
+    let read = |id: &u32| storage[*id as usize * block..][..block].iter().fold(0u32, |sum, x| sum.wrapping_add(*x));
+    shares(order).map(|share| share.iter().map(read).fold(0, u32::wrapping_add)).reduce(|| 0, u32::wrapping_add)
+}
+
+/// Reads four blocks at a time, a few numbers of each in turn: four streams keep more reads under way than one.
+pub(crate) fn four_streams(storage: &[u32], block: usize, order: &[u32]) -> u32 {
+    let of = |id: u32| storage[id as usize * block..][..block].chunks_exact(LANES);
+    shares(order)
+        .map(|share| {
+            let [mut first, mut second, mut third, mut fourth] = [[0u32; LANES]; 4];
+            let quarter = share.len() / 4;
+            for at in 0..quarter {
+                let [a, b, c, d] = [0, 1, 2, 3].map(|stream| of(share[stream * quarter + at]));
+                for (((a, b), c), d) in a.zip(b).zip(c).zip(d) {
+                    for lane in 0..LANES {
+                        first[lane] = first[lane].wrapping_add(a[lane]);
+                        second[lane] = second[lane].wrapping_add(b[lane]);
+                        third[lane] = third[lane].wrapping_add(c[lane]);
+                        fourth[lane] = fourth[lane].wrapping_add(d[lane]);
+                    }
+                }
+            }
+            let rest = share[4 * quarter..].iter().flat_map(|&id| of(id).flatten());
+            let sums = [first, second, third, fourth];
+            sums.as_flattened().iter().chain(rest).fold(0, |sum, x| x.wrapping_add(sum))
+        })
+        .reduce(|| 0, u32::wrapping_add)
+}
+
+/// Numbers of a stream that are read in one go: as many as keep the sums of all four in registers.
+const LANES: usize = 8;
+
+fn shares(order: &[u32]) -> impl ParallelIterator<Item = &[u32]> {
+    order.par_chunks(order.len().div_ceil(rayon::current_num_threads()).max(1))
+}
