@@ -19,6 +19,7 @@ use block_pool::KvLayout;
 
 use super::element::Element;
 use super::exp::exp_nonpositive;
+use super::prefetch::prefetch;
 use crate::plan::{Sight, Span};
 
 /// Tokens per tile, at least: scores of one tile are computed before they are weighed.
@@ -100,16 +101,23 @@ pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut 
             .enumerate()
             .filter_map(|(b, block)| Some((b, task.blocks[task.span.place(block)?])));
 
+        // What is read next is asked for while this is computed, a line at each step: in bursts the requests are dropped.
+        let keys_of = |id: u32| &block(id)[task.layout.head_keys(task.head)];
+        let values_of = |id: u32| &block(id)[task.layout.head_values(task.head)];
+        let mut next = blocks.clone().skip(1);
+        let first_values = blocks.clone().next().map(|(_, id)| values_of(id));
         for (b, id) in blocks.clone() {
-            let keys = T::widened(&block(id)[task.layout.head_keys(task.head)], wide);
+            let ahead = Ahead(next.next().map(|(_, id)| keys_of(id)).or(first_values).unwrap_or(&[]));
+            let keys = T::widened(keys_of(id), wide);
             let at = b * block_size;
             for row in (first_row..rows).step_by(ROWS) {
+                let ahead = if row == first_row { ahead } else { Ahead(&[]) };
                 let (q, p) = (&q[row * head_dim..], &mut p[row * tile + at..]);
                 match rows - row {
-                    1 => scores::<1, FMA>(q, keys, p, head_dim, block_size, tile),
-                    2 => scores::<2, FMA>(q, keys, p, head_dim, block_size, tile),
-                    3 => scores::<3, FMA>(q, keys, p, head_dim, block_size, tile),
-                    _ => scores::<ROWS, FMA>(q, keys, p, head_dim, block_size, tile),
+                    1 => scores::<T, 1, FMA>(q, keys, p, head_dim, block_size, tile, ahead),
+                    2 => scores::<T, 2, FMA>(q, keys, p, head_dim, block_size, tile, ahead),
+                    3 => scores::<T, 3, FMA>(q, keys, p, head_dim, block_size, tile, ahead),
+                    _ => scores::<T, ROWS, FMA>(q, keys, p, head_dim, block_size, tile, ahead),
                 }
             }
         }
@@ -141,18 +149,22 @@ pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut 
             }
         }
 
+        let mut next = blocks.clone().skip(1);
+        let next_keys = task.span.place(end / block_size).and_then(|at| task.blocks.get(at)).map(|&id| keys_of(id));
         for (b, id) in blocks {
-            let values = T::widened(&block(id)[task.layout.head_values(task.head)], wide);
+            let ahead = Ahead(next.next().map(|(_, id)| values_of(id)).or(next_keys).unwrap_or(&[]));
+            let values = T::widened(values_of(id), wide);
             let at = b * block_size;
             // Slots behind the last token hold anything, NaN included: they are not read.
             let tokens = block_size.min(end - start - at);
             for row in (first_row..rows).step_by(ROWS) {
+                let ahead = if row == first_row { ahead } else { Ahead(&[]) };
                 let (p, o) = (&p[row * tile + at..], &mut o[row * head_dim..]);
                 match rows - row {
-                    1 => weigh::<1, FMA>(p, values, o, head_dim, tokens, tile),
-                    2 => weigh::<2, FMA>(p, values, o, head_dim, tokens, tile),
-                    3 => weigh::<3, FMA>(p, values, o, head_dim, tokens, tile),
-                    _ => weigh::<ROWS, FMA>(p, values, o, head_dim, tokens, tile),
+                    1 => weigh::<T, 1, FMA>(p, values, o, head_dim, tokens, tile, ahead),
+                    2 => weigh::<T, 2, FMA>(p, values, o, head_dim, tokens, tile, ahead),
+                    3 => weigh::<T, 3, FMA>(p, values, o, head_dim, tokens, tile, ahead),
+                    _ => weigh::<T, ROWS, FMA>(p, values, o, head_dim, tokens, tile, ahead),
                 }
             }
         }
@@ -169,15 +181,38 @@ pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut 
     }
 }
 
+/// What is read next: as many numbers as are read now, or none.
+struct Ahead<'a, T>(&'a [T]);
+
+impl<T> Clone for Ahead<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Ahead<'_, T> {}
+
+impl<T> Ahead<'_, T> {
+    /// Asks for the cache line of the number at `at`.
+    #[inline(always)]
+    fn ask(self, at: usize) {
+        if let Some(x) = self.0.get(at) {
+            prefetch(x);
+        }
+    }
+}
+
 /// `p (R, tokens) = q (R, head_dim) * keys (head_dim, tokens)`; rows of p are `stride` apart.
 #[inline(always)]
-fn scores<const R: usize, const FMA: bool>(
+#[allow(clippy::too_many_arguments)]
+fn scores<T, const R: usize, const FMA: bool>(
     q: &[f32],
     keys: &[f32],
     p: &mut [f32],
     head_dim: usize,
     tokens: usize,
     stride: usize,
+    ahead: Ahead<'_, T>,
 ) {
     let q: [&[f32]; R] = std::array::from_fn(|r| &q[r * head_dim..][..head_dim]);
     let lanes_end = tokens / LANES * LANES;
@@ -185,6 +220,7 @@ fn scores<const R: usize, const FMA: bool>(
         let mut sums = [[0f32; LANES]; R];
         for (d, keys) in keys.chunks_exact(tokens).enumerate() {
             let keys = &keys[at..][..LANES];
+            ahead.ask(d * tokens + at);
             for r in 0..R {
                 let x = q[r][d];
                 for t in 0..LANES {
@@ -210,13 +246,15 @@ fn scores<const R: usize, const FMA: bool>(
 
 /// `o (R, head_dim) += p (R, tokens) * values (tokens, head_dim)`; rows of p are `stride` apart.
 #[inline(always)]
-fn weigh<const R: usize, const FMA: bool>(
+#[allow(clippy::too_many_arguments)]
+fn weigh<T, const R: usize, const FMA: bool>(
     p: &[f32],
     values: &[f32],
     o: &mut [f32],
     head_dim: usize,
     tokens: usize,
     stride: usize,
+    ahead: Ahead<'_, T>,
 ) {
     let p: [&[f32]; R] = std::array::from_fn(|r| &p[r * stride..][..tokens]);
     let lanes_end = head_dim / LANES * LANES;
@@ -227,6 +265,7 @@ fn weigh<const R: usize, const FMA: bool>(
         }
         for t in 0..tokens {
             let values = &values[t * head_dim + at..][..LANES];
+            ahead.ask(t * head_dim + at);
             for r in 0..R {
                 let weight = p[r][t];
                 for d in 0..LANES {

@@ -11,6 +11,7 @@ mod boundary;
 mod element;
 mod exp;
 mod kernel;
+mod prefetch;
 
 pub(crate) use boundary::{Call, attend, write};
 pub use kernel::Kernel;
