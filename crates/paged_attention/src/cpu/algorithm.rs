@@ -128,7 +128,7 @@ pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut 
             let p = &mut p[row * tile..][..end - start];
             // The sinks and the recent tokens of this tile, and between and behind them what this row does not see.
             let (sinks, recent) = (0..within(sinks), within(recent.start)..within(recent.end));
-            let highest = p[sinks.clone()].iter().chain(&p[recent.clone()]).copied().fold(m[row], f32::max);
+            let highest = max(&p[recent.clone()], max(&p[sinks.clone()], m[row]));
             // All scores -inf: nothing to weigh yet, and -inf - -inf is not a number.
             let reference = if highest == f32::NEG_INFINITY { 0.0 } else { highest };
             let shrink = exp_nonpositive(m[row] - reference);
@@ -232,6 +232,9 @@ fn scores<T, const R: usize, const FMA: bool>(
             p[r * stride + at..][..LANES].copy_from_slice(&sums[r]);
         }
     }
+    if lanes_end == tokens {
+        return;
+    }
     for r in 0..R {
         let rest = &mut p[r * stride + lanes_end..][..tokens - lanes_end];
         rest.fill(0.0);
@@ -277,6 +280,9 @@ fn weigh<T, const R: usize, const FMA: bool>(
             o[r * head_dim + at..][..LANES].copy_from_slice(&sums[r]);
         }
     }
+    if lanes_end == head_dim {
+        return;
+    }
     for r in 0..R {
         let rest = &mut o[r * head_dim + lanes_end..][..head_dim - lanes_end];
         for t in 0..tokens {
@@ -300,6 +306,21 @@ fn sum(xs: &[f32]) -> f32 {
         }
     }
     sums.iter().sum::<f32>() + rest
+}
+
+/// The largest of `xs` and `least`, in `LANES` partial maxima.
+#[inline(always)]
+fn max(xs: &[f32], least: f32) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut largest = [least; LANES];
+    let chunks = xs.chunks_exact(LANES);
+    let rest = chunks.remainder().iter().fold(least, |m, &x| larger(m, x));
+    for chunk in chunks {
+        for (m, &x) in largest.iter_mut().zip(chunk) {
+            *m = larger(*m, x);
+        }
+    }
+    largest.into_iter().fold(rest, larger)
 }
 
 /// `a * b + c`. Without the instruction, `mul_add` is a call that computes the single rounding in software.

@@ -6,18 +6,19 @@
 /// by its Taylor polynomial of degree 7, whose remainder is below 6e-9.
 #[inline(always)]
 pub(super) fn exp_nonpositive(x: f32) -> f32 {
-    // Adding and subtracting 1.5 * 2^23 rounds to an integer without a call.
+    // Adding 1.5 * 2^23 rounds to an integer without a call, and leaves it in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
     let mut p = 1.0 / 5040.0;
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = p * r + c;
     }
-    // Out of range the exponent below is nonsense, and so is unused.
-    let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    // 2^n: the shift drops all bits but those of n + 127. Out of range that is nonsense, and so is unused.
+    let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
     if x < -87.0 { 0.0 } else { p * power }
 }
 
