@@ -5,6 +5,7 @@
 //! - `element`: f32, f16, bf16, as stored.
 //! - `exp`: the exponential.
 //! - `kernel`: the instruction sets, and which one runs.
+//! - `prefetch`: asks for memory before it is needed.
 
 mod algorithm;
 mod boundary;
