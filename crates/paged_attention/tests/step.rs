@@ -38,6 +38,18 @@ fn stored(cache: &KvCache, table: &BlockTable) -> Vec<Vec<Vec<f32>>> {
 }
 
 #[test]
+fn what_threads_share_can_be_shared() {
+    fn shared<T: Send + Sync>() {}
+    shared::<paged_attention::BlockPool>();
+    shared::<paged_attention::Sequences>();
+    shared::<KvCache>();
+    fn moved<T: Send>() {}
+    moved::<paged_attention::BlockTable>();
+    moved::<paged_attention::SwappedTable>();
+    moved::<paged_attention::Step<'static>>();
+}
+
+#[test]
 fn a_step_packs_prefill_and_decode() {
     let cache = cache(16);
     let (mut a, mut b, mut c) = (cache.table(), cache.table(), cache.table());
