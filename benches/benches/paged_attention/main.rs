@@ -18,7 +18,7 @@ use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops::softmax_last_dim;
 use half::f16;
-use paged_attention::{Attention, BlockTable, KvCache, KvShape};
+use paged_attention::{Attention, BlockTable, KvCache, KvDtype, KvShape};
 
 /// Bytes over which the layers of one case rotate.
 const COLD: usize = 512 << 20;
@@ -30,7 +30,7 @@ struct Case {
     head_dim: usize,
     batch: usize,
     context: usize,
-    dtype: DType,
+    dtype: KvDtype,
     threads: usize,
     /// Tokens in a block; a whole sequence if it is to lie in one piece.
     block_size: usize,
@@ -46,10 +46,7 @@ impl Case {
             (_, true) => " random order",
             _ => "",
         };
-        format!(
-            "{heads}/{kv_heads}x{head_dim} {} batch {batch} context {context} threads {threads}{blocks}",
-            dtype.as_str()
-        )
+        format!("{heads}/{kv_heads}x{head_dim} {} batch {batch} context {context} threads {threads}{blocks}", dtype)
     }
 
     /// Slots of a sequence: its tokens in whole blocks of 16.
@@ -66,7 +63,9 @@ impl Case {
     }
 
     fn random(&self, shape: &[usize]) -> Result<Tensor> {
-        Ok(Tensor::randn(0f32, 1., shape, &Device::Cpu)?.to_dtype(self.dtype)?)
+        // What a model hands over: numbers as wide as those that are stored, and never bytes.
+        let dtype = if self.dtype == KvDtype::Int8 { DType::F32 } else { self.dtype.tensor_dtype() };
+        Ok(Tensor::randn(0f32, 1., shape, &Device::Cpu)?.to_dtype(dtype)?)
     }
 
     fn scale(&self) -> f32 {
@@ -176,14 +175,14 @@ fn decode(case: &Case, record: &mut Record) -> Result<()> {
             black_box(threads.install(attend).expect("the shapes fit"));
         }));
         // It has no bf16.
-        if case.dtype != DType::BF16 {
+        if case.dtype != KvDtype::Bf16 {
             contenders.push(Box::new(|| {
                 let [k, v] = &contiguous[flash.next(layers)];
                 let attend = || -> candle_core::Result<Tensor> {
                     let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
                     let scale = case.scale();
                     match case.dtype {
-                        DType::F16 => flash_attn::<f16>(&flash_q, &k, &v, scale, AttnMask::None, None, None),
+                        KvDtype::F16 => flash_attn::<f16>(&flash_q, &k, &v, scale, AttnMask::None, None, None),
                         _ => flash_attn::<f32>(&flash_q, &k, &v, scale, AttnMask::None, None, None),
                     }
                 };
@@ -213,7 +212,7 @@ fn main() -> Result<()> {
     for (heads, kv_heads, head_dim) in [(32, 8, 128), (9, 3, 64)] {
         for &context in contexts {
             for batch in [1, 8] {
-                for dtype in [DType::F32, DType::F16, DType::BF16] {
+                for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
                     for threads in [1, 2] {
                         let paged = Case {
                             heads,
@@ -227,7 +226,7 @@ fn main() -> Result<()> {
                             shuffled: false,
                         };
                         let mut cases = vec![paged];
-                        if heads == 32 && batch == 1 && dtype != DType::BF16 {
+                        if heads == 32 && batch == 1 && dtype != KvDtype::Bf16 {
                             cases.push(Case { block_size: paged.capacity(), ..paged });
                             cases.push(Case { shuffled: true, ..paged });
                         }

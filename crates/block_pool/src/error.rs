@@ -77,7 +77,7 @@ pub enum PoolError {
         /// Bytes of one block over all layers.
         bytes_per_block: usize,
     },
-    /// Keys and values are stored as floating point numbers.
+    /// Keys and values cannot be stored as numbers of this type, or not on this device.
     #[error("keys and values cannot be stored as {0}; use f32, f16 or bf16")]
     UnsupportedDType(String),
     /// The device refused to make the tensor.

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use crate::KvDtype;
 #[cfg(feature = "candle")]
 use crate::PoolError;
 
@@ -19,12 +20,15 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes that a block takes over all layers when each number takes `bytes_per_number`; `None` if they are too many
-    /// to count.
-    pub fn bytes_per_block(&self, block_size: usize, bytes_per_number: usize) -> Option<usize> {
-        [2, self.layers, self.kv_heads, self.head_dim, block_size]
-            .into_iter()
-            .try_fold(bytes_per_number, usize::checked_mul)
+    /// Bytes that a block takes over all layers when its numbers are stored as `dtype`; `None` if they are too many to
+    /// count.
+    pub fn bytes_per_block(&self, block_size: usize, dtype: KvDtype) -> Option<usize> {
+        let Self { layers, kv_heads, head_dim } = *self;
+        // No type takes more than eight bytes for a number, scales and rounding up included.
+        [2, layers, kv_heads, head_dim, block_size].into_iter().try_fold(8usize, usize::checked_mul)?;
+        let order = if dtype == KvDtype::Int8 { Order::Int8 } else { Order::HeadMajor };
+        let layout = KvLayout { block_size, kv_heads, head_dim, order };
+        Some(layers * layout.block_elements() * dtype.size_in_bytes())
     }
 
     #[cfg(feature = "candle")]
@@ -38,17 +42,34 @@ impl KvShape {
 }
 
 /// The order of the numbers inside one block of one layer.
+///
+/// In the orders for CPUs a block's tokens are cut into *panels* of up to [`PANEL`] neighbours, so that each head's keys
+/// and values of a panel are one run, however long the blocks are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Order {
     /// K and V `(block_size, kv_heads, head_dim)`: a token's numbers are one run, so that plain tensor operations
     /// can write and gather them. What GPU kernels expect.
     TokenMajor,
-    /// K `(kv_heads, head_dim, block_size)` and V `(kv_heads, block_size, head_dim)`: each head one run, and K
-    /// transposed, so that a CPU computes the scores of neighbouring tokens in one register without adding across it.
+    /// K `(kv_heads, panels, head_dim, panel)` and V `(kv_heads, panels, panel, head_dim)`: K is transposed, so that a
+    /// CPU computes the scores of neighbouring tokens in one register without adding across it.
     HeadMajor,
+    /// Bytes: K `(kv_heads, panels, head_dim / 4, panel, 4)` and V `(kv_heads, panels, panel / 4, head_dim, 4)`, and
+    /// behind each head's panel the scales of its tokens, f32. Four numbers that a product adds up are neighbours, which is
+    /// what a CPU's integer products expect. The last four of an odd number of dimensions are filled up in K; the last four
+    /// of an odd number of tokens are as many as there are in V.
+    Int8,
 }
 
-/// The layout of one block in one layer: first K, then V, each `block_size * kv_heads * head_dim` numbers.
+/// The most tokens in a panel: one register of sixteen f32, or two, or four.
+pub const PANEL: usize = 16;
+
+/// Bytes of a scale in [`Order::Int8`].
+const SCALE: usize = 4;
+
+/// Numbers in a group in [`Order::Int8`].
+const QUAD: usize = 4;
+
+/// The layout of one block in one layer: first K, then V.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KvLayout {
     /// Tokens per block.
@@ -62,66 +83,103 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
-    /// Numbers in one block of one layer, K and V together.
+    /// Elements in one block of one layer, K and V together: numbers, or bytes in [`Order::Int8`].
     #[inline]
     pub fn block_elements(&self) -> usize {
-        2 * self.half()
+        self.kv_heads * self.block_size * (self.key_elements() + self.value_elements())
     }
 
-    /// Numbers in K, or in V, of one block of one layer.
+    /// Elements of one token's key in one head.
     #[inline]
-    fn half(&self) -> usize {
-        self.block_size * self.kv_heads * self.head_dim
+    fn key_elements(&self) -> usize {
+        match self.order {
+            Order::TokenMajor | Order::HeadMajor => self.head_dim,
+            Order::Int8 => self.head_dim.next_multiple_of(QUAD) + SCALE,
+        }
     }
 
-    /// Numbers of one head in K, or in V, of one block.
+    /// Elements of one token's value in one head.
     #[inline]
-    pub fn head_elements(&self) -> usize {
-        self.block_size * self.head_dim
+    fn value_elements(&self) -> usize {
+        match self.order {
+            Order::TokenMajor | Order::HeadMajor => self.head_dim,
+            Order::Int8 => self.head_dim + SCALE,
+        }
+    }
+
+    /// Where V begins.
+    #[inline]
+    fn values(&self) -> usize {
+        self.kv_heads * self.block_size * self.key_elements()
+    }
+
+    /// Tokens in the panel with this index; all but a block's last have [`PANEL`].
+    #[inline]
+    fn width(&self, panel: usize) -> usize {
+        PANEL.min(self.block_size - panel * PANEL)
+    }
+
+    /// The keys of `head` in a panel, one run: with [`HeadMajor`](Order::HeadMajor) `(head_dim, panel)`.
+    #[inline]
+    pub fn key_panel(&self, head: usize, panel: usize) -> Range<usize> {
+        let per_token = self.key_elements();
+        let start = (head * self.block_size + panel * PANEL) * per_token;
+        start..start + self.width(panel) * per_token
+    }
+
+    /// The values of `head` in a panel, one run: with [`HeadMajor`](Order::HeadMajor) `(panel, head_dim)`.
+    #[inline]
+    pub fn value_panel(&self, head: usize, panel: usize) -> Range<usize> {
+        let per_token = self.value_elements();
+        let start = self.values() + (head * self.block_size + panel * PANEL) * per_token;
+        start..start + self.width(panel) * per_token
     }
 
     /// Where dimension `dim` of `head`'s key for the token at `offset` lies, counted from the block's start.
     #[inline]
     pub fn key(&self, offset: usize, head: usize, dim: usize) -> usize {
+        let (panel, at) = (offset / PANEL, offset % PANEL);
         match self.order {
             Order::TokenMajor => (offset * self.kv_heads + head) * self.head_dim + dim,
-            Order::HeadMajor => (head * self.head_dim + dim) * self.block_size + offset,
+            Order::HeadMajor => self.key_panel(head, panel).start + dim * self.width(panel) + at,
+            Order::Int8 => {
+                self.key_panel(head, panel).start + (dim / QUAD * self.width(panel) + at) * QUAD + dim % QUAD
+            }
         }
     }
 
     /// Where dimension `dim` of `head`'s value for the token at `offset` lies, counted from the block's start.
     #[inline]
     pub fn value(&self, offset: usize, head: usize, dim: usize) -> usize {
-        self.half()
-            + match self.order {
-                Order::TokenMajor => (offset * self.kv_heads + head) * self.head_dim + dim,
-                Order::HeadMajor => (head * self.block_size + offset) * self.head_dim + dim,
-            }
-    }
-
-    /// How far apart two neighbouring dimensions of one key lie.
-    #[inline]
-    pub fn key_stride(&self) -> usize {
+        let (panel, at) = (offset / PANEL, offset % PANEL);
         match self.order {
-            Order::TokenMajor => 1,
-            Order::HeadMajor => self.block_size,
+            Order::TokenMajor => self.values() + (offset * self.kv_heads + head) * self.head_dim + dim,
+            Order::HeadMajor => self.value_panel(head, panel).start + at * self.head_dim + dim,
+            Order::Int8 => {
+                let before = at / QUAD * QUAD;
+                let tokens = QUAD.min(self.width(panel) - before);
+                self.value_panel(head, panel).start + before * self.head_dim + dim * tokens + at % QUAD
+            }
         }
     }
 
-    /// The keys of `head` in a [`HeadMajor`](Order::HeadMajor) block: `(head_dim, block_size)`.
+    /// In [`Order::Int8`]: the bytes of the scale of `head`'s key for the token at `offset`.
     #[inline]
-    pub fn head_keys(&self, head: usize) -> Range<usize> {
-        debug_assert_eq!(self.order, Order::HeadMajor);
-        let start = self.key(0, head, 0);
-        start..start + self.head_elements()
+    pub fn key_scale(&self, offset: usize, head: usize) -> Range<usize> {
+        self.scale(self.key_panel(head, offset / PANEL), offset)
     }
 
-    /// The values of `head` in a [`HeadMajor`](Order::HeadMajor) block: `(block_size, head_dim)`.
+    /// In [`Order::Int8`]: the bytes of the scale of `head`'s value for the token at `offset`.
     #[inline]
-    pub fn head_values(&self, head: usize) -> Range<usize> {
-        debug_assert_eq!(self.order, Order::HeadMajor);
-        let start = self.value(0, head, 0);
-        start..start + self.head_elements()
+    pub fn value_scale(&self, offset: usize, head: usize) -> Range<usize> {
+        self.scale(self.value_panel(head, offset / PANEL), offset)
+    }
+
+    #[inline]
+    fn scale(&self, panel: Range<usize>, offset: usize) -> Range<usize> {
+        debug_assert_eq!(self.order, Order::Int8);
+        let start = panel.end - (self.width(offset / PANEL) - offset % PANEL) * SCALE;
+        start..start + SCALE
     }
 
     /// In a [`TokenMajor`](Order::TokenMajor) layer seen as rows of `kv_heads * head_dim` numbers: the row of the
@@ -137,38 +195,69 @@ impl KvLayout {
 mod tests {
     use super::*;
 
+    /// Sizes of blocks: less than a panel, a panel, more, and several.
+    const SIZES: [usize; 6] = [1, 5, 7, 16, 27, 48];
+
     #[test]
     fn every_number_of_a_block_has_one_place() {
-        for order in [Order::TokenMajor, Order::HeadMajor] {
-            let layout = KvLayout { block_size: 5, kv_heads: 3, head_dim: 7, order };
-            let mut seen = vec![false; layout.block_elements()];
-            for offset in 0..5 {
-                for head in 0..3 {
-                    for dim in 0..7 {
-                        for at in [layout.key(offset, head, dim), layout.value(offset, head, dim)] {
-                            assert!(!std::mem::replace(&mut seen[at], true), "{order:?} uses {at} twice");
+        for order in [Order::TokenMajor, Order::HeadMajor, Order::Int8] {
+            for (block_size, head_dim) in SIZES.into_iter().flat_map(|size| [(size, 8), (size, 7)]) {
+                let layout = KvLayout { block_size, kv_heads: 3, head_dim, order };
+                let mut seen = vec![false; layout.block_elements()];
+                let mut places = Vec::new();
+                for offset in 0..block_size {
+                    for head in 0..3 {
+                        let numbers = (0..head_dim).map(|dim| (offset, head, dim));
+                        places.extend(numbers.clone().map(|(o, h, d)| layout.key(o, h, d)));
+                        places.extend(numbers.map(|(o, h, d)| layout.value(o, h, d)));
+                        if order == Order::Int8 {
+                            places.extend(layout.key_scale(offset, head));
+                            places.extend(layout.value_scale(offset, head));
                         }
-                        assert_eq!(
-                            layout.key(offset, head, dim),
-                            layout.key(offset, head, 0) + dim * layout.key_stride()
-                        );
                     }
                 }
+                for at in places {
+                    assert!(!std::mem::replace(&mut seen[at], true), "{layout:?} uses {at} twice");
+                }
+                let unused = seen.into_iter().filter(|used| !used).count();
+                let filled_up =
+                    if order == Order::Int8 { 3 * block_size * (head_dim.next_multiple_of(4) - head_dim) } else { 0 };
+                assert_eq!(unused, filled_up, "{layout:?}");
             }
-            assert!(seen.into_iter().all(|used| used));
         }
     }
 
     #[test]
-    fn a_head_is_one_run_and_a_token_one_row() {
-        let by_head = KvLayout { block_size: 4, kv_heads: 2, head_dim: 3, order: Order::HeadMajor };
-        assert!(by_head.head_keys(1).contains(&by_head.key(3, 1, 2)));
-        assert!(by_head.head_values(1).contains(&by_head.value(0, 1, 0)));
-        assert!(!by_head.head_values(1).contains(&by_head.value(3, 0, 2)));
-
-        let by_token = KvLayout { order: Order::TokenMajor, ..by_head };
+    fn a_head_s_panel_is_one_run_and_a_token_one_row() {
+        for order in [Order::HeadMajor, Order::Int8] {
+            for block_size in SIZES {
+                let layout = KvLayout { block_size, kv_heads: 2, head_dim: 3, order };
+                for offset in 0..block_size {
+                    for head in 0..2 {
+                        let (keys, values) =
+                            (layout.key_panel(head, offset / PANEL), layout.value_panel(head, offset / PANEL));
+                        for dim in 0..3 {
+                            assert!(keys.contains(&layout.key(offset, head, dim)));
+                            assert!(values.contains(&layout.value(offset, head, dim)));
+                        }
+                    }
+                }
+            }
+        }
+        let by_token = KvLayout { block_size: 4, kv_heads: 2, head_dim: 3, order: Order::TokenMajor };
         let row = by_token.kv_heads * by_token.head_dim;
         assert_eq!(by_token.token_row(0, 3) * row, by_token.key(3, 0, 0));
         assert_eq!((by_token.token_row(0, 3) + by_token.block_size) * row, by_token.value(3, 0, 0));
+    }
+
+    #[test]
+    fn a_block_s_bytes_are_counted_or_refused() {
+        let shape = KvShape { layers: 2, kv_heads: 8, head_dim: 128 };
+        let bytes = |dtype| shape.bytes_per_block(16, dtype);
+        assert_eq!(bytes(KvDtype::F32), Some(2 * 2 * 16 * 8 * 128 * 4));
+        assert_eq!(bytes(KvDtype::Bf16), bytes(KvDtype::F32).map(|bytes| bytes / 2));
+        // A quarter, and two scales for each token and head.
+        assert_eq!(bytes(KvDtype::Int8), bytes(KvDtype::F32).map(|bytes| bytes / 4 + 2 * 2 * 16 * 8 * 4));
+        assert_eq!(KvShape { layers: usize::MAX / 64, ..shape }.bytes_per_block(16, KvDtype::Int8), None);
     }
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod blocks;
+mod dtype;
 mod error;
 mod events;
 mod eviction;
@@ -23,10 +24,11 @@ mod sync;
 mod tensors;
 
 pub use blocks::Blocks;
+pub use dtype::KvDtype;
 pub use error::{Inconsistent, OutOfBlocks, PoolError, ReserveError, StorageError};
 pub use events::PoolEvent;
 pub use id::BlockId;
-pub use layout::{KvLayout, KvShape, Order};
+pub use layout::{KvLayout, KvShape, Order, PANEL};
 pub use observe::PoolMetrics;
 pub use pool::BlockPool;
 pub use salt::Salt;

@@ -5,39 +5,48 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor};
 
 use crate::pool::check_size;
-use crate::{BlockId, BlockStorage, KvLayout, KvShape, Order, PoolError, StorageError};
+use crate::{BlockId, BlockStorage, KvDtype, KvLayout, KvShape, Order, PoolError, StorageError};
+
+/// Bytes in a cache line. Blocks begin at one, so that a register of that size is never read from two.
+const LINE: usize = 64;
 
 /// Keys and values of all blocks: per layer one tensor `(blocks, elements of a block)`. Cloning shares them.
 #[derive(Debug, Clone)]
 pub struct KvTensors {
     layers: Arc<[Tensor]>,
     layout: KvLayout,
+    dtype: KvDtype,
     poison: bool,
 }
 
 impl KvTensors {
-    /// Allocates zeroed tensors for `blocks` blocks of `block_size` tokens.
+    /// Allocates zeroed tensors for `blocks` blocks of `block_size` tokens: for kernels on a CPU if `fused`, for plain
+    /// tensor operations otherwise.
     ///
     /// # Errors
     ///
-    /// [`PoolError`] when a number is zero or too large, the dtype is not f32, f16 or bf16, or the memory cannot be had.
+    /// [`PoolError`] when a number is zero or too large, the dtype is 8-bit and plain tensor operations are to read it, or
+    /// the memory cannot be had.
     pub fn zeros(
         shape: KvShape,
         blocks: usize,
         block_size: usize,
-        order: Order,
-        dtype: DType,
+        fused: bool,
+        dtype: KvDtype,
         device: &Device,
     ) -> std::result::Result<Self, PoolError> {
         shape.check()?;
         check_size(blocks, block_size)?;
-        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            return Err(PoolError::UnsupportedDType(format!("{dtype:?}").to_lowercase()));
-        }
-        let bytes_per_block = shape.bytes_per_block(block_size, dtype.size_in_bytes());
+        let order = match (fused, dtype) {
+            (true, KvDtype::Int8) => Order::Int8,
+            (true, _) => Order::HeadMajor,
+            (false, KvDtype::Int8) => return Err(PoolError::UnsupportedDType("int8 without fused kernels".into())),
+            (false, _) => Order::TokenMajor,
+        };
+        let bytes_per_block = shape.bytes_per_block(block_size, dtype);
         let too_large = PoolError::OutOfMemory { blocks, bytes_per_block: bytes_per_block.unwrap_or(usize::MAX) };
         let Some(bytes) = bytes_per_block.and_then(|bytes| bytes.checked_mul(blocks)) else {
             return Err(too_large);
@@ -48,10 +57,10 @@ impl KvTensors {
         }
         let layout = KvLayout { block_size, kv_heads: shape.kv_heads, head_dim: shape.head_dim, order };
         let layers = (0..shape.layers)
-            .map(|_| Tensor::zeros((blocks, layout.block_elements()), dtype, device))
+            .map(|_| aligned_zeros(blocks, layout.block_elements(), dtype.tensor_dtype(), device))
             .collect::<Result<_>>()
             .map_err(|error| PoolError::Device(error.to_string()))?;
-        Ok(Self { layers, layout, poison: false })
+        Ok(Self { layers, layout, dtype, poison: false })
     }
 
     /// Whether blocks are filled with NaN when they become free, so that whoever reads a slot that is not theirs sees it
@@ -77,8 +86,8 @@ impl KvTensors {
     }
 
     /// The type in which keys and values are stored.
-    pub fn dtype(&self) -> DType {
-        self.layers[0].dtype()
+    pub fn dtype(&self) -> KvDtype {
+        self.dtype
     }
 
     /// The device on which they are stored.
@@ -88,7 +97,7 @@ impl KvTensors {
 
     /// Bytes of one block over all layers.
     pub fn bytes_per_block(&self) -> usize {
-        self.layers() * self.layout.block_elements() * self.dtype().size_in_bytes()
+        self.layers() * self.layout.block_elements() * self.dtype.size_in_bytes()
     }
 }
 
@@ -113,7 +122,7 @@ impl BlockStorage for KvTensors {
             return Err(StorageError::new(format!("a block takes {expected} bytes, got {got}")));
         }
         let elements = self.layout.block_elements();
-        let parts = bytes.chunks_exact(elements * self.dtype().size_in_bytes());
+        let parts = bytes.chunks_exact(elements * self.dtype.size_in_bytes());
         let write = |layer: &Tensor, bytes: &[u8]| {
             let row = Tensor::from_raw_buffer(bytes, layer.dtype(), &[1, elements], layer.device())?;
             layer.slice_set(&row, 0, id.index())
@@ -130,12 +139,39 @@ impl BlockStorage for KvTensors {
     }
 
     fn poison(&self, ids: &[BlockId]) -> std::result::Result<(), StorageError> {
+        let elements = (1, self.layout.block_elements());
         let fill = |layer: &Tensor| {
-            let nan =
-                Tensor::full(f32::NAN, (1, self.layout.block_elements()), layer.device())?.to_dtype(layer.dtype())?;
+            let nan = match self.dtype {
+                // With all bits set a scale is not a number.
+                KvDtype::Int8 => Tensor::full(u8::MAX, elements, layer.device())?,
+                _ => Tensor::full(f32::NAN, elements, layer.device())?.to_dtype(layer.dtype())?,
+            };
             ids.iter().try_for_each(|id| layer.slice_set(&nan, 0, id.index()))
         };
         self.layers.iter().try_for_each(fill).map_err(StorageError::new)
+    }
+}
+
+/// Zeros `(blocks, elements)` that begin at a cache line, on a CPU: an allocator promises a few bytes only, so the tensor
+/// is a little longer and begins a little later.
+fn aligned_zeros(blocks: usize, elements: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    if !device.is_cpu() {
+        return Tensor::zeros((blocks, elements), dtype, device);
+    }
+    let line = LINE / dtype.size_in_bytes();
+    let longer = Tensor::zeros(blocks * elements + line - 1, dtype, device)?;
+    let past = address(&longer) % LINE / dtype.size_in_bytes();
+    longer.narrow(0, (line - past) % line, blocks * elements)?.reshape((blocks, elements))
+}
+
+/// Where a tensor's storage lies in this machine's memory; 0 if it does not.
+fn address(tensor: &Tensor) -> usize {
+    match &*tensor.storage_and_layout().0 {
+        Storage::Cpu(CpuStorage::F32(data)) => data.as_ptr().addr(),
+        Storage::Cpu(CpuStorage::F16(data)) => data.as_ptr().addr(),
+        Storage::Cpu(CpuStorage::BF16(data)) => data.as_ptr().addr(),
+        Storage::Cpu(CpuStorage::U8(data)) => data.as_ptr().addr(),
+        _ => 0,
     }
 }
 
@@ -175,6 +211,7 @@ impl InplaceOp1 for CopyBlock {
             CpuStorage::F32(data) => self.within(data, start),
             CpuStorage::F16(data) => self.within(data, start),
             CpuStorage::BF16(data) => self.within(data, start),
+            CpuStorage::U8(data) => self.within(data, start),
             _ => candle_core::bail!("a block of this dtype cannot be copied"),
         }
         Ok(())

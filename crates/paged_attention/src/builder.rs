@@ -1,9 +1,9 @@
 //! How a cache is made.
 
-use block_pool::{BlockPool, KvShape, KvTensors, Order, PoolMetrics};
-use candle_core::{DType, Device};
+use block_pool::{BlockPool, KvDtype, KvShape, KvTensors, PoolMetrics};
+use candle_core::Device;
 
-use crate::{CacheError, Kernel, KvCache};
+use crate::{CacheError, Kernel, KvCache, cpu};
 
 /// Which way attention is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -31,7 +31,7 @@ pub struct KvCacheBuilder {
     shape: KvShape,
     size: Size,
     block_size: usize,
-    dtype: DType,
+    dtype: KvDtype,
     device: Device,
     backend: Backend,
     kernel: Kernel,
@@ -45,7 +45,7 @@ impl KvCacheBuilder {
             shape,
             size: Size::Blocks(1024),
             block_size: 16,
-            dtype: DType::F32,
+            dtype: KvDtype::F32,
             device: Device::Cpu,
             backend: Backend::Auto,
             kernel: Kernel::best(),
@@ -69,8 +69,8 @@ impl KvCacheBuilder {
         Self { block_size, ..self }
     }
 
-    /// The type in which keys and values are stored: f32 (the default), f16 or bf16.
-    pub fn dtype(self, dtype: DType) -> Self {
+    /// How the numbers of keys and values are stored; as f32 unless told.
+    pub fn dtype(self, dtype: KvDtype) -> Self {
         Self { dtype, ..self }
     }
 
@@ -104,8 +104,8 @@ impl KvCacheBuilder {
     ///
     /// # Errors
     ///
-    /// [`CacheError`] when a number is zero or too large, the dtype is not a floating point number that attention can
-    /// read, the memory cannot be had, or the backend or kernel cannot run here.
+    /// [`CacheError`] when a number is zero or too large, the memory cannot be had, or the backend or kernel cannot run
+    /// here; so cannot 8-bit storage without the fused backend.
     pub fn build(self) -> Result<KvCache, CacheError> {
         let fused = match self.backend {
             Backend::Auto => self.device.is_cpu(),
@@ -116,9 +116,12 @@ impl KvCacheBuilder {
         if !self.kernel.is_available() {
             return Err(CacheError::KernelUnavailable(self.kernel.name()));
         }
-        let order = if fused { Order::HeadMajor } else { Order::TokenMajor };
+        let head_dim = self.shape.head_dim;
+        if self.dtype == KvDtype::Int8 && head_dim > cpu::MOST_INT8_DIMS {
+            return Err(CacheError::TooManyDimensions { head_dim, most: cpu::MOST_INT8_DIMS });
+        }
         let blocks = self.block_count()?;
-        let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, order, self.dtype, &self.device)?
+        let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, fused, self.dtype, &self.device)?
             .poisoned(self.poison);
         let pool = BlockPool::with_storage(blocks, self.block_size, tensors.clone())?;
         Ok(KvCache::from_parts(pool, tensors, self.shape, self.kernel, PoolMetrics::new(&self.name)))
@@ -129,8 +132,7 @@ impl KvCacheBuilder {
             Size::Blocks(blocks) => return Ok(blocks),
             Size::Bytes(bytes) => bytes,
         };
-        let bytes_per_block =
-            self.shape.bytes_per_block(self.block_size, self.dtype.size_in_bytes()).unwrap_or(usize::MAX);
+        let bytes_per_block = self.shape.bytes_per_block(self.block_size, self.dtype).unwrap_or(usize::MAX);
         match bytes.checked_div(bytes_per_block) {
             // A zero somewhere in the shape: the pool says which.
             None => Ok(1),

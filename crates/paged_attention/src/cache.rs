@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use block_pool::{BlockPool, KvLayout, KvShape, KvTensors, PoolMetrics};
+use block_pool::{BlockPool, KvDtype, KvLayout, KvShape, KvTensors, Order, PoolMetrics};
 use block_table::{BlockTable, TableOptions};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
-use crate::{CacheError, Kernel, KvCacheBuilder, Step, gather, validate};
+use crate::{CacheError, Kernel, KvCacheBuilder, Step, cpu, gather, validate};
 
 /// A paged KV cache. Cloning gives another handle to the same one; threads share it freely.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// A cache of `blocks` blocks of `block_size` tokens each, stored as `dtype` (f32, f16 or bf16) on `device`.
+    /// A cache of `blocks` blocks of `block_size` tokens each, stored as `dtype` on `device`.
     ///
     /// # Errors
     ///
@@ -28,7 +28,7 @@ impl KvCache {
         shape: KvShape,
         blocks: usize,
         block_size: usize,
-        dtype: DType,
+        dtype: KvDtype,
         device: &Device,
     ) -> std::result::Result<Self, CacheError> {
         Self::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype).device(device).build()
@@ -76,7 +76,7 @@ impl KvCache {
     }
 
     /// The type in which keys and values are stored.
-    pub fn dtype(&self) -> DType {
+    pub fn dtype(&self) -> KvDtype {
         self.tensors.dtype()
     }
 
@@ -90,8 +90,8 @@ impl KvCache {
         self.tensors.bytes_per_block()
     }
 
-    /// Copies the keys and values of `table`'s committed tokens out of one layer, each `(tokens, kv_heads, head_dim)`:
-    /// for inspection and for attention of another kind. [`Step::attend`] does not need it. A table with a window gives
+    /// Copies the keys and values of `table`'s committed tokens out of one layer, each `(tokens, kv_heads, head_dim)`, in
+    /// the type in which they are stored, or f32 if that is 8-bit: for inspection and for attention of another kind. [`Step::attend`] does not need it. A table with a window gives
     /// what it still holds: the blocks of its sinks, then those of its window.
     ///
     /// # Errors
@@ -102,7 +102,11 @@ impl KvCache {
         validate::table(&self.pool, table)?;
         let blocks: Vec<u32> = table.blocks().iter().map(|id| id.index() as u32).collect();
         let given_back = table.gap().1 * self.pool.block_size();
-        gather::gather(tensor, self.layout(), &blocks, table.len() - given_back)
+        let held = table.len() - given_back;
+        match self.layout().order {
+            Order::HeadMajor | Order::Int8 => cpu::read(tensor, self.layout(), &blocks, held),
+            Order::TokenMajor => gather::gather(tensor, self.layout(), &blocks, held),
+        }
     }
 
     /// The tensor behind one layer, `(blocks, numbers of a block)`, for kernels of your own; `docs/layout.md` says where

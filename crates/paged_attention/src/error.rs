@@ -21,6 +21,14 @@ pub enum CacheError {
     /// The fused backend and its kernels exist for CPUs only.
     #[error("the fused backend needs the tensors on a CPU; use the gather backend")]
     FusedNeedsCpu,
+    /// Sums of products of 8-bit numbers have room for a number of dimensions.
+    #[error("heads of {head_dim} dimensions are too large for 8-bit storage, which takes up to {most}")]
+    TooManyDimensions {
+        /// Dimensions per head.
+        head_dim: usize,
+        /// The most there can be.
+        most: usize,
+    },
     /// The kernel needs instructions that this machine does not have.
     #[error("this machine cannot run the {0} kernel")]
     KernelUnavailable(&'static str),

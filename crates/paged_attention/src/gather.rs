@@ -3,7 +3,7 @@
 //! Blocks are copied together, and the rest is `softmax(q kᵀ) v` as one would write it for a contiguous cache. On a GPU
 //! this is a fallback; on a CPU it is the independent neighbour that the fused kernels are compared with.
 
-use block_pool::{KvLayout, Order};
+use block_pool::KvLayout;
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use crate::Attention;
@@ -29,7 +29,7 @@ pub(crate) fn write(layer: &Tensor, layout: &KvLayout, plan: &Plan, k: &Tensor, 
 
 /// Copies the first `len` tokens of these blocks together: k and v, each `(len, kv_heads, head_dim)`.
 pub(crate) fn gather(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize) -> Result<(Tensor, Tensor)> {
-    let KvLayout { block_size, kv_heads, head_dim, order } = *layout;
+    let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
     if len == 0 {
         let empty = Tensor::zeros((0, kv_heads, head_dim), layer.dtype(), layer.device())?;
         return Ok((empty.clone(), empty));
@@ -39,13 +39,6 @@ pub(crate) fn gather(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usi
     let n = blocks.dim(0)?;
     let half = blocks.dim(1)? / 2;
     let (k, v) = (blocks.narrow(1, 0, half)?, blocks.narrow(1, half, half)?);
-    let (k, v) = match order {
-        Order::TokenMajor => (k, v),
-        Order::HeadMajor => (
-            k.reshape((n, kv_heads, head_dim, block_size))?.permute((0, 3, 1, 2))?,
-            v.reshape((n, kv_heads, block_size, head_dim))?.permute((0, 2, 1, 3))?,
-        ),
-    };
     let tokens = (n * block_size, kv_heads, head_dim);
     Ok((k.reshape(tokens)?.narrow(0, 0, len)?, v.reshape(tokens)?.narrow(0, 0, len)?))
 }
@@ -65,26 +58,30 @@ pub(crate) fn attend(
             let positions: Vec<usize> = span.held(layout.block_size).collect();
             let (k, v) = gather(layer, layout, &plan.blocks[span.blocks.clone()], positions.len())?;
             let q = q.narrow(0, span.rows.start, span.rows.len())?;
-            let mask = mask(span, &positions, attention.causal, q.device())?;
-            one(&q, &k, &v, mask.as_ref(), attention.scale)
+            let mask = mask(span, &positions, attention, q.device())?;
+            one(&q, &k, &v, mask.as_ref(), attention)
         })
         .collect::<Result<Vec<_>>>()?;
     Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())
 }
 
-/// One sequence: q `(rows, heads, head_dim)`, k and v `(len, kv_heads, head_dim)`, mask `(rows, len)`.
-fn one(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) -> Result<Tensor> {
+/// One sequence: q `(rows, heads, head_dim)`, k and v `(len, kv_heads, head_dim)`, mask `(rows, len)` or
+/// `(heads, rows, len)`.
+fn one(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, attention: &Attention) -> Result<Tensor> {
     let (rows, heads, head_dim) = q.dims3()?;
     let (len, kv_heads, _) = k.dims3()?;
     let group = heads / kv_heads;
     let to_heads = |t: &Tensor| t.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous();
     let (k, v) = (to_heads(k)?, to_heads(v)?);
     // The query heads of one key head become rows of one product: keys are not repeated.
-    let q = (q.to_dtype(DType::F32)? * f64::from(scale))?
+    let q = (q.to_dtype(DType::F32)? * f64::from(attention.scale))?
         .reshape((rows, kv_heads, group, head_dim))?
         .permute((1, 2, 0, 3))?
         .reshape((kv_heads, group * rows, head_dim))?;
     let mut scores = q.matmul(&k.t()?)?;
+    if let Some(cap) = attention.soft_cap.map(f64::from) {
+        scores = ((scores / cap)?.tanh()? * cap)?;
+    }
     if let Some(mask) = mask {
         scores = scores.reshape((kv_heads * group, rows, len))?.broadcast_add(mask)?.reshape((
             kv_heads,
@@ -101,17 +98,24 @@ fn one(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) ->
         .reshape((rows, heads, head_dim))
 }
 
-/// `(rows, len)`: 0 where a new token sees one of `positions`, -inf where it does not. None if all see everything.
-fn mask(span: &Span, positions: &[usize], causal: bool, device: &Device) -> Result<Option<Tensor>> {
+/// `(rows, len)`: 0 where a new token sees one of `positions`, -inf where it does not; `(heads, rows, len)` if a bias by
+/// distance differs from head to head. None if all see everything as it is.
+fn mask(span: &Span, positions: &[usize], attention: &Attention, device: &Device) -> Result<Option<Tensor>> {
     let rows = span.rows.len();
-    if span.window.is_none() && (rows == 1 || !causal) {
+    let windowed = span.window.is_some() || attention.window.is_some();
+    if attention.slopes.is_none() && !windowed && (rows == 1 || !attention.causal) {
         return Ok(None);
     }
-    let mut mask = Vec::with_capacity(rows * positions.len());
-    for row in 0..rows {
-        let Sight { sinks, recent } = span.sight(row, causal);
-        let sees = |at: &usize| *at < sinks || recent.contains(at);
-        mask.extend(positions.iter().map(|at| if sees(at) { 0.0 } else { f32::NEG_INFINITY }));
+    let slopes = attention.slopes.as_deref().unwrap_or(&[0.0]);
+    let mut mask = Vec::with_capacity(slopes.len() * rows * positions.len());
+    for slope in slopes {
+        for row in 0..rows {
+            let Sight { sinks, recent } = span.sight(row, attention);
+            let sees = |at: usize| at < sinks || recent.contains(&at);
+            let bias = |at: usize| slope * (at as f32 - (span.start + row) as f32);
+            mask.extend(positions.iter().map(|&at| if sees(at) { bias(at) } else { f32::NEG_INFINITY }));
+        }
     }
-    Tensor::from_vec(mask, (rows, positions.len()), device).map(Some)
+    let mask = Tensor::from_vec(mask, (slopes.len(), rows, positions.len()), device)?;
+    if attention.slopes.is_none() { mask.squeeze(0).map(Some) } else { Ok(Some(mask)) }
 }

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use block_table::{BlockTable, Window};
 
+use crate::Attention;
+
 /// One sequence's part in a step.
 #[derive(Debug, Clone)]
 pub(crate) struct Span {
@@ -24,6 +26,15 @@ pub(crate) struct Span {
 pub(crate) struct Sight {
     pub(crate) sinks: usize,
     pub(crate) recent: Range<usize>,
+}
+
+impl Sight {
+    /// What it is of these positions, counted from their start.
+    #[inline]
+    pub(crate) fn within(&self, positions: &Range<usize>) -> Self {
+        let within = |position: usize| position.clamp(positions.start, positions.end) - positions.start;
+        Self { sinks: within(self.sinks), recent: within(self.recent.start)..within(self.recent.end) }
+    }
 }
 
 impl Span {
@@ -47,10 +58,15 @@ impl Span {
     }
 
     /// What its new token number `token` sees.
-    pub(crate) fn sight(&self, token: usize, causal: bool) -> Sight {
+    #[inline]
+    pub(crate) fn sight(&self, token: usize, attention: &Attention) -> Sight {
         let position = self.start + token;
-        let end = if causal { position + 1 } else { self.len() };
-        let (sinks, start) = self.window.map_or((0, 0), |window| (window.sinks().min(end), window.start(position)));
+        let end = if attention.causal { position + 1 } else { self.len() };
+        let window = match (self.window, attention.window) {
+            (Some(a), Some(b)) => Some(Window::new(a.tokens().min(b.tokens())).with_sinks(a.sinks().min(b.sinks()))),
+            (a, b) => a.or(b),
+        };
+        let (sinks, start) = window.map_or((0, 0), |window| (window.sinks().min(end), window.start(position)));
         Sight { sinks, recent: start.max(sinks).min(end)..end }
     }
 }
@@ -97,13 +113,19 @@ mod tests {
     fn a_token_sees_the_sinks_and_its_window() {
         let window = |tokens, sinks| Some(Window::new(tokens).with_sinks(sinks));
         let span = |window| Span { rows: 0..4, start: 10, blocks: 0..0, window, gap: (0, 0) };
-        let sight = |window, token| span(window).sight(token, true);
+        let attention = Attention::new(1.0);
+        let sight = |window, token| span(window).sight(token, &attention);
         assert_eq!(sight(None, 1), Sight { sinks: 0, recent: 0..12 });
         assert_eq!(sight(window(3, 2), 0), Sight { sinks: 2, recent: 8..11 });
         assert_eq!(sight(window(1, 0), 3), Sight { sinks: 0, recent: 13..14 });
         assert_eq!(sight(window(10, 4), 0), Sight { sinks: 4, recent: 4..11 });
         assert_eq!(sight(window(3, 50), 0), Sight { sinks: 11, recent: 11..11 });
-        assert_eq!(span(window(3, 2)).sight(0, false), Sight { sinks: 2, recent: 8..14 });
+        assert_eq!(span(window(3, 2)).sight(0, &attention.clone().causal(false)), Sight { sinks: 2, recent: 8..14 });
+        let narrower = attention.clone().window(Window::new(2).with_sinks(9));
+        assert_eq!(span(window(3, 2)).sight(0, &narrower), Sight { sinks: 2, recent: 9..11 });
+        assert_eq!(span(None).sight(0, &narrower), Sight { sinks: 9, recent: 9..11 });
+        assert_eq!(sight(window(3, 2), 0).within(&(1..9)), Sight { sinks: 1, recent: 7..8 });
+        assert_eq!(sight(window(3, 2), 0).within(&(4..8)), Sight { sinks: 0, recent: 4..4 });
     }
 
     #[test]

@@ -131,8 +131,8 @@ impl<'t> Step<'t> {
     /// | `k`, `v` | `(tokens, kv_heads, head_dim)` |
     ///
     /// `heads` is a multiple of `kv_heads`: query head `h` reads key head `h / (heads / kv_heads)` (grouped-query
-    /// attention, Ainslie et al. 2023). The three are f32, f16 or bf16, all the same; the cache may store another
-    /// of them. Arithmetic is in f32. Positions are the caller's: apply the rotary embedding to `q` and `k` before.
+    /// attention, Ainslie et al. 2023). The three are f32, f16 or bf16, all the same; the cache may store another type.
+    /// Arithmetic is in f32. Positions are the caller's: apply the rotary embedding to `q` and `k` before.
     ///
     /// # Errors
     ///
@@ -141,13 +141,13 @@ impl<'t> Step<'t> {
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
         let _span =
             tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();
-        let heads = validate::queries(&self.cache, self.plan.rows(), q, k)?;
+        let heads = validate::queries(&self.cache, self.plan.rows(), q, k, attention)?;
         self.write(layer, k, v)?;
         let tensor = validate::layer(self.cache.tensors(), layer)?;
         match self.cache.layout().order {
-            Order::HeadMajor => {
-                let call = cpu::Call { layout: self.cache.layout(), plan: &self.plan, heads, attention };
-                cpu::attend(tensor, q, &call, self.cache.kernel())
+            Order::HeadMajor | Order::Int8 => {
+                let (layout, kernel) = (self.cache.layout(), self.cache.kernel());
+                cpu::attend(tensor, q, &cpu::Call { layout, plan: &self.plan, heads, attention, kernel })
             }
             Order::TokenMajor => gather::attend(tensor, self.cache.layout(), &self.plan, q, attention),
         }
@@ -164,7 +164,7 @@ impl<'t> Step<'t> {
         validate::keys_and_values(&self.cache, self.plan.rows(), k, v)?;
         self.started.store(true, Ordering::Relaxed);
         match self.cache.layout().order {
-            Order::HeadMajor => cpu::write(tensor, k, v, self.cache.layout(), &self.plan),
+            Order::HeadMajor | Order::Int8 => cpu::write(tensor, k, v, self.cache.layout(), &self.plan),
             Order::TokenMajor => gather::write(tensor, self.cache.layout(), &self.plan, k, v),
         }
     }

@@ -4,11 +4,11 @@ use block_pool::{BlockPool, KvShape, KvTensors};
 use block_table::BlockTable;
 use candle_core::{DType, Error, Result, Tensor};
 
-use crate::KvCache;
+use crate::{Attention, KvCache};
 
 /// What is wrong with the arguments of [`Step::attend`](crate::Step::attend). It arrives wrapped in a
 /// `candle_core::Error`, so that `?` works inside a model.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttendError {
     /// The layer does not exist.
@@ -37,6 +37,17 @@ pub enum AttendError {
         /// Key and value heads.
         kv_heads: usize,
     },
+    /// There is not one slope for each query head.
+    #[error("{slopes} slopes for {heads} query heads")]
+    Slopes {
+        /// The slopes given.
+        slopes: usize,
+        /// Query heads.
+        heads: usize,
+    },
+    /// Scores cannot be kept between these bounds.
+    #[error("a soft cap of {0} is not greater than 0")]
+    SoftCap(f32),
     /// A tensor has a type that attention does not read, or another than `q`.
     #[error("{tensor} is {got}, expected {expected}")]
     DType {
@@ -78,9 +89,21 @@ pub(crate) fn keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tens
     check_keys_and_values(cache, rows, k, v).map_err(Error::wrap)
 }
 
-/// Checks q beside k, and returns the number of query heads.
-pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor) -> Result<usize> {
-    check_queries(cache, rows, q, k).map_err(Error::wrap)
+/// Checks q beside k, and what the layer asks for; returns the number of query heads.
+pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, attention: &Attention) -> Result<usize> {
+    check_queries(cache, rows, q, k)
+        .and_then(|heads| check_attention(attention, heads).map(|()| heads))
+        .map_err(Error::wrap)
+}
+
+fn check_attention(attention: &Attention, heads: usize) -> std::result::Result<(), AttendError> {
+    if let Some(slopes) = attention.slopes.as_ref().map(|slopes| slopes.len()).filter(|slopes| *slopes != heads) {
+        return Err(AttendError::Slopes { slopes, heads });
+    }
+    match attention.soft_cap {
+        Some(cap) if cap.is_nan() || cap <= 0.0 => Err(AttendError::SoftCap(cap)),
+        _ => Ok(()),
+    }
 }
 
 fn check_keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -> std::result::Result<(), AttendError> {

@@ -6,8 +6,8 @@
 mod common;
 
 use candle_core::{DType, Device};
-use common::{Random, dense, difference, poison, rounded, tensor, ways};
-use paged_attention::{Attention, BlockTable, Kernel, KvCache, KvShape, TableOptions, Window};
+use common::{Random, Way, dense, difference, poison, rounded, stored_as, tensor, ways};
+use paged_attention::{Attention, BlockTable, Kernel, KvCache, KvDtype, KvShape, TableOptions, Window};
 
 /// One sequence and, beside it, all its keys and values in one piece.
 struct Sequence {
@@ -16,15 +16,68 @@ struct Sequence {
     v: Vec<f32>,
 }
 
+#[derive(Clone)]
 struct Case {
     heads: usize,
     shape: KvShape,
-    dtype: DType,
+    dtype: KvDtype,
     causal: bool,
+    /// The tables' window, and the layer's.
     window: Option<Window>,
+    layer_window: Option<Window>,
+    soft_cap: Option<f32>,
+    slopes: Option<Vec<f32>>,
 }
 
 impl Case {
+    fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        Self {
+            heads,
+            shape: KvShape { layers: 1, kv_heads, head_dim },
+            dtype: KvDtype::F32,
+            causal: true,
+            window: None,
+            layer_window: None,
+            soft_cap: None,
+            slopes: None,
+        }
+    }
+
+    /// What is promised: f32 arithmetic; for bytes, queries and weights of 13 bits and more.
+    fn bound(&self) -> f64 {
+        if self.dtype == KvDtype::Int8 { 1e-3 } else { 1e-5 }
+    }
+
+    fn attention(&self, scale: f32) -> Attention {
+        let mut attention = Attention::new(scale).causal(self.causal);
+        if let Some(window) = self.layer_window {
+            attention = attention.window(window);
+        }
+        if let Some(cap) = self.soft_cap {
+            attention = attention.soft_cap(cap);
+        }
+        if let Some(slopes) = &self.slopes {
+            attention = attention.alibi(slopes);
+        }
+        attention
+    }
+
+    /// Whether the token at `position` sees the one at `at`.
+    fn sees(&self, at: usize, position: usize) -> bool {
+        let windows = [self.window, self.layer_window].into_iter().flatten();
+        let sees = |window: Window| at < window.sinks() || at + window.tokens() > position;
+        (!self.causal || at <= position) && windows.into_iter().all(sees)
+    }
+
+    fn cache(&self, build: &Way, block_size: usize, tokens: usize) -> KvCache {
+        let blocks = tokens.div_ceil(block_size) + 8;
+        let cache = build(KvCache::builder(self.shape).blocks(blocks).block_size(block_size).dtype(self.dtype));
+        let cache = cache.build().unwrap();
+        poison(&cache);
+        scatter(&cache);
+        cache
+    }
+
     /// One step in which sequence `i` gets `new[i]` tokens; returns the largest difference to dense attention.
     fn step(&self, cache: &KvCache, sequences: &mut [Sequence], new: &[usize], random: &mut Random) -> f64 {
         let KvShape { kv_heads, head_dim, layers } = self.shape;
@@ -40,8 +93,8 @@ impl Case {
             let ids: Vec<u32> = (0..n).map(|_| random.below(1 << 30) as u32).collect();
             step.push(&mut sequence.table, &ids).unwrap();
             let own = at * kv_heads * head_dim..(at + n) * kv_heads * head_dim;
-            sequence.k.extend(rounded(&k[own.clone()], self.dtype));
-            sequence.v.extend(rounded(&v[own], self.dtype));
+            sequence.k.extend(stored_as(&k[own.clone()], head_dim, self.dtype));
+            sequence.v.extend(stored_as(&v[own], head_dim, self.dtype));
             at += n;
         }
         let (qt, kt, vt) = (
@@ -49,8 +102,7 @@ impl Case {
             tensor(&k, kv_heads, head_dim, DType::F32),
             tensor(&v, kv_heads, head_dim, DType::F32),
         );
-        let attention = Attention::new(scale).causal(self.causal);
-        let got = step.attend(layers - 1, &qt, &kt, &vt, &attention).unwrap();
+        let got = step.attend(layers - 1, &qt, &kt, &vt, &self.attention(scale)).unwrap();
         assert_eq!(got.dims(), qt.dims());
         let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
         step.commit();
@@ -62,47 +114,96 @@ impl Case {
             let len = sequence.table.len();
             for i in 0..n {
                 let position = len - n + i;
-                let end = if self.causal { position + 1 } else { len };
-                let sees = |at: &usize| {
-                    self.window.is_none_or(|window| *at < window.sinks() || *at + window.tokens() > position)
-                };
-                let seen: Vec<usize> = (0..end).filter(sees).collect();
+                let seen: Vec<usize> = (0..len).filter(|&at| self.sees(at, position)).collect();
                 let q = &q[row * width..][..width];
-                reference.extend(dense(q, &sequence.k, &sequence.v, &seen, kv_heads, head_dim, f64::from(scale)));
+                let score = |head: usize, at: usize, product: f64| {
+                    let capped =
+                        self.soft_cap.map_or(product, |cap| f64::from(cap) * (product / f64::from(cap)).tanh());
+                    let slope = self.slopes.as_ref().map_or(0.0, |slopes| f64::from(slopes[head]));
+                    capped + slope * (at as f64 - position as f64)
+                };
+                let scale = f64::from(scale);
+                reference.extend(dense(q, &sequence.k, &sequence.v, &seen, kv_heads, head_dim, scale, score));
                 row += 1;
             }
         }
         difference(&got, &reference)
     }
+
+    /// Steps with these numbers of new tokens, each compared.
+    fn run(&self, name: &str, build: &Way, block_size: usize, steps: &[Vec<usize>]) {
+        let tokens = steps.iter().flatten().sum::<usize>() + steps[0].len() * block_size;
+        let cache = self.cache(build, block_size, tokens);
+        let table = || match self.window {
+            Some(window) => cache.table_with(&TableOptions::default().window(window)),
+            None => cache.table(),
+        };
+        let mut random = Random::new(7);
+        let mut sequences: Vec<_> =
+            steps[0].iter().map(|_| Sequence { table: table(), k: vec![], v: vec![] }).collect();
+        for new in steps {
+            let worst = self.step(&cache, &mut sequences, new, &mut random);
+            let Case { heads, shape: KvShape { kv_heads, head_dim, .. }, dtype, .. } = self;
+            assert!(
+                worst < self.bound(),
+                "{name}, {heads}/{kv_heads}x{head_dim}, blocks of {block_size}, {dtype}, {new:?}: {worst:e}"
+            );
+        }
+    }
 }
 
-const STORED: [(DType, f64); 3] = [(DType::F32, 1e-5), (DType::F16, 1e-5), (DType::BF16, 1e-5)];
+/// Makes a pool's free blocks come in random order.
+fn scatter(cache: &KvCache) {
+    let mut blocks: Vec<_> = (0..cache.pool().blocks()).map(|_| cache.pool().take(1).unwrap()).collect();
+    let mut random = Random::new(11);
+    while !blocks.is_empty() {
+        drop(blocks.swap_remove(random.below(blocks.len())));
+    }
+}
+
+/// Every storage that a way can read.
+fn dtypes(way: &str) -> impl Iterator<Item = KvDtype> {
+    let fused = way != "gather";
+    KvDtype::ALL.into_iter().filter(move |dtype| fused || *dtype != KvDtype::Int8)
+}
 
 #[test]
 fn every_kernel_geometry_and_storage() {
     for (name, build) in ways() {
-        for (heads, kv_heads, head_dim) in
-            [(1, 1, 8), (4, 2, 32), (9, 3, 64), (8, 1, 40), (6, 6, 33), (8, 2, 128), (5, 1, 17), (2, 1, 256)]
-        {
-            for block_size in [1, 7, 16, 32] {
-                for (dtype, bound) in STORED {
-                    let shape = KvShape { layers: 2, kv_heads, head_dim };
-                    let case = Case { heads, shape, dtype, causal: true, window: None };
-                    let blocks = 400usize.div_ceil(block_size) + 8;
-                    let cache = build(KvCache::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype));
-                    let cache = cache.build().unwrap();
-                    poison(&cache);
-                    let mut random = Random::new(7);
-                    let mut sequences: Vec<_> =
-                        (0..4).map(|_| Sequence { table: cache.table(), k: vec![], v: vec![] }).collect();
-                    // Prefill, mixed with decode, chunks around the borders of blocks and tiles.
+        for (heads, kv_heads, head_dim) in [
+            (1, 1, 8),
+            (4, 2, 32),
+            (9, 3, 64),
+            (8, 1, 40),
+            (6, 6, 33),
+            (8, 2, 128),
+            (5, 1, 17),
+            (2, 1, 256),
+            (6, 2, 80),
+            (4, 4, 48),
+        ] {
+            for block_size in [1, 7, 16, 24, 32] {
+                for dtype in dtypes(name) {
                     let b = block_size;
-                    for new in [[b, 1, 0, 3], [1, b, 2 * b + 1, 0], [1, 1, 1, 1], [b + 1, 0, 1, 70], [1, 1, 1, 1]] {
-                        let worst = case.step(&cache, &mut sequences, &new, &mut random);
-                        assert!(
-                            worst < bound,
-                            "{name}, {heads}/{kv_heads}x{head_dim}, blocks of {b}, {dtype:?}, {new:?}: {worst:e}"
-                        );
+                    // Prefill, mixed with decode, chunks around the borders of blocks and tiles.
+                    let steps = [[b, 1, 0, 3], [1, b, 2 * b + 1, 0], [1, 1, 1, 1], [b + 1, 0, 1, 70], [1, 1, 1, 1]];
+                    let case = Case { dtype, ..Case::new(heads, kv_heads, head_dim) };
+                    case.run(name, &build, block_size, &steps.map(Vec::from));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_length_around_the_borders_of_blocks() {
+    for (name, build) in ways() {
+        for dtype in dtypes(name) {
+            for block_size in [1, 7, 16, 32] {
+                for blocks in 1..=3 {
+                    for len in [blocks * block_size - 1, blocks * block_size, blocks * block_size + 1] {
+                        let case = Case { dtype, ..Case::new(4, 1, 32) };
+                        case.run(name, &build, block_size, &[vec![len.max(1)], vec![1], vec![1]]);
                     }
                 }
             }
@@ -113,16 +214,31 @@ fn every_kernel_geometry_and_storage() {
 #[test]
 fn long_sequences_and_no_mask() {
     for (name, build) in ways() {
-        for causal in [true, false] {
-            let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 64 };
-            let case = Case { heads: 6, shape, dtype: DType::F32, causal, window: None };
-            let cache = build(KvCache::builder(shape).blocks(200)).build().unwrap();
-            poison(&cache);
-            let mut sequences = vec![Sequence { table: cache.table(), k: vec![], v: vec![] }];
-            let mut random = Random::new(3);
-            for new in [[300], [1], [129], [1]] {
-                let worst = case.step(&cache, &mut sequences, &new, &mut random);
-                assert!(worst < 1e-5, "{name}, causal {causal}, {new:?}: {worst:e}");
+        for (causal, dtype) in dtypes(name).flat_map(|dtype| [(true, dtype), (false, dtype)]) {
+            let case = Case { causal, dtype, ..Case::new(6, 2, 64) };
+            // Several chunks, whose borders are met in prefill and in decode.
+            case.run(name, &build, 16, &[vec![300], vec![1], vec![209], vec![1], vec![1], vec![1], vec![600], vec![1]]);
+        }
+    }
+}
+
+#[test]
+fn every_option_alone_and_all_together() {
+    for (name, build) in ways() {
+        for dtype in dtypes(name) {
+            let plain = Case { dtype, ..Case::new(6, 2, 32) };
+            let soft_cap = Some(2.5);
+            let slopes = Some(Attention::alibi_slopes(6));
+            let layer_window = Some(Window::new(50).with_sinks(3));
+            let window = Some(Window::new(80).with_sinks(5));
+            for case in [
+                Case { soft_cap, ..plain.clone() },
+                Case { slopes: slopes.clone(), ..plain.clone() },
+                Case { layer_window, ..plain.clone() },
+                Case { soft_cap, slopes: slopes.clone(), layer_window, ..plain.clone() },
+                Case { soft_cap, slopes, layer_window, window, ..plain.clone() },
+            ] {
+                case.run(name, &build, 16, &[vec![130, 3], vec![1, 1], vec![33, 70], vec![1, 600], vec![1, 1]]);
             }
         }
     }
@@ -133,12 +249,9 @@ fn windows_and_sinks() {
     for (name, build) in ways() {
         for (block_size, window, sinks) in [(1, 5, 2), (4, 9, 3), (16, 40, 4), (16, 1, 0), (7, 200, 20), (64, 70, 65)] {
             for causal in [true, false] {
-                let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 32 };
                 let window = Window::new(window).with_sinks(sinks);
-                let case = Case { heads: 4, shape, dtype: DType::F32, causal, window: Some(window) };
-                let blocks = 1000usize.div_ceil(block_size) + 8;
-                let cache = build(KvCache::builder(shape).blocks(blocks).block_size(block_size)).build().unwrap();
-                poison(&cache);
+                let case = Case { causal, window: Some(window), ..Case::new(4, 2, 32) };
+                let cache = case.cache(&build, block_size, 1000);
                 let options = TableOptions::default().window(window);
                 let sequence = || Sequence { table: cache.table_with(&options), k: vec![], v: vec![] };
                 let mut sequences: Vec<_> = (0..2).map(|_| sequence()).collect();
@@ -183,14 +296,23 @@ fn tokens_of(sequence: usize, at: usize, n: usize) -> Vec<u32> {
 }
 
 /// The result of one sequence's prefill and one decode step, to the last bit, with `others` beside it in the pool.
-fn bits(kernel: Kernel, chunks: &[usize], others: &[usize], threads: usize) -> Vec<u32> {
+fn bits(
+    kernel: Kernel,
+    dtype: KvDtype,
+    block_size: usize,
+    chunks: &[usize],
+    others: &[usize],
+    threads: usize,
+) -> Vec<u32> {
     let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 32 };
-    let cache = KvCache::builder(shape).blocks(256).block_size(8).kernel(kernel).build().unwrap();
+    let blocks = 4096 / block_size;
+    let cache = KvCache::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype).kernel(kernel);
+    let cache = cache.build().unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     // Holes in the pool, so that the blocks lie in another order.
-    let mut holes: Vec<_> = (0..256).map(|_| cache.pool().take(1).unwrap()).collect();
+    let mut holes: Vec<_> = (0..blocks).map(|_| cache.pool().take(1).unwrap()).collect();
     let mut random = Random::new(others.len() as u64);
-    while cache.pool().available() < 200 {
+    while cache.pool().available() < blocks * 9 / 10 {
         drop(holes.swap_remove(random.below(holes.len())));
     }
     let tokens: usize = chunks.iter().sum();
@@ -226,14 +348,34 @@ fn bits(kernel: Kernel, chunks: &[usize], others: &[usize], threads: usize) -> V
 #[test]
 fn fused_results_do_not_depend_on_blocks_neighbours_chunks_or_threads() {
     for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
-        let alone = bits(kernel, &[150, 1], &[], 1);
-        for (chunks, others, threads) in [
-            (&[150, 1][..], &[][..], 2),
-            (&[150, 1], &[3, 40, 1], 2),
-            (&[7, 100, 43, 1], &[9, 9], 3),
-            (&[1, 1, 1, 147, 1], &[], 1),
-        ] {
-            assert!(alone == bits(kernel, chunks, others, threads), "{} {chunks:?}", kernel.name());
+        for dtype in KvDtype::ALL {
+            let alone = bits(kernel, dtype, 16, &[1150, 1], &[], 1);
+            for (block_size, chunks, others, threads) in [
+                (16, &[1150, 1][..], &[][..], 2),
+                (16, &[1150, 1], &[3, 40, 1], 2),
+                (32, &[7, 600, 543, 1], &[9, 9], 3),
+                (8, &[1, 1, 1, 1147, 1], &[], 1),
+                (1, &[512, 1, 637, 1], &[2], 2),
+            ] {
+                let others = &others[..others.len().min(chunks.len())];
+                assert!(
+                    alone == bits(kernel, dtype, block_size, chunks, others, threads),
+                    "{} {dtype} blocks of {block_size} {chunks:?}",
+                    kernel.name()
+                );
+            }
+        }
+    }
+}
+
+/// Sums of integers are exact, and all else is computed in one order: kernels that multiply and add in one rounding agree.
+#[test]
+fn kernels_agree_to_the_last_bit() {
+    let fused = |kernel: &Kernel| kernel.is_available() && *kernel != Kernel::Portable;
+    for dtype in KvDtype::ALL {
+        let mut all = Kernel::ALL.into_iter().filter(fused).map(|kernel| bits(kernel, dtype, 16, &[90, 1], &[3], 2));
+        if let Some(first) = all.next() {
+            assert!(all.all(|other| other == first), "{dtype}");
         }
     }
 }

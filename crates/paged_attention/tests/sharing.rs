@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Tensor};
 use common::{tensor, ways};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder};
-use paged_attention::{BlockTable, CommitError, KvCache, KvShape, Step};
+use paged_attention::{BlockTable, CommitError, KvCache, KvDtype, KvShape, Step};
 
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
 
@@ -34,7 +34,7 @@ fn append(cache: &KvCache, table: &mut BlockTable, tokens: &[u32]) {
 /// What `write` has left for these tokens is what the table holds.
 fn assert_holds(cache: &KvCache, table: &BlockTable, tokens: &[u32]) {
     let numbers: Vec<f32> = tokens.iter().flat_map(|&token| (0..16).map(move |i| (token * 16 + i) as f32)).collect();
-    let expected = tensor(&numbers, 2, 8, cache.dtype());
+    let expected = tensor(&numbers, 2, 8, cache.dtype().tensor_dtype());
     for layer in 0..SHAPE.layers {
         let (k, v) = cache.keys_and_values(table, layer).unwrap();
         let same = |a: &Tensor, b: &Tensor| {
@@ -47,7 +47,7 @@ fn assert_holds(cache: &KvCache, table: &BlockTable, tokens: &[u32]) {
             &tensor(&numbers, 2, 8, DType::F32)
                 .affine((layer + 2) as f64, 0.)
                 .unwrap()
-                .to_dtype(cache.dtype())
+                .to_dtype(cache.dtype().tensor_dtype())
                 .unwrap(),
         );
     }
@@ -123,7 +123,7 @@ fn a_part_of_what_was_drafted_can_be_accepted() {
 #[test]
 fn a_sequence_is_swapped_out_and_in_byte_for_byte() {
     for (name, build) in ways() {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16] {
             let builder = KvCache::builder(SHAPE).blocks(4).block_size(4).dtype(dtype);
             let cache = build(builder).build().unwrap();
             let mut table = cache.table();
@@ -138,6 +138,25 @@ fn a_sequence_is_swapped_out_and_in_byte_for_byte() {
             assert_holds(&cache, &back, &(1..12).collect::<Vec<_>>());
         }
     }
+}
+
+#[test]
+fn bytes_are_copied_and_swapped_with_their_scales() {
+    let cache = KvCache::builder(SHAPE).blocks(5).block_size(4).dtype(KvDtype::Int8).build().unwrap();
+    let read = |table: &BlockTable| {
+        let (k, v) = cache.keys_and_values(table, 1).unwrap();
+        [k, v].map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+    };
+    let mut table = cache.table();
+    append(&cache, &mut table, &[1, 2, 3, 4, 5, 6]);
+    let before = read(&table);
+    let mut fork = table.fork();
+    append(&cache, &mut fork, &[7]); // in a copy of the last block
+    assert_eq!(read(&fork).map(|numbers| numbers[..before[0].len()].to_vec()), before);
+    drop(fork);
+    let swapped = table.swap_out().unwrap();
+    append(&cache, &mut cache.table(), &[99; 20]); // over everything
+    assert_eq!(read(&swapped.swap_in().unwrap()), before);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use candle_core::{DType, Device, Tensor};
 use common::{Random, tensor, ways};
 use paged_attention::{
-    Attention, Backend, BlockTable, CacheError, KvCache, KvShape, OutOfBlocks, PoolError, PushError,
+    Attention, Backend, BlockTable, CacheError, KvCache, KvDtype, KvShape, OutOfBlocks, PoolError, PushError,
 };
 
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: 4 };
@@ -192,21 +192,32 @@ fn sequences_that_cannot_join_are_told_why() {
 fn impossible_caches_are_refused_with_the_numbers() {
     let build = |shape, blocks, block_size, dtype| KvCache::new(shape, blocks, block_size, dtype, &Device::Cpu);
     let message = |result: Result<KvCache, CacheError>| result.unwrap_err().to_string();
-    assert!(matches!(build(SHAPE, 0, 4, DType::F32), Err(CacheError::Pool(PoolError::NoBlocks))));
-    assert!(matches!(build(SHAPE, 4, 0, DType::F32), Err(CacheError::Pool(PoolError::EmptyBlocks))));
-    assert!(matches!(build(SHAPE, usize::MAX, 2, DType::F32), Err(CacheError::Pool(PoolError::TooLarge { .. }))));
+    assert!(matches!(build(SHAPE, 0, 4, KvDtype::F32), Err(CacheError::Pool(PoolError::NoBlocks))));
+    assert!(matches!(build(SHAPE, 4, 0, KvDtype::F32), Err(CacheError::Pool(PoolError::EmptyBlocks))));
+    assert!(matches!(build(SHAPE, usize::MAX, 2, KvDtype::F32), Err(CacheError::Pool(PoolError::TooLarge { .. }))));
     assert!(matches!(
-        build(KvShape { head_dim: usize::MAX, ..SHAPE }, 4, 4, DType::F32),
+        build(KvShape { head_dim: usize::MAX, ..SHAPE }, 4, 4, KvDtype::F32),
         Err(CacheError::Pool(PoolError::OutOfMemory { .. }))
     ));
     assert_eq!(
-        message(build(KvShape { kv_heads: 0, ..SHAPE }, 4, 4, DType::F32)),
+        message(build(KvShape { kv_heads: 0, ..SHAPE }, 4, 4, KvDtype::F32)),
         "keys and values need at least one layer, head and dimension: 2 layers, 0 heads x 4"
     );
-    assert_eq!(message(build(SHAPE, 4, 4, DType::U8)), "keys and values cannot be stored as u8; use f32, f16 or bf16");
+    let error = KvDtype::try_from(DType::U8).unwrap_err();
+    assert_eq!(error.to_string(), "keys and values cannot be stored as u8; use f32, f16 or bf16");
+    let int8 = |head_dim, backend| {
+        let shape = KvShape { head_dim, ..SHAPE };
+        KvCache::builder(shape).blocks(1).dtype(KvDtype::Int8).backend(backend).build()
+    };
+    assert!(int8(2048, Backend::Fused).is_ok());
+    assert_eq!(
+        message(int8(2049, Backend::Fused)),
+        "heads of 2049 dimensions are too large for 8-bit storage, which takes up to 2048"
+    );
+    assert!(matches!(int8(64, Backend::Gather), Err(CacheError::Pool(PoolError::UnsupportedDType(_)))));
     let wide = KvShape { layers: 64, kv_heads: 64, head_dim: 1024 };
     assert_eq!(
-        message(build(wide, 1 << 24, 16, DType::F32)),
+        message(build(wide, 1 << 24, 16, KvDtype::F32)),
         "16777216 blocks of 536870912 bytes do not fit into this machine's memory"
     );
     let by_memory = |bytes| KvCache::builder(SHAPE).block_size(4).memory(bytes).build();

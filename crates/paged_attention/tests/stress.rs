@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use common::Random;
 use paged_attention::{Attention, BlockTable, KvCache, KvShape, PushError, SequenceError, SequenceId, Sequences};
 
@@ -72,7 +72,7 @@ fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random
 
 #[test]
 fn threads_that_panic_in_mid_step_lose_nothing() {
-    let cache = KvCache::builder(SHAPE).blocks(60).block_size(4).dtype(DType::F32).build().unwrap();
+    let cache = KvCache::builder(SHAPE).blocks(60).block_size(4).build().unwrap();
     let sequences = Sequences::new(cache.pool());
     // The tokens of each sequence, known beside the cache.
     let known: Mutex<Vec<(SequenceId, Vec<u32>)>> = Mutex::new(vec![]);

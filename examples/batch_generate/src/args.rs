@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use candle_core::DType;
 use clap::{Parser, ValueEnum};
 
 use crate::model::Weights;
@@ -95,14 +94,17 @@ pub enum KvDtype {
     F16,
     /// 16-bit floating point, 8 bits of precision
     Bf16,
+    /// 8 bits, with a scale for each token and head
+    Int8,
 }
 
-impl From<KvDtype> for DType {
-    fn from(dtype: KvDtype) -> DType {
+impl From<KvDtype> for paged_attention::KvDtype {
+    fn from(dtype: KvDtype) -> Self {
         match dtype {
-            KvDtype::F32 => DType::F32,
-            KvDtype::F16 => DType::F16,
-            KvDtype::Bf16 => DType::BF16,
+            KvDtype::F32 => Self::F32,
+            KvDtype::F16 => Self::F16,
+            KvDtype::Bf16 => Self::Bf16,
+            KvDtype::Int8 => Self::Int8,
         }
     }
 }

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use candle_core::quantized::gguf_file::{self, Content, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::{MAX_SEQ_LEN, ModelWeights};
-use paged_attention::KvCache;
+use paged_attention::{KvCache, KvDtype};
 
 use crate::engine::{self, Outcome, Request, Settings};
 use crate::model::{Model, Weights};
@@ -125,7 +125,7 @@ pub fn verify(
 /// # Errors
 ///
 /// If a step fails.
-pub fn compare(path: &Path, paged: &Model, dtype: DType, weights: Weights) -> Result<()> {
+pub fn compare(path: &Path, paged: &Model, dtype: KvDtype, weights: Weights) -> Result<()> {
     const CONTEXT: usize = 128;
     const TOKENS: usize = 32;
     const ROUNDS: usize = 5;

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{BufWriter, Write as _};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use paged_attention::KvCache;
 
@@ -88,8 +87,8 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Makes the cache, or says why this machine cannot have it.
 fn cache(args: &Args, model: &Model) -> Result<KvCache> {
-    let (shape, dtype) = (model.shape(), DType::from(args.kv_dtype));
-    let bytes_per_block = shape.bytes_per_block(args.block_size, dtype.size_in_bytes()).unwrap_or(usize::MAX);
+    let (shape, dtype) = (model.shape(), args.kv_dtype.into());
+    let bytes_per_block = shape.bytes_per_block(args.block_size, dtype).unwrap_or(usize::MAX);
     let asked = args.memory.unwrap_or_else(|| args.blocks.saturating_mul(bytes_per_block));
     let there_is = memory();
     ensure!(

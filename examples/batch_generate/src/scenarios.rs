@@ -3,9 +3,9 @@
 //! sequence with a mask.
 
 use anyhow::{Result, ensure};
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
-use paged_attention::{BlockTable, KvCache, TableOptions, Window};
+use paged_attention::{BlockTable, KvCache, KvDtype, TableOptions, Window};
 
 use crate::candle_loop::generate;
 use crate::engine::Request;
@@ -20,7 +20,7 @@ const TOKENS: usize = 24;
 /// # Errors
 ///
 /// If a token differs.
-pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dtype: DType) -> Result<()> {
+pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dtype: KvDtype) -> Result<()> {
     let cache = KvCache::builder(model.shape()).blocks(1024usize.div_ceil(block_size)).block_size(block_size);
     let mut verifier = Verifier { paged: model, cache: cache.dtype(dtype).build()?, candle };
     let vocabulary = model.vocabulary() as u32;

@@ -7,8 +7,7 @@ mod common;
 use batch_generate::engine::{Answer, Outcome, Request, Settings, generate};
 use batch_generate::model::Model;
 use batch_generate::sampling::{Random, Sampling};
-use candle_core::DType;
-use paged_attention::KvCache;
+use paged_attention::{KvCache, KvDtype};
 
 fn requests() -> Vec<Request> {
     let request = |seed: u32, n: u32, max_tokens| Request {
@@ -23,7 +22,7 @@ fn settings(samples: usize, temperature: f32) -> Settings {
 }
 
 fn cache(model: &Model, blocks: usize, block_size: usize) -> KvCache {
-    KvCache::builder(model.shape()).blocks(blocks).block_size(block_size).dtype(DType::F32).build().unwrap()
+    KvCache::builder(model.shape()).blocks(blocks).block_size(block_size).dtype(KvDtype::F32).build().unwrap()
 }
 
 fn run(model: &Model, cache: &KvCache, requests: &[Request], settings: &Settings) -> Outcome {

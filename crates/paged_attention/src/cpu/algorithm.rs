@@ -1,335 +1,240 @@
 //! Attention over blocks: online softmax over tiles of tokens.
 //!
-//! A *task* is one key head and a few consecutive new tokens of one sequence. Its *rows* are those tokens times the
-//! query heads of the group, so that decode (one token, a group of heads) and prefill (many tokens) are the same
-//! computation, and every key and value is loaded once for all rows.
+//! A *task* is a few consecutive new tokens of one sequence, some of its key heads, and some *chunks* of its tokens. Its
+//! *rows* are the new tokens times the query heads of a group, so that decode (one token, a group of heads) and prefill
+//! (many tokens) are the same computation, and every key and value is loaded once for all rows.
 //!
-//! For each tile of tokens, with `m` the largest score so far, `l` the sum of weights and `o` the weighted sum of
-//! values (Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1):
+//! For each tile, with `m` the largest score so far, `l` the sum of weights and `o` the weighted sum of values (Milakov and
+//! Gimelshein 2018; Dao et al. 2022, section 3.1; all scores times `log2 e`, so that the exponential is a power of two):
 //!
 //! ```text
-//! s = q K        m' = max(m, max s)      p = exp(s - m')
-//! l = l exp(m - m') + sum p              o = o exp(m - m') + p V
+//! s = q K        m' = max(m, max s)      p = 2^(s - m')
+//! l = l 2^(m - m') + sum p               o = o 2^(m - m') + p V
 //! ```
 //!
-//! The order of all sums depends on token positions alone. A row's result is the same to the last bit whatever blocks
-//! hold the tokens, whichever rows are computed beside it, and however many threads there are.
+//! Chunks are computed apart, each from nothing, and then merged in their order, so that several threads can share a long
+//! sequence ("Flash-Decoding", Dao et al. 2023). Tiles and chunks begin at fixed positions, and a row's sums have an order
+//! of their own. So its result is the same to the last bit whatever blocks hold the tokens, whichever rows are computed
+//! beside it, and however many threads there are.
+//!
+//! Memory is read in one steady stream: heads inside tiles, as they lie in the blocks, and while one head's keys and
+//! values are multiplied the next one's are asked for.
 
-use block_pool::KvLayout;
+use std::ops::Range;
 
-use super::element::Element;
-use super::exp::exp_nonpositive;
-use super::prefetch::prefetch;
-use crate::plan::{Sight, Span};
+use super::exp2::{exp2_wide, tanh_times};
+use super::format::{Format, ROWS, Space};
+use super::kernel::Run;
+use super::state::{State, finite};
+use super::tile::{Blocks, Copied, Scores, TILE, TILE_PANELS, Tile};
+use super::wide::{LANES, Wide, largest, sum};
+use crate::Attention;
+use crate::plan::Sight;
 
-/// Tokens per tile, at least: scores of one tile are computed before they are weighed.
-const TILE: usize = 64;
-/// Tokens or dimensions that one register block covers.
-const LANES: usize = 16;
-/// Rows that one register block covers.
-const ROWS: usize = 4;
+/// Tokens of a chunk.
+pub(super) const CHUNK: usize = 8 * TILE;
 
 /// What one task reads.
-pub(super) struct Task<'a, T> {
-    /// All blocks of the layer.
-    pub(super) storage: &'a [T],
-    pub(super) layout: &'a KvLayout,
-    /// The sequence's blocks, in order.
-    pub(super) blocks: &'a [u32],
-    /// The key head.
-    pub(super) head: usize,
-    /// `(tokens, group, head_dim)`: each token's query heads of this key head, one run per token.
-    pub(super) queries: &'a [&'a [f32]],
-    /// The sequence, and which of its new tokens the first of the queries is.
-    pub(super) span: &'a Span,
-    pub(super) first: usize,
-    pub(super) causal: bool,
-    pub(super) scale: f32,
+pub(super) struct Task<'a, F: Format> {
+    pub(super) blocks: Blocks<'a, F::Number>,
+    pub(super) attention: &'a Attention,
+    /// All queries, `(tokens, heads, head_dim)`.
+    pub(super) queries: &'a [f32],
+    /// Query heads of a key head.
+    pub(super) group: usize,
+    /// Its key heads.
+    pub(super) heads: Range<usize>,
+    /// Its new tokens, counted in the sequence's part of the step.
+    pub(super) tokens: Range<usize>,
+    /// Its chunks.
+    pub(super) chunks: Range<usize>,
 }
 
 /// Memory that a thread uses again from task to task.
-#[derive(Default)]
-pub(super) struct Scratch {
-    /// `(rows, head_dim)`: scaled queries.
-    q: Vec<f32>,
-    /// `(rows, head_dim)`: weighted sums of values.
-    o: Vec<f32>,
-    /// `(rows, tile)`: scores, then weights.
-    p: Vec<f32>,
-    /// `(rows)`: largest score, sum of weights.
-    m: Vec<f32>,
-    l: Vec<f32>,
-    /// One head of one block's keys or values, converted.
-    wide: Vec<f32>,
+pub(super) struct Scratch<F: Format> {
+    queries: F::Queries,
+    scores: Vec<Scores>,
+    /// What each new token sees of a tile, counted from its start.
+    seen: Vec<Sight>,
+    copied: Copied<F::Number>,
+    space: Space,
 }
 
-/// Computes one task. `out` has the shape of `task.queries`. `FMA` says that a fused multiply-add is one instruction.
-#[inline(always)]
-pub(super) fn attend<T: Element, const FMA: bool>(task: &Task<'_, T>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
-    let KvLayout { block_size, head_dim, .. } = *task.layout;
-    let Some(width) = task.queries.first().map(|q| q.len()) else {
-        return;
-    };
-    let group = width / head_dim;
-    let rows = task.queries.len() * group;
-    let tile = TILE.div_ceil(block_size) * block_size;
-    let block_elements = task.layout.block_elements();
-    let seen_by = |row: usize| task.span.sight(task.first + row / group, task.causal);
-    let total = seen_by(rows - 1).recent.end;
-
-    let Scratch { q, o, p, m, l, wide } = scratch;
-    q.clear();
-    q.extend(task.queries.iter().flat_map(|run| run.iter().map(|x| x * task.scale)));
-    refill(o, rows * head_dim, 0.0);
-    refill(p, rows * tile, 0.0);
-    refill(m, rows, f32::NEG_INFINITY);
-    refill(l, rows, 0.0);
-    wide.resize(task.layout.head_elements(), 0.0);
-
-    for start in (0..total).step_by(tile) {
-        let end = total.min(start + tile);
-        // The first rows may see nothing of this tile: rows see further and further. Those behind them look back less and
-        // less far.
-        let first_row = (0..rows).step_by(group).find(|&row| seen_by(row).recent.end > start).unwrap_or(rows);
-        let Sight { sinks, recent } = seen_by(first_row);
-        if sinks <= start && recent.start >= end {
-            continue;
-        }
-        let block = |id: u32| &task.storage[id as usize * block_elements..][..block_elements];
-        // Blocks that a window has given back are skipped; nobody sees them.
-        let blocks = (start / block_size..end.div_ceil(block_size))
-            .enumerate()
-            .filter_map(|(b, block)| Some((b, task.blocks[task.span.place(block)?])));
-
-        // What is read next is asked for while this is computed, a line at each step: in bursts the requests are dropped.
-        let keys_of = |id: u32| &block(id)[task.layout.head_keys(task.head)];
-        let values_of = |id: u32| &block(id)[task.layout.head_values(task.head)];
-        let mut next = blocks.clone().skip(1);
-        let first_values = blocks.clone().next().map(|(_, id)| values_of(id));
-        for (b, id) in blocks.clone() {
-            let ahead = Ahead(next.next().map(|(_, id)| keys_of(id)).or(first_values).unwrap_or(&[]));
-            let keys = T::widened(keys_of(id), wide);
-            let at = b * block_size;
-            for row in (first_row..rows).step_by(ROWS) {
-                let ahead = if row == first_row { ahead } else { Ahead(&[]) };
-                let (q, p) = (&q[row * head_dim..], &mut p[row * tile + at..]);
-                match rows - row {
-                    1 => scores::<T, 1, FMA>(q, keys, p, head_dim, block_size, tile, ahead),
-                    2 => scores::<T, 2, FMA>(q, keys, p, head_dim, block_size, tile, ahead),
-                    3 => scores::<T, 3, FMA>(q, keys, p, head_dim, block_size, tile, ahead),
-                    _ => scores::<T, ROWS, FMA>(q, keys, p, head_dim, block_size, tile, ahead),
-                }
-            }
-        }
-
-        for row in first_row..rows {
-            let Sight { sinks, recent } = seen_by(row);
-            let within = |position: usize| position.clamp(start, end) - start;
-            let p = &mut p[row * tile..][..end - start];
-            // The sinks and the recent tokens of this tile, and between and behind them what this row does not see.
-            let (sinks, recent) = (0..within(sinks), within(recent.start)..within(recent.end));
-            let highest = max(&p[recent.clone()], max(&p[sinks.clone()], m[row]));
-            // All scores -inf: nothing to weigh yet, and -inf - -inf is not a number.
-            let reference = if highest == f32::NEG_INFINITY { 0.0 } else { highest };
-            let shrink = exp_nonpositive(m[row] - reference);
-            p[sinks.end..recent.start].fill(0.0);
-            p[recent.end..].fill(0.0);
-            let mut weight = 0.0;
-            for seen in [sinks, recent] {
-                let p = &mut p[seen];
-                for s in p.iter_mut() {
-                    *s = exp_nonpositive(*s - reference);
-                }
-                weight += sum(p);
-            }
-            l[row] = l[row] * shrink + weight;
-            m[row] = highest;
-            if shrink != 1.0 {
-                o[row * head_dim..][..head_dim].iter_mut().for_each(|x| *x *= shrink);
-            }
-        }
-
-        let mut next = blocks.clone().skip(1);
-        let next_keys = task.span.place(end / block_size).and_then(|at| task.blocks.get(at)).map(|&id| keys_of(id));
-        for (b, id) in blocks {
-            let ahead = Ahead(next.next().map(|(_, id)| values_of(id)).or(next_keys).unwrap_or(&[]));
-            let values = T::widened(values_of(id), wide);
-            let at = b * block_size;
-            // Slots behind the last token hold anything, NaN included: they are not read.
-            let tokens = block_size.min(end - start - at);
-            for row in (first_row..rows).step_by(ROWS) {
-                let ahead = if row == first_row { ahead } else { Ahead(&[]) };
-                let (p, o) = (&p[row * tile + at..], &mut o[row * head_dim..]);
-                match rows - row {
-                    1 => weigh::<T, 1, FMA>(p, values, o, head_dim, tokens, tile, ahead),
-                    2 => weigh::<T, 2, FMA>(p, values, o, head_dim, tokens, tile, ahead),
-                    3 => weigh::<T, 3, FMA>(p, values, o, head_dim, tokens, tile, ahead),
-                    _ => weigh::<T, ROWS, FMA>(p, values, o, head_dim, tokens, tile, ahead),
-                }
-            }
-        }
-    }
-
-    for (token, out) in out.iter_mut().enumerate() {
-        for (h, out) in out.chunks_exact_mut(head_dim).enumerate() {
-            let row = token * group + h;
-            let by = 1.0 / l[row];
-            for (out, x) in out.iter_mut().zip(&o[row * head_dim..]) {
-                *out = x * by;
-            }
+impl<F: Format> Default for Scratch<F> {
+    fn default() -> Self {
+        Self {
+            queries: F::Queries::default(),
+            scores: Vec::new(),
+            seen: Vec::new(),
+            copied: Copied::default(),
+            space: Space::default(),
         }
     }
 }
 
-/// What is read next: as many numbers as are read now, or none.
-struct Ahead<'a, T>(&'a [T]);
+/// A task, and memory for it.
+pub(super) struct Attend<'a, 'b, F: Format>(pub(super) &'b Task<'a, F>, pub(super) &'b mut Scratch<F>);
 
-impl<T> Clone for Ahead<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
+impl<F: Format> Run for Attend<'_, '_, F> {
+    type Output = State;
 
-impl<T> Copy for Ahead<'_, T> {}
-
-impl<T> Ahead<'_, T> {
-    /// Asks for the cache line of the number at `at`.
     #[inline(always)]
-    fn ask(self, at: usize) {
-        if let Some(x) = self.0.get(at) {
-            prefetch(x);
-        }
+    fn run<V: Wide>(self) -> State {
+        attend::<V, F>(self.0, self.1)
     }
 }
 
-/// `p (R, tokens) = q (R, head_dim) * keys (head_dim, tokens)`; rows of p are `stride` apart.
+/// Computes one task: the states of its rows, `(heads, tokens, group)`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn scores<T, const R: usize, const FMA: bool>(
-    q: &[f32],
-    keys: &[f32],
-    p: &mut [f32],
-    head_dim: usize,
-    tokens: usize,
-    stride: usize,
-    ahead: Ahead<'_, T>,
+fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>) -> State {
+    let head_dim = task.blocks.layout.head_dim;
+    let rows = task.tokens.len() * task.group;
+    let heads = task.blocks.layout.kv_heads * task.group;
+    let row_of = |head: usize, token: usize, member: usize| {
+        let row = (task.blocks.span.rows.start + token) * heads + head * task.group + member;
+        &task.queries[row * head_dim..][..head_dim]
+    };
+    let row_of = |head: usize, row: usize| {
+        if row < rows { row_of(head, task.tokens.start + row / task.group, row % task.group) } else { &[] }
+    };
+    let groups = task.heads.clone().flat_map(|head| (0..rows).step_by(ROWS).map(move |row| (head, row)));
+    let groups = groups.map(|(head, row)| std::array::from_fn(|r| row_of(head, row + r)));
+    F::prepare(&mut scratch.queries, groups, task.attention.factor());
+    scratch.scores.resize(rows, [[0.0; LANES]; TILE_PANELS]);
+
+    let mut total = State::new(task.heads.len() * rows, task.blocks.dims());
+    let mut further = None;
+    for (i, chunk) in task.chunks.clone().enumerate() {
+        let seen = seen_by(task, task.tokens.end - 1).recent.end;
+        let positions = chunk * CHUNK..seen.min((chunk + 1) * CHUNK);
+        if i == 0 {
+            attend_chunk::<V, F>(task, positions, &mut total, scratch);
+        } else {
+            let state = further.get_or_insert_with(|| State::new(task.heads.len() * rows, task.blocks.dims()));
+            state.clear();
+            attend_chunk::<V, F>(task, positions, state, scratch);
+            total.merge(state);
+        }
+    }
+    total
+}
+
+fn seen_by<F: Format>(task: &Task<'_, F>, token: usize) -> Sight {
+    task.blocks.span.sight(token, task.attention)
+}
+
+#[inline(always)]
+fn attend_chunk<V: Wide, F: Format>(
+    task: &Task<'_, F>,
+    positions: Range<usize>,
+    state: &mut State,
+    scratch: &mut Scratch<F>,
 ) {
-    let q: [&[f32]; R] = std::array::from_fn(|r| &q[r * head_dim..][..head_dim]);
-    let lanes_end = tokens / LANES * LANES;
-    for at in (0..lanes_end).step_by(LANES) {
-        let mut sums = [[0f32; LANES]; R];
-        for (d, keys) in keys.chunks_exact(tokens).enumerate() {
-            let keys = &keys[at..][..LANES];
-            ahead.ask(d * tokens + at);
-            for r in 0..R {
-                let x = q[r][d];
-                for t in 0..LANES {
-                    sums[r][t] = multiply_add::<FMA>(x, keys[t], sums[r][t]);
-                }
-            }
-        }
-        for r in 0..R {
-            p[r * stride + at..][..LANES].copy_from_slice(&sums[r]);
-        }
-    }
-    if lanes_end == tokens {
-        return;
-    }
-    for r in 0..R {
-        let rest = &mut p[r * stride + lanes_end..][..tokens - lanes_end];
-        rest.fill(0.0);
-        for (d, keys) in keys.chunks_exact(tokens).enumerate() {
-            let x = q[r][d];
-            for (sum, &key) in rest.iter_mut().zip(&keys[lanes_end..]) {
-                *sum = multiply_add::<FMA>(x, key, *sum);
-            }
-        }
-    }
-}
+    let rows = task.tokens.len() * task.group;
+    let in_place = task.blocks.in_place();
+    let tile_at = |start: usize| start..positions.end.min(start + TILE);
+    // The first of the new tokens that sees something of a tile: they see further and further. Those behind it look back
+    // less and less far.
+    let first_of = |tile: &Range<usize>| {
+        let token = task.tokens.clone().find(|&token| seen_by(task, token).recent.end > tile.start)?;
+        let Sight { sinks, recent } = seen_by(task, token);
+        (sinks > tile.start || recent.start < tile.end).then_some(token - task.tokens.start)
+    };
+    let groups = rows.div_ceil(ROWS);
+    let mut ahead = None;
+    for start in positions.clone().step_by(TILE) {
+        let within = tile_at(start);
+        let tile = ahead.take().unwrap_or_else(|| Tile::new(&task.blocks, &within));
+        let after = tile_at(start + TILE);
+        ahead = (in_place && !after.is_empty()).then(|| Tile::new(&task.blocks, &after));
+        let Some(first) = first_of(&within) else { continue };
+        scratch.seen.clear();
+        scratch.seen.extend(task.tokens.clone().map(|token| seen_by(task, token).within(&within)));
 
-/// `o (R, head_dim) += p (R, tokens) * values (tokens, head_dim)`; rows of p are `stride` apart.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn weigh<T, const R: usize, const FMA: bool>(
-    p: &[f32],
-    values: &[f32],
-    o: &mut [f32],
-    head_dim: usize,
-    tokens: usize,
-    stride: usize,
-    ahead: Ahead<'_, T>,
-) {
-    let p: [&[f32]; R] = std::array::from_fn(|r| &p[r * stride..][..tokens]);
-    let lanes_end = head_dim / LANES * LANES;
-    for at in (0..lanes_end).step_by(LANES) {
-        let mut sums = [[0f32; LANES]; R];
-        for r in 0..R {
-            sums[r].copy_from_slice(&o[r * head_dim + at..][..LANES]);
-        }
-        for t in 0..tokens {
-            let values = &values[t * head_dim + at..][..LANES];
-            ahead.ask(t * head_dim + at);
-            for r in 0..R {
-                let weight = p[r][t];
-                for d in 0..LANES {
-                    sums[r][d] = multiply_add::<FMA>(weight, values[d], sums[r][d]);
-                }
+        // Whole groups: rows that see nothing stay as they are.
+        let first = first * task.group / ROWS * ROWS;
+        for (h, head) in task.heads.clone().enumerate() {
+            let keys_and_values = if in_place {
+                (tile.keys(head), tile.values(head))
+            } else {
+                scratch.copied.fill::<F>(&task.blocks, head, &within);
+                (scratch.copied.keys(), scratch.copied.values())
+            };
+            let (keys, values) = keys_and_values;
+            let next = match &ahead {
+                _ if !in_place => None,
+                _ if head + 1 < task.heads.end => Some((tile.keys(head + 1), tile.values(head + 1))),
+                Some(ahead) => Some((ahead.keys(task.heads.start), ahead.values(task.heads.start))),
+                None => None,
+            };
+            for row in (first..rows).step_by(ROWS) {
+                let scores = &mut scratch.scores[row..rows.min(row + ROWS)];
+                let next = next.as_ref().filter(|_| row == first).map(|(keys, _)| keys);
+                F::scores::<V>(&scratch.queries, h * groups + row / ROWS, &keys, next, scores);
             }
-        }
-        for r in 0..R {
-            o[r * head_dim + at..][..LANES].copy_from_slice(&sums[r]);
-        }
-    }
-    if lanes_end == head_dim {
-        return;
-    }
-    for r in 0..R {
-        let rest = &mut o[r * head_dim + lanes_end..][..head_dim - lanes_end];
-        for t in 0..tokens {
-            let weight = p[r][t];
-            for (sum, &value) in rest.iter_mut().zip(&values[t * head_dim + lanes_end..]) {
-                *sum = multiply_add::<FMA>(weight, value, *sum);
+            for row in first..rows {
+                let position = task.blocks.span.start + task.tokens.start + row / task.group;
+                let scores = &mut scratch.scores[row];
+                adjust::<V>(scores, task.attention, head * task.group + row % task.group, start, position);
+                soften::<V>(scores, &scratch.seen[row / task.group], h * rows + row, state);
+            }
+            for row in (first..rows).step_by(ROWS) {
+                let end = rows.min(row + ROWS);
+                let next = next.as_ref().filter(|_| row == first).map(|(_, values)| values);
+                let sums = state.sums(h * rows + row..h * rows + end);
+                let weights = &scratch.scores[row..end];
+                F::weigh::<V>(weights, within.len(), &values, next, sums, &mut scratch.space);
             }
         }
     }
 }
 
-/// A sum in `LANES` partial sums, for the rounding as much as for the speed.
+/// Puts a tile's scores through what the layer asks for beside products: a soft cap, then a bias by distance.
 #[inline(always)]
-fn sum(xs: &[f32]) -> f32 {
-    let mut sums = [0f32; LANES];
-    let chunks = xs.chunks_exact(LANES);
-    let rest: f32 = chunks.remainder().iter().sum();
-    for chunk in chunks {
-        for (sum, x) in sums.iter_mut().zip(chunk) {
-            *sum += x;
+fn adjust<V: Wide>(scores: &mut Scores, attention: &Attention, head: usize, start: usize, position: usize) {
+    if let Some(cap) = attention.soft_cap {
+        let cap = V::splat(cap * std::f32::consts::LOG2_E);
+        for scores in scores.iter_mut() {
+            tanh_times(V::load(scores), cap).store(scores);
         }
     }
-    sums.iter().sum::<f32>() + rest
-}
-
-/// The largest of `xs` and `least`, in `LANES` partial maxima.
-#[inline(always)]
-fn max(xs: &[f32], least: f32) -> f32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let mut largest = [least; LANES];
-    let chunks = xs.chunks_exact(LANES);
-    let rest = chunks.remainder().iter().fold(least, |m, &x| larger(m, x));
-    for chunk in chunks {
-        for (m, &x) in largest.iter_mut().zip(chunk) {
-            *m = larger(*m, x);
+    if let Some(slope) = attention.slope(head) {
+        let slope = slope * std::f32::consts::LOG2_E;
+        for (panel, scores) in scores.iter_mut().enumerate() {
+            let mut bias = [0f32; LANES];
+            for (lane, bias) in bias.iter_mut().enumerate() {
+                let distance = (start + panel * LANES + lane) as i64 - position as i64;
+                *bias = slope * distance as f32;
+            }
+            V::load(scores).add(V::load(&bias)).store(scores);
         }
     }
-    largest.into_iter().fold(rest, larger)
 }
 
-/// `a * b + c`. Without the instruction, `mul_add` is a call that computes the single rounding in software.
+/// Turns a row's scores into weights, 0 for tokens that it does not see, and takes them into its state.
 #[inline(always)]
-fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FMA { a.mul_add(b, c) } else { a * b + c }
-}
-
-fn refill(xs: &mut Vec<f32>, len: usize, with: f32) {
-    xs.clear();
-    xs.resize(len, with);
+fn soften<V: Wide>(scores: &mut Scores, seen: &Sight, row: usize, state: &mut State) {
+    let Sight { sinks, recent } = seen;
+    if *sinks < recent.start || recent.end < TILE {
+        let flat = scores.as_flattened_mut();
+        flat[*sinks..recent.start].fill(f32::NEG_INFINITY);
+        flat[recent.end..].fill(f32::NEG_INFINITY);
+    }
+    // A score that is too large for f32 counts as the largest number there is: infinity minus itself is not a number.
+    let most = V::splat(f32::MAX);
+    let mut high = V::splat(state.largest(row));
+    for scores in scores.iter_mut() {
+        let clipped = most.smaller(V::load(scores));
+        clipped.store(scores);
+        high = clipped.larger(high);
+    }
+    let highest = largest(high);
+    let reference = V::splat(finite(highest));
+    let mut weight = V::splat(0.0);
+    for scores in scores.iter_mut() {
+        let p = exp2_wide(V::load(scores).sub(reference));
+        p.store(scores);
+        weight = weight.add(p);
+    }
+    state.grow(row, highest, sum(weight));
 }

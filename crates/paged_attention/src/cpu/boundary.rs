@@ -3,33 +3,15 @@
 //! candle keeps one lock per storage, and its read guards are not recursive: each guard is taken once, and no tensor
 //! operation happens while one is held.
 
-use block_pool::KvLayout;
+use block_pool::{KvLayout, Order};
 use candle_core::{CpuStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, WithDType};
 use half::{bf16, f16};
-use rayon::prelude::*;
 
-use super::Kernel;
-use super::algorithm::{Scratch, Task};
-use super::element::Element;
-use crate::Attention;
-use crate::plan::{Plan, Span};
+use super::format::{Float, Format, Int8, Number};
+use super::{Call, jobs};
+use crate::plan::Plan;
 
-/// Rows that a task has at most, unless one token's group has more: as many as keep its scratch in the nearest cache.
-const TASK_ROWS: usize = 32;
-
-/// Multiply-adds below which waking other threads takes longer than the work.
-const WORTH_A_THREAD: usize = 1 << 18;
-
-/// What one call computes.
-pub(crate) struct Call<'a> {
-    pub(crate) layout: &'a KvLayout,
-    pub(crate) plan: &'a Plan,
-    /// Query heads.
-    pub(crate) heads: usize,
-    pub(crate) attention: &'a Attention,
-}
-
-/// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place, in one pass.
+/// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place: one pass, converting, under one lock.
 pub(crate) fn write(layer: &Tensor, k: &Tensor, v: &Tensor, layout: &KvLayout, plan: &Plan) -> Result<()> {
     layer.inplace_op3(&k.contiguous()?, &v.contiguous()?, &WriteSlots { layout, plan })
 }
@@ -64,18 +46,21 @@ impl InplaceOp3 for WriteSlots<'_> {
 }
 
 impl WriteSlots<'_> {
-    fn to<S: Element>(&self, layer: &mut CpuStorage, layout: &Layout, k: &[S], v: &[S]) -> Result<()> {
+    fn to<S: Number>(&self, layer: &mut CpuStorage, layout: &Layout, k: &[S], v: &[S]) -> Result<()> {
         let start = layout.start_offset();
         match layer {
-            CpuStorage::F32(layer) => self.slots(&mut layer[start..], k, v),
-            CpuStorage::F16(layer) => self.slots(&mut layer[start..], k, v),
-            CpuStorage::BF16(layer) => self.slots(&mut layer[start..], k, v),
+            CpuStorage::F32(layer) => self.slots::<Float<f32>, S>(&mut layer[start..], k, v),
+            CpuStorage::F16(layer) => self.slots::<Float<f16>, S>(&mut layer[start..], k, v),
+            CpuStorage::BF16(layer) => self.slots::<Float<bf16>, S>(&mut layer[start..], k, v),
+            CpuStorage::U8(layer) if self.layout.order == Order::Int8 => {
+                self.slots::<Int8, S>(&mut layer[start..], k, v);
+            }
             _ => return unsupported(),
         }
         Ok(())
     }
 
-    fn slots<S: Element, T: Element>(&self, layer: &mut [T], k: &[S], v: &[S]) {
+    fn slots<F: Format, S: Number>(&self, layer: &mut [F::Number], k: &[S], v: &[S]) {
         let Self { layout, plan } = *self;
         let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
         let width = kv_heads * head_dim;
@@ -83,34 +68,62 @@ impl WriteSlots<'_> {
         for ((&slot, k), v) in plan.slots.iter().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             let block = &mut layer[block * block_elements..][..block_elements];
-            for head in 0..kv_heads {
-                let (k, v) = (&k[head * head_dim..][..head_dim], &v[head * head_dim..][..head_dim]);
-                let keys = block[layout.key(offset, head, 0)..].iter_mut().step_by(layout.key_stride());
-                keys.zip(k).for_each(|(to, from)| *to = T::narrow(from.widen()));
-                let values = block[layout.value(offset, head, 0)..].iter_mut();
-                values.zip(v).for_each(|(to, from)| *to = T::narrow(from.widen()));
+            for (head, (k, v)) in k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim)).enumerate() {
+                F::store(layout, block, offset, head, k, v);
             }
         }
     }
 }
 
 /// Attends with q `(tokens, heads, head_dim)` to all tokens of each sequence; the result has q's shape and type.
-pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>, kernel: Kernel) -> Result<Tensor> {
+pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
     let wide = q.to_dtype(DType::F32)?.contiguous()?;
-    let mut out = vec![0f32; wide.elem_count()];
-    {
+    let out = {
         let (q_guard, q_layout) = wide.storage_and_layout();
-        let queries = &slice::<f32>(&q_guard)?[q_layout.start_offset()..];
+        let queries = &slice::<f32>(&q_guard)?[q_layout.start_offset()..][..wide.elem_count()];
         let (guard, layout) = layer.storage_and_layout();
         let start = layout.start_offset();
         match layer.dtype() {
-            DType::F32 => run(&slice::<f32>(&guard)?[start..], queries, &mut out, call, kernel),
-            DType::F16 => run(&slice::<f16>(&guard)?[start..], queries, &mut out, call, kernel),
-            DType::BF16 => run(&slice::<bf16>(&guard)?[start..], queries, &mut out, call, kernel),
+            DType::F32 => jobs::attend::<Float<f32>>(&slice(&guard)?[start..], queries, call),
+            DType::F16 => jobs::attend::<Float<f16>>(&slice(&guard)?[start..], queries, call),
+            DType::BF16 => jobs::attend::<Float<bf16>>(&slice(&guard)?[start..], queries, call),
+            DType::U8 => jobs::attend::<Int8>(&slice(&guard)?[start..], queries, call),
             _ => return unsupported(),
         }
-    }
+    };
     Tensor::from_vec(out, q.shape(), q.device())?.to_dtype(q.dtype())
+}
+
+/// Copies the first `len` tokens of these blocks together: k and v, each `(len, kv_heads, head_dim)`, in the type in which
+/// they are stored; f32 for bytes.
+pub(crate) fn read(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize) -> Result<(Tensor, Tensor)> {
+    let shape = (len, layout.kv_heads, layout.head_dim);
+    let [k, v] = {
+        let (guard, place) = layer.storage_and_layout();
+        let start = place.start_offset();
+        match layer.dtype() {
+            DType::F32 => read_slots::<Float<f32>>(&slice(&guard)?[start..], layout, blocks, len),
+            DType::F16 => read_slots::<Float<f16>>(&slice(&guard)?[start..], layout, blocks, len),
+            DType::BF16 => read_slots::<Float<bf16>>(&slice(&guard)?[start..], layout, blocks, len),
+            DType::U8 => read_slots::<Int8>(&slice(&guard)?[start..], layout, blocks, len),
+            _ => return unsupported(),
+        }
+    };
+    let dtype = if layer.dtype() == DType::U8 { DType::F32 } else { layer.dtype() };
+    let tensor = |numbers| Tensor::from_vec(numbers, shape, layer.device())?.to_dtype(dtype);
+    Ok((tensor(k)?, tensor(v)?))
+}
+
+fn read_slots<F: Format>(layer: &[F::Number], layout: &KvLayout, blocks: &[u32], len: usize) -> [Vec<f32>; 2] {
+    let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
+    let [mut k, mut v] = [(); 2].map(|()| vec![0f32; len * kv_heads * head_dim]);
+    let rows = k.chunks_exact_mut(head_dim).zip(v.chunks_exact_mut(head_dim));
+    for (row, (k, v)) in rows.enumerate() {
+        let (token, head) = (row / kv_heads, row % kv_heads);
+        let block = &layer[blocks[token / block_size] as usize * layout.block_elements()..];
+        F::load(layout, &block[..layout.block_elements()], token % block_size, head, k, v);
+    }
+    [k, v]
 }
 
 fn slice<T: WithDType>(storage: &Storage) -> Result<&[T]> {
@@ -121,67 +134,5 @@ fn slice<T: WithDType>(storage: &Storage) -> Result<&[T]> {
 }
 
 fn unsupported<T>() -> Result<T> {
-    candle_core::bail!("attention reads and stores f32, f16 and bf16 only")
-}
-
-/// One task's part of q and of the result, and where it belongs.
-struct Job<'a> {
-    span: &'a Span,
-    /// The first of its tokens, counted in the span.
-    first: usize,
-    head: usize,
-    queries: Vec<&'a [f32]>,
-    out: Vec<&'a mut [f32]>,
-}
-
-fn run<T: Element>(storage: &[T], q: &[f32], out: &mut [f32], call: &Call<'_>, kernel: Kernel) {
-    let KvLayout { kv_heads, head_dim, .. } = *call.layout;
-    let jobs = split(q, out, call);
-    let work: usize = jobs.iter().map(|job| job.queries.len() * job.span.len()).sum::<usize>() * call.heads / kv_heads;
-    let one = |scratch: &mut Scratch, mut job: Job<'_>| {
-        let task = Task {
-            storage,
-            layout: call.layout,
-            blocks: &call.plan.blocks[job.span.blocks.clone()],
-            head: job.head,
-            queries: &job.queries,
-            span: job.span,
-            first: job.first,
-            causal: call.attention.causal,
-            scale: call.attention.scale,
-        };
-        kernel.attend(&task, &mut job.out, scratch);
-    };
-    if work * head_dim < WORTH_A_THREAD {
-        let mut scratch = Scratch::default();
-        jobs.into_iter().for_each(|job| one(&mut scratch, job));
-    } else {
-        jobs.into_par_iter().for_each_init(Scratch::default, one);
-    }
-}
-
-/// Cuts q and the result, both `(tokens, kv_heads, group * head_dim)`, into jobs.
-fn split<'a>(q: &'a [f32], out: &'a mut [f32], call: &Call<'a>) -> Vec<Job<'a>> {
-    let KvLayout { kv_heads, head_dim, .. } = *call.layout;
-    let group = call.heads / kv_heads;
-    let tokens_per_job = (TASK_ROWS / group).max(1);
-    let width = group * head_dim;
-    let mut runs = q.chunks_exact(width).zip(out.chunks_exact_mut(width));
-    let mut jobs = Vec::new();
-    for span in &call.plan.spans {
-        for first in (0..span.rows.len()).step_by(tokens_per_job) {
-            let tokens = tokens_per_job.min(span.rows.len() - first);
-            let begin = jobs.len();
-            let empty =
-                |head| Job { span, first, head, queries: Vec::with_capacity(tokens), out: Vec::with_capacity(tokens) };
-            jobs.extend((0..kv_heads).map(empty));
-            for _ in 0..tokens {
-                for (job, (queries, out)) in jobs[begin..].iter_mut().zip(&mut runs) {
-                    job.queries.push(queries);
-                    job.out.push(out);
-                }
-            }
-        }
-    }
-    jobs
+    candle_core::bail!("attention reads and stores f32, f16, bf16 and int8 only")
 }

@@ -1,18 +1,41 @@
 //! Attention on a CPU, over the blocks where they lie.
 //!
 //! - `boundary`: candle's tensors in, slices out; the only file here that knows candle.
-//! - `algorithm`: online softmax over tiles of tokens, written once.
-//! - `element`: f32, f16, bf16, as stored.
-//! - `exp`: the exponential.
-//! - `kernel`: the instruction sets, and which one runs.
-//! - `prefetch`: asks for memory before it is needed.
+//! - `jobs`: how a step is cut into tasks for threads.
+//! - `algorithm`: online softmax over tiles of tokens, written once; `state` is what it knows of a row, `tile` where the
+//!   tokens lie.
+//! - `format`: f32, f16, bf16 and bytes, as stored, and the products over them.
+//! - `wide`: sixteen numbers at a time, the one thing asked of an instruction set; `exp2` needs no more.
+//! - `arch`: the instruction sets; `kernel` chooses one.
 
 mod algorithm;
+mod arch;
 mod boundary;
-mod element;
-mod exp;
+mod exp2;
+mod format;
+mod jobs;
 mod kernel;
-mod prefetch;
+mod state;
+mod tile;
+mod wide;
 
-pub(crate) use boundary::{Call, attend, write};
+use block_pool::KvLayout;
+
+pub(crate) use boundary::{attend, read, write};
 pub use kernel::Kernel;
+
+use crate::Attention;
+use crate::plan::Plan;
+
+/// The most dimensions that 8-bit storage can have.
+pub(crate) use format::MOST_INT8_DIMS;
+
+/// What one call computes.
+pub(crate) struct Call<'a> {
+    pub(crate) layout: &'a KvLayout,
+    pub(crate) plan: &'a Plan,
+    /// Query heads.
+    pub(crate) heads: usize,
+    pub(crate) attention: &'a Attention,
+    pub(crate) kernel: Kernel,
+}

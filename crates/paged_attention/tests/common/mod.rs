@@ -2,7 +2,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // every test binary uses another part
 
 use candle_core::{DType, Device, Tensor};
-use paged_attention::{Backend, Kernel, KvCache, KvCacheBuilder, TableOptions};
+use paged_attention::{Backend, Kernel, KvCache, KvCacheBuilder, KvDtype, TableOptions};
 
 /// Numbers in (-1, 1), the same for the same seed.
 pub struct Random(u64);
@@ -32,14 +32,32 @@ pub fn tensor(numbers: &[f32], heads: usize, head_dim: usize, dtype: DType) -> T
     Tensor::from_slice(numbers, (tokens, heads, head_dim), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
-/// What storage in `dtype` makes of these numbers.
+/// What storage in `dtype` makes of these numbers, `(_, head_dim)`.
+pub fn stored_as(numbers: &[f32], head_dim: usize, dtype: KvDtype) -> Vec<f32> {
+    let round = |dtype| rounded(numbers, dtype);
+    match dtype {
+        KvDtype::F16 => round(DType::F16),
+        KvDtype::Bf16 => round(DType::BF16),
+        KvDtype::Int8 => numbers
+            .chunks_exact(head_dim)
+            .flat_map(|row| {
+                let largest = row.iter().fold(0f32, |m, x| m.max(x.abs()));
+                row.iter().map(move |x| (x * (127.0 / largest)).round_ties_even() * largest / 127.0)
+            })
+            .collect(),
+        _ => numbers.to_vec(),
+    }
+}
+
+/// What `dtype` makes of these numbers.
 pub fn rounded(numbers: &[f32], dtype: DType) -> Vec<f32> {
     let tensor = Tensor::from_slice(numbers, numbers.len(), &Device::Cpu).unwrap();
     tensor.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
 }
 
-/// `softmax(scale q kᵀ) v` of one token, `(heads, head_dim)`, over the keys and values `(_, kv_heads, head_dim)` at the
-/// positions that it sees.
+/// `softmax(score(scale q kᵀ)) v` of one token, `(heads, head_dim)`, over the keys and values `(_, kv_heads, head_dim)` at
+/// the positions that it sees. `score(head, position, product)` is what becomes of a product.
+#[allow(clippy::too_many_arguments)]
 pub fn dense(
     q: &[f32],
     k: &[f32],
@@ -48,6 +66,7 @@ pub fn dense(
     kv_heads: usize,
     head_dim: usize,
     scale: f64,
+    score: impl Fn(usize, usize, f64) -> f64,
 ) -> Vec<f64> {
     let heads = q.len() / head_dim;
     let mut out = Vec::new();
@@ -56,7 +75,10 @@ pub fn dense(
         let q = &q[head * head_dim..][..head_dim];
         let scores: Vec<f64> = seen
             .iter()
-            .map(|&t| scale * q.iter().zip(&k[at(t)..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>())
+            .map(|&t| {
+                let product: f64 = q.iter().zip(&k[at(t)..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                score(head, t, scale * product)
+            })
             .collect();
         let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - highest).exp()).collect();

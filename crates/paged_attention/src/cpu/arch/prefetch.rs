@@ -2,7 +2,7 @@
 
 /// Asks for the cache line of `x`. Nothing else happens, and nothing at all where there is no such instruction.
 #[inline(always)]
-pub(super) fn prefetch<T>(x: &T) {
+pub(in crate::cpu) fn prefetch<T>(x: &T) {
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]
     {

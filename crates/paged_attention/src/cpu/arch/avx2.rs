@@ -1,0 +1,201 @@
+//! AVX2 with fused multiply-add and half precision conversion: two registers of eight numbers. x86-64 since about 2013.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use crate::cpu::kernel::Run;
+use crate::cpu::wide::{LANES, Wide};
+
+/// Sixteen numbers in two registers.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Avx2(__m256, __m256);
+
+/// Whether this machine can run what [`run`] compiles.
+pub(in crate::cpu) fn is_available() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// Runs `run` with all of these instructions permitted.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
+    run.run::<Avx2>()
+}
+
+/// An instruction of this set, on registers or on a reference to as many bytes as it reads or writes.
+macro_rules! instruction {
+    ($call:expr) => {{
+        // SAFETY: this type is named in `run` alone, and the chooser calls that only where `is_available` has said that this
+        // CPU has the instructions. Pointers come from references to arrays of exactly the size that is read or written.
+        unsafe { $call }
+    }};
+}
+
+/// The same instruction on both halves.
+macro_rules! both {
+    ($f:ident, $($x:expr),+) => { Self(instruction!($f($($x.0),+)), instruction!($f($($x.1),+))) };
+}
+
+impl Avx2 {
+    /// Sixteen 16-bit numbers as the upper or lower halves of 32-bit ones.
+    #[inline(always)]
+    fn halves(from: &[bf16; LANES]) -> (__m128i, __m128i) {
+        let (low, high) = from.split_at(8);
+        (instruction!(_mm_loadu_si128(low.as_ptr().cast())), instruction!(_mm_loadu_si128(high.as_ptr().cast())))
+    }
+}
+
+impl Wide for Avx2 {
+    const COLUMNS: usize = 1;
+    const INT_ROWS: usize = 2;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        let x = instruction!(_mm256_set1_ps(x));
+        Self(x, x)
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; LANES]) -> Self {
+        Self(instruction!(_mm256_loadu_ps(from[..8].as_ptr())), instruction!(_mm256_loadu_ps(from[8..].as_ptr())))
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES]) {
+        instruction!(_mm256_storeu_ps(to[..8].as_mut_ptr(), self.0));
+        instruction!(_mm256_storeu_ps(to[8..].as_mut_ptr(), self.1));
+    }
+
+    #[inline(always)]
+    fn load_f16(from: &[f16; LANES]) -> Self {
+        let (low, high) = from.split_at(8);
+        Self(
+            instruction!(_mm256_cvtph_ps(_mm_loadu_si128(low.as_ptr().cast()))),
+            instruction!(_mm256_cvtph_ps(_mm_loadu_si128(high.as_ptr().cast()))),
+        )
+    }
+
+    #[inline(always)]
+    fn load_bf16(from: &[bf16; LANES]) -> Self {
+        let halves = Self::halves(from);
+        Self(
+            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves.0)))),
+            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves.1)))),
+        )
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, by: Self, plus: Self) -> Self {
+        both!(_mm256_fmadd_ps, self, by, plus)
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        both!(_mm256_add_ps, self, other)
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        both!(_mm256_sub_ps, self, other)
+    }
+
+    #[inline(always)]
+    fn mul(self, by: Self) -> Self {
+        both!(_mm256_mul_ps, self, by)
+    }
+
+    #[inline(always)]
+    fn div(self, by: Self) -> Self {
+        both!(_mm256_div_ps, self, by)
+    }
+
+    #[inline(always)]
+    fn larger(self, other: Self) -> Self {
+        both!(_mm256_max_ps, self, other)
+    }
+
+    #[inline(always)]
+    fn smaller(self, other: Self) -> Self {
+        both!(_mm256_min_ps, self, other)
+    }
+
+    #[inline(always)]
+    fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
+        let less = (
+            instruction!(_mm256_cmp_ps::<_CMP_LT_OQ>(self.0, limit.0)),
+            instruction!(_mm256_cmp_ps::<_CMP_LT_OQ>(self.1, limit.1)),
+        );
+        both!(_mm256_blendv_ps, otherwise, then, less)
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        Self(
+            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0)))),
+            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.1)))),
+        )
+    }
+
+    type Ints = (__m256i, __m256i);
+    type Quads = (__m256i, __m256i);
+
+    #[inline(always)]
+    fn no_ints() -> Self::Ints {
+        let zero = instruction!(_mm256_setzero_si256());
+        (zero, zero)
+    }
+
+    #[inline(always)]
+    fn load_quads(from: &[u8; 4 * LANES]) -> Self::Quads {
+        let (low, high) = from.split_at(32);
+        (instruction!(_mm256_loadu_si256(low.as_ptr().cast())), instruction!(_mm256_loadu_si256(high.as_ptr().cast())))
+    }
+
+    // Two products of bytes are added in 16 bits. 255 * 64 * 2 and 127 * 127 * 2 fit.
+    #[inline(always)]
+    fn dot_unsigned(sums: Self::Ints, quads: Self::Quads, by: [i8; 4]) -> Self::Ints {
+        let by = i32::from_ne_bytes(by.map(|x| x as u8));
+        instruction!({
+            let (by, one) = (_mm256_set1_epi32(by), _mm256_set1_epi16(1));
+            (
+                _mm256_add_epi32(sums.0, _mm256_madd_epi16(_mm256_maddubs_epi16(quads.0, by), one)),
+                _mm256_add_epi32(sums.1, _mm256_madd_epi16(_mm256_maddubs_epi16(quads.1, by), one)),
+            )
+        })
+    }
+
+    #[inline(always)]
+    fn dot_signed(sums: Self::Ints, quads: Self::Quads, by: [u8; 4]) -> Self::Ints {
+        instruction!({
+            let (by, one) = (_mm256_set1_epi32(i32::from_ne_bytes(by)), _mm256_set1_epi16(1));
+            (
+                _mm256_add_epi32(sums.0, _mm256_madd_epi16(_mm256_maddubs_epi16(by, quads.0), one)),
+                _mm256_add_epi32(sums.1, _mm256_madd_epi16(_mm256_maddubs_epi16(by, quads.1), one)),
+            )
+        })
+    }
+
+    #[inline(always)]
+    fn combine<const SHIFT: i32>(high: Self::Ints, low: Self::Ints, less: i32) -> Self::Ints {
+        instruction!({
+            let less = _mm256_set1_epi32(less);
+            (
+                _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32::<SHIFT>(high.0), low.0), less),
+                _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32::<SHIFT>(high.1), low.1), less),
+            )
+        })
+    }
+
+    #[inline(always)]
+    fn floats(ints: Self::Ints) -> Self {
+        Self(instruction!(_mm256_cvtepi32_ps(ints.0)), instruction!(_mm256_cvtepi32_ps(ints.1)))
+    }
+
+    #[inline(always)]
+    fn rounded(self, to: &mut [i32; LANES]) {
+        let (low, high) = to.split_at_mut(8);
+        instruction!(_mm256_storeu_si256(low.as_mut_ptr().cast(), _mm256_cvtps_epi32(self.0)));
+        instruction!(_mm256_storeu_si256(high.as_mut_ptr().cast(), _mm256_cvtps_epi32(self.1)));
+    }
+}

@@ -1,0 +1,163 @@
+//! AVX-512 with VNNI: one register of sixteen numbers. Intel since Ice Lake, AMD since Zen 4.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use crate::cpu::kernel::Run;
+use crate::cpu::wide::{LANES, Wide};
+
+/// Sixteen numbers in a register.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Avx512(__m512);
+
+/// Whether this machine can run what [`run`] compiles.
+pub(in crate::cpu) fn is_available() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
+/// Runs `run` with all of these instructions permitted.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
+    run.run::<Avx512>()
+}
+
+/// An instruction of this set, on registers or on a reference to as many bytes as it reads or writes.
+macro_rules! instruction {
+    ($call:expr) => {{
+        // SAFETY: this type is named in `run` alone, and the chooser calls that only where `is_available` has said that this
+        // CPU has the instructions. Pointers come from references to arrays of exactly the size that is read or written.
+        unsafe { $call }
+    }};
+}
+
+impl Wide for Avx512 {
+    const COLUMNS: usize = 4;
+    const INT_ROWS: usize = 4;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        Self(instruction!(_mm512_set1_ps(x)))
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; LANES]) -> Self {
+        Self(instruction!(_mm512_loadu_ps(from.as_ptr())))
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES]) {
+        instruction!(_mm512_storeu_ps(to.as_mut_ptr(), self.0));
+    }
+
+    #[inline(always)]
+    fn load_f16(from: &[f16; LANES]) -> Self {
+        Self(instruction!(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()))))
+    }
+
+    #[inline(always)]
+    fn load_bf16(from: &[bf16; LANES]) -> Self {
+        Self(instruction!({
+            let upper = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(upper))
+        }))
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, by: Self, plus: Self) -> Self {
+        Self(instruction!(_mm512_fmadd_ps(self.0, by.0, plus.0)))
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(instruction!(_mm512_add_ps(self.0, other.0)))
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self(instruction!(_mm512_sub_ps(self.0, other.0)))
+    }
+
+    #[inline(always)]
+    fn mul(self, by: Self) -> Self {
+        Self(instruction!(_mm512_mul_ps(self.0, by.0)))
+    }
+
+    #[inline(always)]
+    fn div(self, by: Self) -> Self {
+        Self(instruction!(_mm512_div_ps(self.0, by.0)))
+    }
+
+    #[inline(always)]
+    fn larger(self, other: Self) -> Self {
+        Self(instruction!(_mm512_max_ps(self.0, other.0)))
+    }
+
+    #[inline(always)]
+    fn smaller(self, other: Self) -> Self {
+        Self(instruction!(_mm512_min_ps(self.0, other.0)))
+    }
+
+    #[inline(always)]
+    fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
+        Self(instruction!({
+            let less = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, limit.0);
+            _mm512_mask_blend_ps(less, otherwise.0, then.0)
+        }))
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        Self(instruction!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))))
+    }
+
+    type Ints = __m512i;
+    type Quads = __m512i;
+
+    #[inline(always)]
+    fn no_ints() -> __m512i {
+        instruction!(_mm512_setzero_si512())
+    }
+
+    #[inline(always)]
+    fn load_quads(from: &[u8; 4 * LANES]) -> __m512i {
+        instruction!(_mm512_loadu_si512(from.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn dot_unsigned(sums: __m512i, quads: __m512i, by: [i8; 4]) -> __m512i {
+        let by = i32::from_ne_bytes(by.map(|x| x as u8));
+        instruction!(_mm512_dpbusd_epi32(sums, quads, _mm512_set1_epi32(by)))
+    }
+
+    #[inline(always)]
+    fn dot_signed(sums: __m512i, quads: __m512i, by: [u8; 4]) -> __m512i {
+        instruction!(_mm512_dpbusd_epi32(sums, _mm512_set1_epi32(i32::from_ne_bytes(by)), quads))
+    }
+
+    #[inline(always)]
+    fn combine<const SHIFT: i32>(high: __m512i, low: __m512i, less: i32) -> __m512i {
+        instruction!({
+            let shifted = _mm512_sllv_epi32(high, _mm512_set1_epi32(SHIFT));
+            _mm512_sub_epi32(_mm512_add_epi32(shifted, low), _mm512_set1_epi32(less))
+        })
+    }
+
+    #[inline(always)]
+    fn floats(ints: __m512i) -> Self {
+        Self(instruction!(_mm512_cvtepi32_ps(ints)))
+    }
+
+    #[inline(always)]
+    fn rounded(self, to: &mut [i32; LANES]) {
+        instruction!(_mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_cvtps_epi32(self.0)));
+    }
+}

@@ -1,0 +1,182 @@
+//! For every machine: sixteen numbers in an array, in loops that a compiler turns into what vectors there are.
+
+use half::{bf16, f16};
+
+use crate::cpu::wide::{LANES, Wide};
+
+/// Sixteen numbers in an array.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn with(mut self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        for (x, y) in self.0.iter_mut().zip(other.0) {
+            *x = f(*x, y);
+        }
+        self
+    }
+}
+
+impl Wide for Portable {
+    const COLUMNS: usize = 1;
+    const INT_ROWS: usize = 2;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        Self([x; LANES])
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; LANES]) -> Self {
+        Self(*from)
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES]) {
+        *to = self.0;
+    }
+
+    #[inline(always)]
+    fn load_f16(from: &[f16; LANES]) -> Self {
+        Self(from.map(widen_f16))
+    }
+
+    #[inline(always)]
+    fn load_bf16(from: &[bf16; LANES]) -> Self {
+        Self(from.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16)))
+    }
+
+    /// Two roundings: without the instruction, one is a call that computes it in software.
+    #[inline(always)]
+    fn multiply_add(self, by: Self, plus: Self) -> Self {
+        self.mul(by).add(plus)
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.with(other, |x, y| x + y)
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self.with(other, |x, y| x - y)
+    }
+
+    #[inline(always)]
+    fn mul(self, by: Self) -> Self {
+        self.with(by, |x, y| x * y)
+    }
+
+    #[inline(always)]
+    fn div(self, by: Self) -> Self {
+        self.with(by, |x, y| x / y)
+    }
+
+    #[inline(always)]
+    fn larger(self, other: Self) -> Self {
+        self.with(other, |x, y| if x > y { x } else { y })
+    }
+
+    #[inline(always)]
+    fn smaller(self, other: Self) -> Self {
+        self.with(other, |x, y| if x < y { x } else { y })
+    }
+
+    #[inline(always)]
+    fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
+        let mut out = otherwise;
+        for lane in 0..LANES {
+            if self.0[lane] < limit.0[lane] {
+                out.0[lane] = then.0[lane];
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        Self(self.0.map(|x| f32::from_bits(x.to_bits() << 23)))
+    }
+
+    type Ints = [i32; LANES];
+    type Quads = [[u8; 4]; LANES];
+
+    #[inline(always)]
+    fn no_ints() -> Self::Ints {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn load_quads(from: &[u8; 4 * LANES]) -> Self::Quads {
+        let mut quads = [[0; 4]; LANES];
+        quads.as_flattened_mut().copy_from_slice(from);
+        quads
+    }
+
+    #[inline(always)]
+    fn dot_unsigned(mut sums: Self::Ints, quads: Self::Quads, by: [i8; 4]) -> Self::Ints {
+        for (sum, quad) in sums.iter_mut().zip(quads) {
+            for (x, y) in quad.into_iter().zip(by) {
+                *sum += i32::from(x) * i32::from(y);
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn dot_signed(mut sums: Self::Ints, quads: Self::Quads, by: [u8; 4]) -> Self::Ints {
+        for (sum, quad) in sums.iter_mut().zip(quads) {
+            for (x, y) in quad.into_iter().zip(by) {
+                *sum += i32::from(x as i8) * i32::from(y);
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn combine<const SHIFT: i32>(mut high: Self::Ints, low: Self::Ints, less: i32) -> Self::Ints {
+        for (high, low) in high.iter_mut().zip(low) {
+            *high = (*high << SHIFT) + low - less;
+        }
+        high
+    }
+
+    #[inline(always)]
+    fn floats(ints: Self::Ints) -> Self {
+        Self(ints.map(|x| x as f32))
+    }
+
+    #[inline(always)]
+    fn rounded(self, to: &mut [i32; LANES]) {
+        for (to, x) in to.iter_mut().zip(self.0) {
+            *to = x.round_ties_even() as i32;
+        }
+    }
+}
+
+/// An f16 as f32, exactly: its bits in their new places, and a multiplication that moves the exponent and makes subnormal
+/// numbers normal ones.
+#[inline(always)]
+fn widen_f16(x: f16) -> f32 {
+    const EXPONENT: u32 = 0x7c00;
+    let bits = u32::from(x.to_bits());
+    let size = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+    // Infinities and what is not a number keep the largest exponent.
+    let special = if bits & EXPONENT == EXPONENT { 0x7f80_0000 } else { 0 };
+    f32::from_bits(size.to_bits() | special | (bits & 0x8000) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_f16_is_widened_exactly() {
+        for bits in 0..=u16::MAX {
+            let x = f16::from_bits(bits);
+            let wide = widen_f16(x);
+            assert!(wide.to_bits() == x.to_f32().to_bits() || (wide.is_nan() && x.is_nan()), "{bits:#x}: {wide}");
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! How a step is cut into tasks, and what the threads have computed put together.
+//!
+//! Where a sequence has few new tokens, the work is reading: each chunk of its tokens is a task of its own, for all key
+//! heads or, if that gives too few tasks, for some. Where it has many, the work is multiplying: a few new tokens and one
+//! key head are a task, over all chunks.
+
+use std::ops::Range;
+
+use block_pool::KvLayout;
+use rayon::prelude::*;
+
+use super::Call;
+use super::algorithm::{Attend, CHUNK, Scratch, Task};
+use super::format::Format;
+use super::state::State;
+use super::tile::Blocks;
+use crate::plan::Span;
+
+/// Rows that a task has at most, unless one token's group has more: as many as keep what it works on in a core's cache.
+const TASK_ROWS: usize = 32;
+
+/// Tasks for each thread, at least, if heads can be shared out: some threads come late.
+const TASKS_PER_THREAD: usize = 8;
+
+/// Multiply-adds below which waking other threads takes longer than the work.
+const WORTH_A_THREAD: usize = 1 << 18;
+
+/// Some new tokens of a sequence.
+struct Part<'a> {
+    span: &'a Span,
+    tokens: Range<usize>,
+    /// Key heads that a task has.
+    heads: usize,
+    /// Chunks that the last of the tokens sees.
+    chunks: usize,
+    /// Whether each chunk is a task of its own.
+    by_chunk: bool,
+}
+
+impl Part<'_> {
+    /// The heads and chunks of its tasks: chunks inside heads.
+    fn tasks(&self, kv_heads: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<> {
+        let (heads, chunks) = (self.heads, self.chunks);
+        let at_once = if self.by_chunk { 1 } else { chunks };
+        (0..kv_heads).step_by(heads).flat_map(move |head| {
+            let heads = head..kv_heads.min(head + heads);
+            (0..chunks).step_by(at_once).map(move |chunk| (heads.clone(), chunk..chunk + at_once))
+        })
+    }
+}
+
+/// Attends with `q (tokens, heads, head_dim)` over a layer's blocks; returns as much.
+pub(super) fn attend<F: Format>(layer: &[F::Number], q: &[f32], call: &Call<'_>) -> Vec<f32> {
+    let KvLayout { kv_heads, head_dim, .. } = *call.layout;
+    let parts = parts(call);
+    let group = call.heads / kv_heads;
+    let tasks: Vec<_> =
+        parts.iter().flat_map(|part| part.tasks(kv_heads).map(move |(heads, chunks)| (part, heads, chunks))).collect();
+    let one = |scratch: &mut Scratch<F>, (part, heads, chunks): &(&Part<'_>, Range<usize>, Range<usize>)| {
+        let ids = &call.plan.blocks[part.span.blocks.clone()];
+        let task = Task {
+            blocks: Blocks { layer, layout: call.layout, ids, span: part.span },
+            attention: call.attention,
+            queries: q,
+            group,
+            heads: heads.clone(),
+            tokens: part.tokens.clone(),
+            chunks: chunks.clone(),
+        };
+        call.kernel.run(Attend(&task, scratch))
+    };
+    let work: usize = parts.iter().map(|part| part.tokens.len() * part.chunks).sum::<usize>() * CHUNK * call.heads;
+    let alone = work * head_dim < WORTH_A_THREAD;
+    let states: Vec<State> = if alone {
+        let mut scratch = Scratch::default();
+        tasks.iter().map(|task| one(&mut scratch, task)).collect()
+    } else {
+        tasks.par_iter().map_init(Scratch::default, one).collect()
+    };
+
+    let mut out = vec![0f32; q.len()];
+    let mut rest = (&mut out[..], states.into_iter());
+    let outputs = parts.iter().map(|part| {
+        let (own, others) = std::mem::take(&mut rest.0).split_at_mut(part.tokens.len() * call.heads * head_dim);
+        rest.0 = others;
+        let states: Vec<_> = rest.1.by_ref().take(part.tasks(kv_heads).count()).collect();
+        (part, own, states)
+    });
+    let outputs: Vec<_> = outputs.collect();
+    let put = |(part, out, states): (&Part<'_>, &mut [f32], Vec<State>)| put_together(part, states, out, call);
+    if alone {
+        outputs.into_iter().for_each(put)
+    } else {
+        outputs.into_par_iter().for_each(put)
+    }
+    out
+}
+
+/// Cuts a step into parts, in the order of their rows.
+fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
+    let kv_heads = call.layout.kv_heads;
+    let tokens_per_task = (TASK_ROWS * kv_heads / call.heads).max(1);
+    let mut parts = Vec::new();
+    for span in &call.plan.spans {
+        let by_chunk = span.rows.len() <= tokens_per_task;
+        for first in (0..span.rows.len()).step_by(tokens_per_task) {
+            let tokens = first..span.rows.len().min(first + tokens_per_task);
+            let chunks = span.sight(tokens.end - 1, call.attention).recent.end.div_ceil(CHUNK);
+            let heads = if by_chunk { kv_heads } else { 1 };
+            parts.push(Part { span, tokens, heads, chunks, by_chunk });
+        }
+    }
+    let tasks: usize = parts.iter().map(|part| if part.by_chunk { part.chunks } else { kv_heads }).sum();
+    let more = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(tasks.max(1));
+    for part in parts.iter_mut().filter(|part| part.by_chunk) {
+        part.heads = kv_heads.div_ceil(more);
+    }
+    parts
+}
+
+/// Merges the states of a part's tasks, chunk after chunk, and writes its rows of the result.
+fn put_together(part: &Part<'_>, states: Vec<State>, out: &mut [f32], call: &Call<'_>) {
+    let KvLayout { kv_heads, head_dim, .. } = *call.layout;
+    let group = call.heads / kv_heads;
+    let mut states = part.tasks(kv_heads).zip(states).peekable();
+    while let Some(((heads, _), mut total)) = states.next() {
+        while let Some((_, state)) = states.next_if(|((others, _), _)| *others == heads) {
+            total.merge(&state);
+        }
+        let mut row = 0;
+        for head in heads {
+            for token in 0..part.tokens.len() {
+                for member in 0..group {
+                    let at = token * call.heads + head * group + member;
+                    total.mean(row, &mut out[at * head_dim..][..head_dim]);
+                    row += 1;
+                }
+            }
+        }
+    }
+}

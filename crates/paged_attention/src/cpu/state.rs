@@ -1,0 +1,91 @@
+//! What attention knows of a row after some of its tokens, and how two such states become one.
+
+use std::ops::Range;
+
+use super::exp2::exp2;
+use super::wide::LANES;
+
+/// For each row, after some tokens: the largest score (in powers of two), the sum of weights relative to it, and the weighted
+/// sum of values.
+pub(super) struct State {
+    largest: Vec<f32>,
+    weight: Vec<f32>,
+    /// `(rows, chunks, sixteen)`.
+    sums: Vec<[f32; LANES]>,
+    /// Sixteens of a row.
+    chunks: usize,
+}
+
+impl State {
+    /// Rows of `dims` dimensions that have seen nothing.
+    pub(super) fn new(rows: usize, dims: usize) -> Self {
+        let chunks = dims / LANES;
+        Self {
+            largest: vec![f32::NEG_INFINITY; rows],
+            weight: vec![0.0; rows],
+            sums: vec![[0.0; LANES]; rows * chunks],
+            chunks,
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.largest.fill(f32::NEG_INFINITY);
+        self.weight.fill(0.0);
+        self.sums.fill([0.0; LANES]);
+    }
+
+    /// The sums of these rows.
+    pub(super) fn sums(&mut self, rows: Range<usize>) -> &mut [[f32; LANES]] {
+        &mut self.sums[rows.start * self.chunks..rows.end * self.chunks]
+    }
+
+    /// The largest score of a row.
+    pub(super) fn largest(&self, row: usize) -> f32 {
+        self.largest[row]
+    }
+
+    /// Takes in the weights of further tokens of a row: `weight` in sum, relative to `largest`. What it has summed shrinks
+    /// by as much as its largest score has grown.
+    #[inline(always)]
+    pub(super) fn grow(&mut self, row: usize, largest: f32, weight: f32) {
+        let shrink = exp2(self.largest[row] - finite(largest));
+        self.weight[row] = self.weight[row] * shrink + weight;
+        self.largest[row] = largest;
+        if shrink != 1.0 {
+            let sums = &mut self.sums[row * self.chunks..][..self.chunks];
+            sums.as_flattened_mut().iter_mut().for_each(|x| *x *= shrink);
+        }
+    }
+
+    /// Takes in what `other` knows: the same rows after later tokens.
+    pub(super) fn merge(&mut self, other: &Self) {
+        for row in 0..self.largest.len() {
+            let (a, b) = (self.largest[row], other.largest[row]);
+            let largest = if b > a { b } else { a };
+            let (shrink, other_shrink) = (exp2(a - finite(largest)), exp2(b - finite(largest)));
+            self.largest[row] = largest;
+            self.weight[row] = self.weight[row] * shrink + other.weight[row] * other_shrink;
+            let own = self.sums[row * self.chunks..][..self.chunks].as_flattened_mut();
+            let others = other.sums[row * self.chunks..][..self.chunks].as_flattened();
+            for (x, y) in own.iter_mut().zip(others) {
+                *x = *x * shrink + y * other_shrink;
+            }
+        }
+    }
+
+    /// The weighted mean of a row's values; zeros if it has seen nothing that weighs anything.
+    pub(super) fn mean(&self, row: usize, out: &mut [f32]) {
+        let weight = self.weight[row];
+        let by = if weight == 0.0 { 0.0 } else { 1.0 / weight };
+        let sums = self.sums[row * self.chunks..][..self.chunks].as_flattened();
+        for (out, x) in out.iter_mut().zip(sums) {
+            *out = x * by;
+        }
+    }
+}
+
+/// A largest score, to be subtracted: -inf, where nothing has been seen, would give what is not a number.
+#[inline(always)]
+pub(super) fn finite(largest: f32) -> f32 {
+    if largest == f32::NEG_INFINITY { 0.0 } else { largest }
+}

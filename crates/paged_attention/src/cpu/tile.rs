@@ -1,0 +1,131 @@
+//! Where the keys and values of neighbouring tokens lie.
+
+use std::ops::Range;
+
+use block_pool::{KvLayout, Order, PANEL};
+
+use super::format::Format;
+use super::wide::LANES;
+use crate::plan::Span;
+
+/// Panels of a tile.
+pub(super) const TILE_PANELS: usize = 4;
+/// Tokens of a tile: their scores are computed before they are weighed. Tiles begin at multiples of it.
+pub(super) const TILE: usize = TILE_PANELS * PANEL;
+
+/// One row's scores of a tile, then its weights.
+pub(super) type Scores = [[f32; LANES]; TILE_PANELS];
+/// The keys, or the values, of a tile in one head; empty where there is no token or its block has been given back.
+pub(super) type Panels<'a, N> = [&'a [N]; TILE_PANELS];
+
+/// All blocks of a layer, and those of one sequence.
+pub(super) struct Blocks<'a, N> {
+    pub(super) layer: &'a [N],
+    pub(super) layout: &'a KvLayout,
+    /// The sequence's blocks, in order.
+    pub(super) ids: &'a [u32],
+    pub(super) span: &'a Span,
+}
+
+impl<'a, N> Blocks<'a, N> {
+    /// Dimensions of a value as kernels see it: whole registers.
+    pub(super) fn dims(&self) -> usize {
+        self.layout.head_dim.next_multiple_of(LANES)
+    }
+
+    /// Whether panels can be read where they lie. Otherwise tiles are copied together: blocks that are no multiple of a
+    /// panel, heads that are no multiple of a register.
+    pub(super) fn in_place(&self) -> bool {
+        debug_assert_ne!(self.layout.order, Order::TokenMajor);
+        self.layout.block_size.is_multiple_of(PANEL) && self.layout.head_dim.is_multiple_of(LANES)
+    }
+
+    /// The block of the token at `position`, unless it has been given back.
+    #[inline(always)]
+    pub(super) fn block(&self, position: usize) -> Option<&'a [N]> {
+        let place = self.span.place(position / self.layout.block_size)?;
+        let id = *self.ids.get(place)?;
+        let elements = self.layout.block_elements();
+        Some(&self.layer[id as usize * elements..][..elements])
+    }
+}
+
+/// A tile of tokens in all heads.
+pub(super) struct Tile<'a, N> {
+    /// For each panel its block, and which of the block's panels it is.
+    panels: [Option<(&'a [N], usize)>; TILE_PANELS],
+    layout: &'a KvLayout,
+}
+
+impl<'a, N> Tile<'a, N> {
+    /// The tile of these positions, to be read in place.
+    #[inline(always)]
+    pub(super) fn new(blocks: &Blocks<'a, N>, positions: &Range<usize>) -> Self {
+        let panel = |panel: usize| {
+            let position = positions.start + panel * PANEL;
+            let block = if position < positions.end { blocks.block(position)? } else { return None };
+            Some((block, position % blocks.layout.block_size / PANEL))
+        };
+        Self { panels: std::array::from_fn(panel), layout: blocks.layout }
+    }
+
+    #[inline(always)]
+    pub(super) fn keys(&self, head: usize) -> Panels<'a, N> {
+        self.panels.map(|panel| panel.map_or(&[][..], |(block, panel)| &block[self.layout.key_panel(head, panel)]))
+    }
+
+    #[inline(always)]
+    pub(super) fn values(&self, head: usize) -> Panels<'a, N> {
+        self.panels.map(|panel| panel.map_or(&[][..], |(block, panel)| &block[self.layout.value_panel(head, panel)]))
+    }
+}
+
+/// A tile of one head, copied together.
+pub(super) struct Copied<N> {
+    keys: Vec<N>,
+    values: Vec<N>,
+    sizes: [usize; 2],
+    present: [bool; TILE_PANELS],
+}
+
+impl<N> Default for Copied<N> {
+    fn default() -> Self {
+        Self { keys: Vec::new(), values: Vec::new(), sizes: [1; 2], present: [false; TILE_PANELS] }
+    }
+}
+
+impl<N: Copy + Default> Copied<N> {
+    /// Copies the tokens at these positions.
+    pub(super) fn fill<F: Format<Number = N>>(
+        &mut self,
+        blocks: &Blocks<'_, N>,
+        head: usize,
+        positions: &Range<usize>,
+    ) {
+        let (layout, dims) = (blocks.layout, blocks.dims());
+        self.sizes = F::panel_sizes(layout.head_dim, dims);
+        self.keys.resize(TILE_PANELS * self.sizes[0], N::default());
+        self.values.resize(TILE_PANELS * self.sizes[1], N::default());
+        self.present.fill(false);
+        for position in positions.clone() {
+            let Some(block) = blocks.block(position) else { continue };
+            let (panel, at) = ((position - positions.start) / PANEL, (position - positions.start) % PANEL);
+            let keys = &mut self.keys[panel * self.sizes[0]..][..self.sizes[0]];
+            let values = &mut self.values[panel * self.sizes[1]..][..self.sizes[1]];
+            F::copy(layout, block, position % layout.block_size, head, (keys, values), at, dims);
+            self.present[panel] = true;
+        }
+    }
+
+    pub(super) fn keys(&self) -> Panels<'_, N> {
+        self.panels(&self.keys, self.sizes[0])
+    }
+
+    pub(super) fn values(&self) -> Panels<'_, N> {
+        self.panels(&self.values, self.sizes[1])
+    }
+
+    fn panels<'a>(&self, numbers: &'a [N], size: usize) -> Panels<'a, N> {
+        std::array::from_fn(|panel| if self.present[panel] { &numbers[panel * size..][..size] } else { &[] })
+    }
+}

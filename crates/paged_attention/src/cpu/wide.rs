@@ -1,0 +1,85 @@
+//! What the algorithm asks of an instruction set: sixteen numbers at a time.
+
+use half::{bf16, f16};
+
+/// Numbers that are computed at a time.
+pub(super) const LANES: usize = 16;
+
+/// Sixteen numbers, in as many registers as they take.
+///
+/// Every kernel computes the same sums in the same order, so that they differ only where multiplying and adding is one
+/// rounding instead of two.
+pub(super) trait Wide: Copy {
+    /// How many of these a product computes side by side, beside four rows: what the registers hold.
+    const COLUMNS: usize;
+    /// How many rows a product of integers computes at a time.
+    const INT_ROWS: usize;
+
+    fn splat(x: f32) -> Self;
+    fn load(from: &[f32; LANES]) -> Self;
+    fn store(self, to: &mut [f32; LANES]);
+    fn load_f16(from: &[f16; LANES]) -> Self;
+    fn load_bf16(from: &[bf16; LANES]) -> Self;
+
+    /// `self * by + plus`.
+    fn multiply_add(self, by: Self, plus: Self) -> Self;
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, by: Self) -> Self;
+    fn div(self, by: Self) -> Self;
+    /// `self > other ? self : other`: `other` if one of them is not a number.
+    fn larger(self, other: Self) -> Self;
+    /// `self < other ? self : other`: `other` if one of them is not a number.
+    fn smaller(self, other: Self) -> Self;
+    /// `self < limit ? then : otherwise`.
+    fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self;
+    /// `2^n` for a number whose lowest bits are `n + 127`.
+    fn power_of_two(self) -> Self;
+
+    /// Sixteen sums of integers.
+    type Ints: Copy;
+    /// Sixteen groups of four bytes.
+    type Quads: Copy;
+
+    fn no_ints() -> Self::Ints;
+    fn load_quads(from: &[u8; 4 * LANES]) -> Self::Quads;
+    /// Adds to each sum the products of its four bytes, unsigned, and the four in `by`, each from -64 to 64.
+    fn dot_unsigned(sums: Self::Ints, quads: Self::Quads, by: [i8; 4]) -> Self::Ints;
+    /// Adds to each sum the products of its four bytes, signed, and the four in `by`, each from 0 to 127.
+    fn dot_signed(sums: Self::Ints, quads: Self::Quads, by: [u8; 4]) -> Self::Ints;
+    /// `(high << SHIFT) + low - less`.
+    fn combine<const SHIFT: i32>(high: Self::Ints, low: Self::Ints, less: i32) -> Self::Ints;
+    fn floats(ints: Self::Ints) -> Self;
+    /// Each number rounded to the nearest integer.
+    fn rounded(self, to: &mut [i32; LANES]);
+}
+
+/// The largest of sixteen numbers.
+#[inline(always)]
+pub(super) fn largest<V: Wide>(x: V) -> f32 {
+    let mut lanes = [0.0; LANES];
+    x.store(&mut lanes);
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The sum of sixteen numbers, as a tree.
+#[inline(always)]
+pub(super) fn sum<V: Wide>(x: V) -> f32 {
+    let mut lanes = [0.0; LANES];
+    x.store(&mut lanes);
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
