@@ -54,8 +54,10 @@ impl Case {
         self.context.next_multiple_of(16)
     }
 
+    /// Bytes of the keys and values that one layer reads, scales included.
     fn bytes(&self) -> usize {
-        2 * self.batch * self.context * self.kv_heads * self.head_dim * self.dtype.size_in_bytes()
+        let shape = KvShape { layers: 1, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        self.batch * self.context * shape.bytes_per_block(1, self.dtype).expect("a token's bytes can be counted")
     }
 
     fn layers(&self) -> usize {
@@ -120,13 +122,15 @@ impl Turn {
     }
 }
 
-/// Calls `read` with a layer's numbers, two or four bytes each, as words of four.
+/// Calls `read` with a layer's numbers, one, two or four bytes each, as words of four.
 fn with_words<R>(layer: &Tensor, read: impl FnOnce(&[u32]) -> R) -> Result<R> {
-    let (guard, _) = layer.storage_and_layout();
+    let (guard, place) = layer.storage_and_layout();
+    let own = place.start_offset()..place.start_offset() + layer.elem_count();
     Ok(match &*guard {
-        Storage::Cpu(CpuStorage::F32(numbers)) => read(bytemuck::cast_slice(numbers)),
-        Storage::Cpu(CpuStorage::F16(numbers)) => read(bytemuck::cast_slice(numbers)),
-        Storage::Cpu(CpuStorage::BF16(numbers)) => read(bytemuck::cast_slice(numbers)),
+        Storage::Cpu(CpuStorage::F32(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
+        Storage::Cpu(CpuStorage::F16(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
+        Storage::Cpu(CpuStorage::BF16(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
+        Storage::Cpu(CpuStorage::U8(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
         _ => anyhow::bail!("the floor is read on a CPU"),
     })
 }
@@ -136,7 +140,7 @@ fn decode(case: &Case, record: &mut Record) -> Result<()> {
     let (cache, mut tables) = case.filled()?;
     let layers = case.layers();
     let order: Vec<u32> = tables.iter().flat_map(|table| table.blocks()).map(|id| id.index() as u32).collect();
-    let block = case.block_size * case.kv_heads * case.head_dim * case.dtype.size_in_bytes() / 2;
+    let block = cache.bytes_per_block() / layers / 4;
     ensure!(order.len() * block * 4 >= case.bytes(), "the floor reads all that attention reads");
 
     let q = case.random(&[case.batch, case.heads, case.head_dim])?;
