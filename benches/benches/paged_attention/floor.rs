@@ -1,4 +1,6 @@
-//! What the memory gives: the same blocks in the same order, read and nothing else.
+//! What the machine gives: the same blocks in the same order, read and nothing else; and multiply-adds in registers.
+
+use std::hint::black_box;
 
 use rayon::prelude::*;
 
@@ -35,6 +37,27 @@ pub(crate) fn four_streams(storage: &[u32], block: usize, order: &[u32]) -> u32 
 
 /// Numbers of a stream that are read in one go: as many as keep the sums of all four in registers.
 const LANES: usize = 8;
+
+/// Multiplies and adds in registers, `n` times [`CHAINS`] on each thread of the current pool, with the widest instructions that
+/// this machine has.
+pub(crate) fn multiply_adds(n: usize) -> f32 {
+    let one = |_| {
+        pulp::Arch::new().dispatch(|| {
+            let (by, plus) = (black_box(0.999f32), black_box(1e-3f32));
+            let mut sums = [0f32; CHAINS];
+            for _ in 0..n {
+                for sum in &mut sums {
+                    *sum = sum.mul_add(by, plus);
+                }
+            }
+            sums.iter().sum::<f32>()
+        })
+    };
+    (0..rayon::current_num_threads()).into_par_iter().map(one).sum()
+}
+
+/// Chains of multiply-adds that do not wait for each other: as many as keep all units busy and fit into registers.
+pub(crate) const CHAINS: usize = 96;
 
 fn shares(order: &[u32]) -> impl ParallelIterator<Item = &[u32]> {
     order.par_chunks(order.len().div_ceil(rayon::current_num_threads()).max(1))

@@ -1,4 +1,5 @@
-//! Attention over blocks beside the memory's floor and candle's own attention: one new token for each sequence.
+//! Attention over blocks beside the machine's floor and candle's own attention: one new token for each sequence, and the
+//! prefill of one, whose floor is the time that as many multiply-adds take in registers.
 //!
 //! All contenders of a case take turns in one run, on the same threads. Layers take turns too, over at least half a
 //! gibibyte, so that the caches see keys and values only once in a while, as when a whole model runs.
@@ -178,8 +179,8 @@ fn decode(case: &Case, record: &mut Record) -> Result<()> {
             };
             black_box(threads.install(attend).expect("the shapes fit"));
         }));
-        // It has no bf16.
-        if case.dtype != KvDtype::Bf16 {
+        // It has neither bf16 nor bytes.
+        if matches!(case.dtype, KvDtype::F32 | KvDtype::F16) {
             contenders.push(Box::new(|| {
                 let [k, v] = &contiguous[flash.next(layers)];
                 let attend = || -> candle_core::Result<Tensor> {
@@ -205,6 +206,36 @@ fn decode(case: &Case, record: &mut Record) -> Result<()> {
     record.raced(&name, race.time(0), race.ratio(1, 0), &peers);
     record.value(&name, "of four streams", race.ratio(2, 0), "x");
     record.value(&name, "bandwidth", case.bytes() as f64 / race.time(0), "GB/s");
+    Ok(())
+}
+
+/// The prefill of one causal sequence of `case.context` tokens beside the most multiply-adds that these threads can do.
+fn prefill(case: &Case, record: &mut Record) -> Result<()> {
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(case.threads).build()?;
+    let shape = KvShape { layers: 1, kv_heads: case.kv_heads, head_dim: case.head_dim };
+    let cache = KvCache::builder(shape).memory(case.bytes() + (1 << 20)).dtype(case.dtype).build()?;
+    let mut table = cache.table();
+    let mut step = cache.step();
+    step.push(&mut table, &vec![0; case.context])?;
+    let q = case.random(&[case.context, case.heads, case.head_dim])?;
+    let k = case.random(&[case.context, case.kv_heads, case.head_dim])?;
+    let attention = Attention::new(case.scale());
+    // Each token sees itself and those before it; a product and a sum for each of its numbers, twice.
+    let multiply_adds = 2 * case.context * (case.context + 1) / 2 * case.heads * case.head_dim;
+    let chains = multiply_adds / floor::CHAINS / case.threads;
+    let mut contenders: Vec<Contender<'_>> = vec![
+        Box::new(|| {
+            black_box(threads.install(|| step.attend(0, &q, &k, &k, &attention)).expect("the shapes fit"));
+        }),
+        Box::new(|| {
+            black_box(threads.install(|| floor::multiply_adds(chains)));
+        }),
+    ];
+    let race = Race::run(if is_smoke_test() { 1 } else { 5 }, &mut contenders);
+    drop(contenders);
+    let name = format!("prefill {}", case.name());
+    record.raced(&name, race.time(0), race.ratio(1, 0), &[]);
+    record.value(&name, "useful", 2.0 * multiply_adds as f64 / race.time(0), "GFLOP/s");
     Ok(())
 }
 
@@ -240,6 +271,17 @@ fn main() -> Result<()> {
                         }
                     }
                 }
+            }
+        }
+    }
+    for dtype in KvDtype::ALL {
+        for threads in [1, 2] {
+            let (heads, kv_heads, head_dim, batch) = (32, 8, 128, 1);
+            let context = if is_smoke_test() { 64 } else { 2048 };
+            let (block_size, shuffled) = (16, false);
+            let case = Case { heads, kv_heads, head_dim, batch, context, dtype, threads, block_size, shuffled };
+            if format!("prefill {}", case.name()).contains(&filter) {
+                prefill(&case, &mut record)?;
             }
         }
     }

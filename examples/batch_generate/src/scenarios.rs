@@ -2,10 +2,12 @@
 //! knows nothing of blocks: candle's own model with its contiguous cache, or, for windows, dense attention over the whole
 //! sequence with a mask.
 
+use std::cell::Cell;
+
 use anyhow::{Result, ensure};
 use candle_core::{D, Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
-use paged_attention::{BlockTable, KvCache, KvDtype, TableOptions, Window};
+use paged_attention::{Attention, BlockTable, KvCache, KvDtype, TableOptions, Window};
 
 use crate::candle_loop::generate;
 use crate::engine::Request;
@@ -37,6 +39,7 @@ pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dty
     for window in [Window::new(20), Window::new(32).with_sinks(4), Window::new(50).with_sinks(17)] {
         verifier.window(&prompt, window)?;
     }
+    verifier.eight_bits(&prompt)?;
     eprintln!(
         "verified: forks and truncations at odd lengths, a shared prefix, swapping, resuming, and windows with sinks, \
          {TOKENS} tokens each"
@@ -157,6 +160,62 @@ impl Verifier<'_> {
             tokens.push(got[at]);
             got.push(self.next(&mut table, &got[at..])?);
         }
+        Ok(())
+    }
+
+    /// What 8-bit storage makes of this model's attention: the same queries, keys and values of every layer through both
+    /// caches; and how far greedy answers agree.
+    fn eight_bits(&self, prompt: &[u32]) -> Result<()> {
+        const ANSWER: usize = 256;
+        let cache = |dtype| KvCache::builder(self.paged.shape()).blocks(32).dtype(dtype).build();
+        let [full, bytes] = [cache(KvDtype::F32)?, cache(KvDtype::Int8)?];
+        let attention = Attention::scaled_by(self.paged.shape().head_dim);
+        // Largest difference, sum of differences, sum of sizes, numbers.
+        let found = Cell::new([0f64; 4]);
+        let (mut table, mut other) = (full.table(), bytes.table());
+        let (mut step, mut other_step) = (full.step(), bytes.step());
+        step.push(&mut table, prompt)?;
+        other_step.push(&mut other, prompt)?;
+        let attend = |layer: usize, q: &Tensor, k: &Tensor, v: &Tensor| {
+            let exact = step.attend(layer, q, k, v, &attention)?;
+            let rounded = other_step.attend(layer, q, k, v, &attention)?;
+            let sizes = exact.abs()?.flatten_all()?.to_vec1::<f32>()?;
+            let differences = (&exact - rounded)?.abs()?.flatten_all()?.to_vec1::<f32>()?;
+            let [mut most, mut differing, mut size, mut n] = found.get();
+            for (difference, x) in differences.into_iter().zip(sizes) {
+                (most, differing) = (most.max(difference.into()), differing + f64::from(difference));
+                (size, n) = (size + f64::from(x), n + 1.0);
+            }
+            found.set([most, differing, size, n]);
+            Ok(exact)
+        };
+        self.paged.logits(&step.token_ids()?, &step.positions()?, &step.last_rows()?, attend)?;
+        let [most, differing, size, n] = found.get();
+        ensure!(differing < 0.02 * size, "8-bit storage changes attention by {:.3} of its size", differing / size);
+
+        let answer = |cache: &KvCache| -> Result<Vec<u32>> {
+            let mut table = cache.table_with(&TableOptions::default().private());
+            let (mut tokens, mut pending) = (Vec::new(), prompt.to_vec());
+            while tokens.len() < ANSWER {
+                let mut step = cache.step();
+                step.push(&mut table, &pending)?;
+                let next = likeliest(&self.paged.forward(&step)?)?;
+                step.commit();
+                tokens.push(next);
+                pending = vec![next];
+            }
+            Ok(tokens)
+        };
+        drop((step, other_step));
+        let (expected, got) = (answer(&full)?, answer(&bytes)?);
+        let agree = expected.iter().zip(&got).take_while(|(a, b)| a == b).count();
+        eprintln!(
+            "8-bit storage: attention differs from f32 by {:.1e} at most and {:.1e} on average, where its numbers are {:.1e} \
+             on average; the first {agree} of {ANSWER} greedy tokens are the same",
+            most,
+            differing / n,
+            size / n
+        );
         Ok(())
     }
 
