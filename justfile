@@ -38,3 +38,14 @@ peers:
 
 bench *args:
     cargo bench --package benches {{args}}
+
+# The kernels under AddressSanitizer; needs a nightly toolchain
+asan:
+    ASAN_OPTIONS=allocator_may_return_null=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan \
+        cargo +nightly test --package paged_attention --target x86_64-unknown-linux-gnu --tests
+
+# The kernels of 64-bit Arm in an emulator; needs qemu-user-static and gcc-aarch64-linux-gnu
+neon:
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64-static -L /usr/aarch64-linux-gnu' \
+        cargo test --package paged_attention --target aarch64-unknown-linux-gnu --lib --test attention

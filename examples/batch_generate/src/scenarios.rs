@@ -166,7 +166,7 @@ impl Verifier<'_> {
     /// What 8-bit storage makes of this model's attention: the same queries, keys and values of every layer through both
     /// caches; and how far greedy answers agree.
     fn eight_bits(&self, prompt: &[u32]) -> Result<()> {
-        const ANSWER: usize = 256;
+        let length = 256.min(self.paged.context() - prompt.len());
         let cache = |dtype| KvCache::builder(self.paged.shape()).blocks(32).dtype(dtype).build();
         let [full, bytes] = [cache(KvDtype::F32)?, cache(KvDtype::Int8)?];
         let attention = Attention::scaled_by(self.paged.shape().head_dim);
@@ -191,12 +191,12 @@ impl Verifier<'_> {
         };
         self.paged.logits(&step.token_ids()?, &step.positions()?, &step.last_rows()?, attend)?;
         let [most, differing, size, n] = found.get();
-        ensure!(differing < 0.02 * size, "8-bit storage changes attention by {:.3} of its size", differing / size);
+        ensure!(differing < 0.05 * size, "8-bit storage changes attention by {:.3} of its size", differing / size);
 
         let answer = |cache: &KvCache| -> Result<Vec<u32>> {
             let mut table = cache.table_with(&TableOptions::default().private());
             let (mut tokens, mut pending) = (Vec::new(), prompt.to_vec());
-            while tokens.len() < ANSWER {
+            while tokens.len() < length {
                 let mut step = cache.step();
                 step.push(&mut table, &pending)?;
                 let next = likeliest(&self.paged.forward(&step)?)?;
@@ -211,7 +211,7 @@ impl Verifier<'_> {
         let agree = expected.iter().zip(&got).take_while(|(a, b)| a == b).count();
         eprintln!(
             "8-bit storage: attention differs from f32 by {:.1e} at most and {:.1e} on average, where its numbers are {:.1e} \
-             on average; the first {agree} of {ANSWER} greedy tokens are the same",
+             on average; the first {agree} of {length} greedy tokens are the same",
             most,
             differing / n,
             size / n
