@@ -43,25 +43,34 @@ impl KvShape {
 
 /// The order of the numbers inside one block of one layer.
 ///
-/// In the orders for CPUs a block's tokens are cut into *panels* of up to [`PANEL`] neighbours, so that each head's keys
-/// and values of a panel are one run, however long the blocks are.
+/// In the orders for CPUs a block's tokens are cut into *panels* of up to [`PANEL`] neighbours: `(panels, kv_heads)`, and for
+/// each head first its keys, then its values. So memory is read from its beginning to its end by a kernel that goes from
+/// panel to panel and from head to head, which is what lets the processor read ahead by itself, and blocks of several
+/// panels hold the same run of numbers as so many blocks of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Order {
-    /// K and V `(block_size, kv_heads, head_dim)`: a token's numbers are one run, so that plain tensor operations
+    /// K, then V, `(block_size, kv_heads, head_dim)` each: a token's numbers are one run, so that plain tensor operations
     /// can write and gather them. What GPU kernels expect.
     TokenMajor,
-    /// K `(kv_heads, panels, head_dim, panel)` and V `(kv_heads, panels, panel, head_dim)`: K is transposed, so that a
-    /// CPU computes the scores of neighbouring tokens in one register without adding across it.
+    /// K `(head_dim, panel)` and V `(strips, panel, strip)` of each panel and head. K is transposed, so that a CPU computes
+    /// the scores of neighbouring tokens in one register without adding across it; V is cut into strips of up to
+    /// [`STRIP`] dimensions, as many as a CPU sums up at a time.
     HeadMajor,
-    /// Bytes: K `(kv_heads, panels, head_dim / 4, panel, 4)` and V `(kv_heads, panels, panel / 4, head_dim, 4)`, and
-    /// behind each head's panel the scales of its tokens, f32. Four numbers that a product adds up are neighbours, which is
-    /// what a CPU's integer products expect. The last four of an odd number of dimensions are filled up in K; the last four
-    /// of an odd number of tokens are as many as there are in V.
+    /// Bytes: K `(head_dim / 4, panel, 4)` and V `(strips, panel / 4, strip, 4)`, and behind each the scales of its tokens,
+    /// f32. Four numbers that a product adds up are neighbours, which is what a CPU's integer products expect; a strip has
+    /// up to [`BYTE_STRIP`] dimensions. The last four of an odd number of dimensions are filled up in K; the last four of
+    /// an odd number of tokens are as many as there are in V.
     Int8,
 }
 
 /// The most tokens in a panel: one register of sixteen f32, or two, or four.
 pub const PANEL: usize = 16;
+
+/// The most dimensions in a strip of values: four registers, or eight, or sixteen.
+pub const STRIP: usize = 64;
+
+/// The most dimensions in a strip of 8-bit values: four tokens' numbers are one register, or two, or four.
+pub const BYTE_STRIP: usize = 16;
 
 /// Bytes of a scale in [`Order::Int8`].
 const SCALE: usize = 4;
@@ -69,7 +78,7 @@ const SCALE: usize = 4;
 /// Numbers in a group in [`Order::Int8`].
 const QUAD: usize = 4;
 
-/// The layout of one block in one layer: first K, then V.
+/// The layout of one block in one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KvLayout {
     /// Tokens per block.
@@ -107,12 +116,6 @@ impl KvLayout {
         }
     }
 
-    /// Where V begins.
-    #[inline]
-    fn values(&self) -> usize {
-        self.kv_heads * self.block_size * self.key_elements()
-    }
-
     /// Tokens in the panel with this index; all but a block's last have [`PANEL`].
     #[inline]
     fn width(&self, panel: usize) -> usize {
@@ -122,17 +125,18 @@ impl KvLayout {
     /// The keys of `head` in a panel, one run: with [`HeadMajor`](Order::HeadMajor) `(head_dim, panel)`.
     #[inline]
     pub fn key_panel(&self, head: usize, panel: usize) -> Range<usize> {
-        let per_token = self.key_elements();
-        let start = (head * self.block_size + panel * PANEL) * per_token;
-        start..start + self.width(panel) * per_token
+        debug_assert_ne!(self.order, Order::TokenMajor);
+        let per_token = self.key_elements() + self.value_elements();
+        let start = (panel * PANEL * self.kv_heads + head * self.width(panel)) * per_token;
+        start..start + self.width(panel) * self.key_elements()
     }
 
-    /// The values of `head` in a panel, one run: with [`HeadMajor`](Order::HeadMajor) `(panel, head_dim)`.
+    /// The values of `head` in a panel, one run behind its keys: with [`HeadMajor`](Order::HeadMajor)
+    /// `(strips, panel, strip)`.
     #[inline]
     pub fn value_panel(&self, head: usize, panel: usize) -> Range<usize> {
-        let per_token = self.value_elements();
-        let start = self.values() + (head * self.block_size + panel * PANEL) * per_token;
-        start..start + self.width(panel) * per_token
+        let start = self.key_panel(head, panel).end;
+        start..start + self.width(panel) * self.value_elements()
     }
 
     /// Where dimension `dim` of `head`'s key for the token at `offset` lies, counted from the block's start.
@@ -152,13 +156,20 @@ impl KvLayout {
     #[inline]
     pub fn value(&self, offset: usize, head: usize, dim: usize) -> usize {
         let (panel, at) = (offset / PANEL, offset % PANEL);
+        // The first dimension of its strip, and how many the strip has.
+        let strip = |most: usize| (dim / most * most, most.min(self.head_dim - dim / most * most));
         match self.order {
-            Order::TokenMajor => self.values() + (offset * self.kv_heads + head) * self.head_dim + dim,
-            Order::HeadMajor => self.value_panel(head, panel).start + at * self.head_dim + dim,
+            Order::TokenMajor => self.key(offset + self.block_size, head, dim),
+            Order::HeadMajor => {
+                let (first, dims) = strip(STRIP);
+                self.value_panel(head, panel).start + first * self.width(panel) + at * dims + dim - first
+            }
             Order::Int8 => {
+                let (first, dims) = strip(BYTE_STRIP);
                 let before = at / QUAD * QUAD;
                 let tokens = QUAD.min(self.width(panel) - before);
-                self.value_panel(head, panel).start + before * self.head_dim + dim * tokens + at % QUAD
+                let strip = self.value_panel(head, panel).start + first * self.width(panel);
+                strip + before * dims + (dim - first) * tokens + at % QUAD
             }
         }
     }
@@ -201,7 +212,7 @@ mod tests {
     #[test]
     fn every_number_of_a_block_has_one_place() {
         for order in [Order::TokenMajor, Order::HeadMajor, Order::Int8] {
-            for (block_size, head_dim) in SIZES.into_iter().flat_map(|size| [(size, 8), (size, 7)]) {
+            for (block_size, head_dim) in SIZES.into_iter().flat_map(|size| [(size, 8), (size, 7), (size, 72)]) {
                 let layout = KvLayout { block_size, kv_heads: 3, head_dim, order };
                 let mut seen = vec![false; layout.block_elements()];
                 let mut places = Vec::new();
@@ -244,6 +255,9 @@ mod tests {
                 }
             }
         }
+        let one = |block_size| KvLayout { block_size, kv_heads: 2, head_dim: 70, order: Order::HeadMajor };
+        assert_eq!(one(48).key(35, 1, 3), 2 * one(16).block_elements() + one(16).key(3, 1, 3));
+        assert_eq!(one(48).value(35, 1, 69), 2 * one(16).block_elements() + one(16).value(3, 1, 69));
         let by_token = KvLayout { block_size: 4, kv_heads: 2, head_dim: 3, order: Order::TokenMajor };
         let row = by_token.kv_heads * by_token.head_dim;
         assert_eq!(by_token.token_row(0, 3) * row, by_token.key(3, 0, 0));

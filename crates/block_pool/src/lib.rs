@@ -28,7 +28,7 @@ pub use dtype::KvDtype;
 pub use error::{Inconsistent, OutOfBlocks, PoolError, ReserveError, StorageError};
 pub use events::PoolEvent;
 pub use id::BlockId;
-pub use layout::{KvLayout, KvShape, Order, PANEL};
+pub use layout::{BYTE_STRIP, KvLayout, KvShape, Order, PANEL, STRIP};
 pub use observe::PoolMetrics;
 pub use pool::BlockPool;
 pub use salt::Salt;

@@ -132,7 +132,8 @@ fn attend_chunk<V: Wide, F: Format>(
 ) {
     let rows = task.tokens.len() * task.group;
     let in_place = task.blocks.in_place();
-    let tile_at = |start: usize| start..positions.end.min(start + TILE);
+    let seen = seen_by(task, task.tokens.end - 1).recent.end;
+    let tile_at = |start: usize| start..seen.min(start + TILE);
     // The first of the new tokens that sees something of a tile: they see further and further. Those behind it look back
     // less and less far.
     let first_of = |tile: &Range<usize>| {
@@ -145,6 +146,7 @@ fn attend_chunk<V: Wide, F: Format>(
     for start in positions.clone().step_by(TILE) {
         let within = tile_at(start);
         let tile = ahead.take().unwrap_or_else(|| Tile::new(&task.blocks, &within));
+        // Behind the chunk, too: more often than not the same thread computes the next one.
         let after = tile_at(start + TILE);
         ahead = (in_place && !after.is_empty()).then(|| Tile::new(&task.blocks, &after));
         let Some(first) = first_of(&within) else { continue };
@@ -176,14 +178,15 @@ fn attend_chunk<V: Wide, F: Format>(
                 let position = task.blocks.span.start + task.tokens.start + row / task.group;
                 let scores = &mut scratch.scores[row];
                 adjust::<V>(scores, task.attention, head * task.group + row % task.group, start, position);
-                soften::<V>(scores, &scratch.seen[row / task.group], h * rows + row, state);
+                mask(scores, &scratch.seen[row / task.group]);
             }
             for row in (first..rows).step_by(ROWS) {
                 let end = rows.min(row + ROWS);
+                let states = h * rows + row..h * rows + end;
+                V::apart(Soften(&mut scratch.scores[row..end], states.start, state));
                 let next = next.as_ref().filter(|_| row == first).map(|(_, values)| values);
-                let sums = state.sums(h * rows + row..h * rows + end);
                 let weights = &scratch.scores[row..end];
-                F::weigh::<V>(weights, within.len(), &values, next, sums, &mut scratch.space);
+                F::weigh::<V>(weights, within.len(), &values, next, state.sums(states), &mut scratch.space);
             }
         }
     }
@@ -211,30 +214,53 @@ fn adjust<V: Wide>(scores: &mut Scores, attention: &Attention, head: usize, star
     }
 }
 
-/// Turns a row's scores into weights, 0 for tokens that it does not see, and takes them into its state.
+/// Takes out the scores of tokens that a row does not see.
 #[inline(always)]
-fn soften<V: Wide>(scores: &mut Scores, seen: &Sight, row: usize, state: &mut State) {
+fn mask(scores: &mut Scores, seen: &Sight) {
     let Sight { sinks, recent } = seen;
     if *sinks < recent.start || recent.end < TILE {
         let flat = scores.as_flattened_mut();
         flat[*sinks..recent.start].fill(f32::NEG_INFINITY);
         flat[recent.end..].fill(f32::NEG_INFINITY);
     }
-    // A score that is too large for f32 counts as the largest number there is: infinity minus itself is not a number.
-    let most = V::splat(f32::MAX);
-    let mut high = V::splat(state.largest(row));
-    for scores in scores.iter_mut() {
-        let clipped = most.smaller(V::load(scores));
-        clipped.store(scores);
-        high = clipped.larger(high);
+}
+
+/// Turns the scores of up to four rows into weights and takes these into their states, of which the second number is the
+/// first.
+struct Soften<'a>(&'a mut [Scores], usize, &'a mut State);
+
+impl Run for Soften<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Wide>(self) {
+        let Self(rows, first, state) = self;
+        // A score that is too large for f32 counts as the largest number there is: infinity minus itself is not a number.
+        let most = V::splat(f32::MAX);
+        let (mut highest, mut shrink, mut weight) = ([0f32; ROWS], [0f32; LANES], [0f32; ROWS]);
+        for (r, scores) in rows.iter_mut().enumerate().take(ROWS) {
+            let mut high = V::splat(state.largest(first + r));
+            for scores in scores.iter_mut() {
+                let clipped = most.smaller(V::load(scores));
+                clipped.store(scores);
+                high = clipped.larger(high);
+            }
+            highest[r] = largest(high);
+            shrink[r] = state.largest(first + r) - finite(highest[r]);
+        }
+        exp2_wide(V::load(&shrink)).store(&mut shrink);
+        for (r, scores) in rows.iter_mut().enumerate().take(ROWS) {
+            let reference = V::splat(finite(highest[r]));
+            let mut sums = V::splat(0.0);
+            for scores in scores.iter_mut() {
+                let p = exp2_wide(V::load(scores).sub(reference));
+                p.store(scores);
+                sums = sums.add(p);
+            }
+            weight[r] = sum(sums);
+        }
+        for r in 0..rows.len().min(ROWS) {
+            state.grow::<V>(first + r, highest[r], shrink[r], weight[r]);
+        }
     }
-    let highest = largest(high);
-    let reference = V::splat(finite(highest));
-    let mut weight = V::splat(0.0);
-    for scores in scores.iter_mut() {
-        let p = exp2_wide(V::load(scores).sub(reference));
-        p.store(scores);
-        weight = weight.add(p);
-    }
-    state.grow(row, highest, sum(weight));
 }

@@ -65,10 +65,14 @@ impl WriteSlots<'_> {
         let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
         let width = kv_heads * head_dim;
         let block_elements = layout.block_elements();
+        let mut wide = [vec![0f32; width], vec![0f32; width]];
         for ((&slot, k), v) in plan.slots.iter().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             let block = &mut layer[block * block_elements..][..block_elements];
-            for (head, (k, v)) in k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim)).enumerate() {
+            let [wide_k, wide_v] = &mut wide;
+            S::widen(k, wide_k);
+            S::widen(v, wide_v);
+            for (head, (k, v)) in wide_k.chunks_exact(head_dim).zip(wide_v.chunks_exact(head_dim)).enumerate() {
                 F::store(layout, block, offset, head, k, v);
             }
         }
@@ -77,21 +81,36 @@ impl WriteSlots<'_> {
 
 /// Attends with q `(tokens, heads, head_dim)` to all tokens of each sequence; the result has q's shape and type.
 pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
-    let wide = q.to_dtype(DType::F32)?.contiguous()?;
-    let out = {
-        let (q_guard, q_layout) = wide.storage_and_layout();
-        let queries = &slice::<f32>(&q_guard)?[q_layout.start_offset()..][..wide.elem_count()];
-        let (guard, layout) = layer.storage_and_layout();
-        let start = layout.start_offset();
+    match q.dtype() {
+        DType::F32 => attend_as::<f32>(layer, q, call),
+        DType::F16 => attend_as::<f16>(layer, q, call),
+        DType::BF16 => attend_as::<bf16>(layer, q, call),
+        _ => unsupported(),
+    }
+}
+
+/// The same for queries of a known type. Converts them itself: candle does so number by number.
+fn attend_as<S: Number + WithDType>(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
+    let q = q.contiguous()?;
+    let mut queries = vec![0f32; q.elem_count()];
+    {
+        let (guard, place) = q.storage_and_layout();
+        S::widen(&slice::<S>(&guard)?[place.start_offset()..][..queries.len()], &mut queries);
+    }
+    let wide = {
+        let (guard, place) = layer.storage_and_layout();
+        let start = place.start_offset();
         match layer.dtype() {
-            DType::F32 => jobs::attend::<Float<f32>>(&slice(&guard)?[start..], queries, call),
-            DType::F16 => jobs::attend::<Float<f16>>(&slice(&guard)?[start..], queries, call),
-            DType::BF16 => jobs::attend::<Float<bf16>>(&slice(&guard)?[start..], queries, call),
-            DType::U8 => jobs::attend::<Int8>(&slice(&guard)?[start..], queries, call),
+            DType::F32 => jobs::attend::<Float<f32>>(&slice(&guard)?[start..], &queries, call),
+            DType::F16 => jobs::attend::<Float<f16>>(&slice(&guard)?[start..], &queries, call),
+            DType::BF16 => jobs::attend::<Float<bf16>>(&slice(&guard)?[start..], &queries, call),
+            DType::U8 => jobs::attend::<Int8>(&slice(&guard)?[start..], &queries, call),
             _ => return unsupported(),
         }
     };
-    Tensor::from_vec(out, q.shape(), q.device())?.to_dtype(q.dtype())
+    let mut out = vec![S::default(); wide.len()];
+    S::narrow(&wide, &mut out);
+    Tensor::from_vec(out, q.shape(), q.device())
 }
 
 /// Copies the first `len` tokens of these blocks together: k and v, each `(len, kv_heads, head_dim)`, in the type in which

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::exp2::exp2;
-use super::wide::LANES;
+use super::wide::{LANES, Wide};
 
 /// For each row, after some tokens: the largest score (in powers of two), the sum of weights relative to it, and the weighted
 /// sum of values.
@@ -45,15 +45,15 @@ impl State {
     }
 
     /// Takes in the weights of further tokens of a row: `weight` in sum, relative to `largest`. What it has summed shrinks
-    /// by as much as its largest score has grown.
+    /// to `shrink` times as much, as its largest score has grown.
     #[inline(always)]
-    pub(super) fn grow(&mut self, row: usize, largest: f32, weight: f32) {
-        let shrink = exp2(self.largest[row] - finite(largest));
+    pub(super) fn grow<V: Wide>(&mut self, row: usize, largest: f32, shrink: f32, weight: f32) {
         self.weight[row] = self.weight[row] * shrink + weight;
         self.largest[row] = largest;
         if shrink != 1.0 {
-            let sums = &mut self.sums[row * self.chunks..][..self.chunks];
-            sums.as_flattened_mut().iter_mut().for_each(|x| *x *= shrink);
+            for sums in &mut self.sums[row * self.chunks..][..self.chunks] {
+                V::load(sums).mul(V::splat(shrink)).store(sums);
+            }
         }
     }
 

@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use super::kernel::Run;
+
 /// Numbers that are computed at a time.
 pub(super) const LANES: usize = 16;
 
@@ -14,6 +16,9 @@ pub(super) trait Wide: Copy {
     const COLUMNS: usize;
     /// How many rows a product of integers computes at a time.
     const INT_ROWS: usize;
+
+    /// Runs `run` in a function of its own, which has all registers to itself: for the innermost loops.
+    fn apart<R: Run>(run: R) -> R::Output;
 
     fn splat(x: f32) -> Self;
     fn load(from: &[f32; LANES]) -> Self;

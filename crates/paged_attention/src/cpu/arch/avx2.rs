@@ -18,6 +18,7 @@ pub(in crate::cpu) fn is_available() -> bool {
 }
 
 /// Runs `run` with all of these instructions permitted.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Avx2>()
@@ -49,6 +50,11 @@ impl Avx2 {
 impl Wide for Avx2 {
     const COLUMNS: usize = 1;
     const INT_ROWS: usize = 2;
+
+    #[inline(always)]
+    fn apart<R: Run>(call: R) -> R::Output {
+        instruction!(run(call))
+    }
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

@@ -25,6 +25,7 @@ pub(in crate::cpu) fn is_available() -> bool {
 }
 
 /// Runs `run` with all of these instructions permitted.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Avx512>()
@@ -42,6 +43,11 @@ macro_rules! instruction {
 impl Wide for Avx512 {
     const COLUMNS: usize = 4;
     const INT_ROWS: usize = 4;
+
+    #[inline(always)]
+    fn apart<R: Run>(call: R) -> R::Output {
+        instruction!(run(call))
+    }
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

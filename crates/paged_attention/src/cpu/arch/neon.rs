@@ -14,6 +14,7 @@ use crate::cpu::wide::{LANES, Wide};
 pub(in crate::cpu) struct Neon([float32x4_t; 4]);
 
 /// Runs `run` on registers of NEON.
+#[inline(never)]
 #[target_feature(enable = "neon")]
 pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Neon>()
@@ -62,6 +63,11 @@ fn shift(x: float32x4_t) -> float32x4_t {
 impl Wide for Neon {
     const COLUMNS: usize = 1;
     const INT_ROWS: usize = 2;
+
+    #[inline(always)]
+    fn apart<R: Run>(call: R) -> R::Output {
+        instruction!(run(call))
+    }
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use crate::cpu::kernel::Run;
 use crate::cpu::wide::{LANES, Wide};
 
 /// Sixteen numbers in an array.
@@ -21,6 +22,11 @@ impl Portable {
 impl Wide for Portable {
     const COLUMNS: usize = 1;
     const INT_ROWS: usize = 2;
+
+    #[inline(always)]
+    fn apart<R: Run>(run: R) -> R::Output {
+        run.run::<Self>()
+    }
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

@@ -14,7 +14,7 @@
 
 use block_pool::{KvLayout, PANEL};
 
-use super::{Format, Group, Number, ROWS, Space};
+use super::{Format, Group, ROWS, Space};
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::tile::{Panels, Scores, TILE, TILE_PANELS};
 use crate::cpu::wide::{LANES, Wide, largest};
@@ -52,8 +52,8 @@ pub(in crate::cpu) struct Rows {
 }
 
 /// A scale so that the largest of `xs` becomes `to`, and its inverse.
-fn scale(xs: impl Iterator<Item = f32>, to: f32) -> [f32; 2] {
-    let largest = xs.fold(0f32, |m, x| if x.abs() > m || x.is_nan() { x.abs() } else { m });
+fn scale(xs: &[f32], to: f32) -> [f32; 2] {
+    let largest = xs.iter().fold(0f32, |m, x| if x.abs() > m || x.is_nan() { x.abs() } else { m });
     [largest / to, if largest == 0.0 { 0.0 } else { to / largest }]
 }
 
@@ -65,10 +65,10 @@ impl Format for Int8 {
     type Number = u8;
     type Queries = Rows;
 
-    fn store<S: Number>(layout: &KvLayout, block: &mut [u8], offset: usize, head: usize, k: &[S], v: &[S]) {
-        let [k_scale, k_inverse] = scale(k.iter().map(|x| x.widen()), 127.0);
-        let [v_scale, v_inverse] = scale(v.iter().map(|x| x.widen()), 127.0);
-        let byte = |x: S, inverse: f32| (x.widen() * inverse).round_ties_even() as i32;
+    fn store(layout: &KvLayout, block: &mut [u8], offset: usize, head: usize, k: &[f32], v: &[f32]) {
+        let [k_scale, k_inverse] = scale(k, 127.0);
+        let [v_scale, v_inverse] = scale(v, 127.0);
+        let byte = |x: f32, inverse: f32| (x * inverse).round_ties_even() as i32;
         for (dim, x) in k.iter().enumerate() {
             block[layout.key(offset, head, dim)] = (byte(*x, k_inverse) + OFFSET) as u8;
         }
@@ -103,9 +103,11 @@ impl Format for Int8 {
     ) {
         let (keys, values) = to;
         let whole = KvLayout { block_size: PANEL, kv_heads: 1, ..*layout };
+        let wide = KvLayout { head_dim: dims, ..whole };
+        let first = wide.value_panel(0, 0).start;
         for dim in 0..layout.head_dim {
             keys[whole.key(at, 0, dim)] = block[layout.key(offset, head, dim)];
-            values[(at / 4 * dims + dim) * 4 + at % 4] = block[layout.value(offset, head, dim)];
+            values[wide.value(at, 0, dim) - first] = block[layout.value(offset, head, dim)];
         }
         keys[whole.key_scale(at, 0)].copy_from_slice(&block[layout.key_scale(offset, head)]);
         values[PANEL * dims + at * 4..][..4].copy_from_slice(&block[layout.value_scale(offset, head)]);
@@ -121,7 +123,7 @@ impl Format for Int8 {
             quads.resize(start + group[0].len().div_ceil(4), [[[0; 4]; 2]; ROWS]);
             let (mut row_scales, mut row_offsets) = ([0f32; ROWS], [0i32; ROWS]);
             for (r, row) in group.into_iter().enumerate() {
-                let [scale, inverse] = scale(row.iter().copied(), Q_LARGEST);
+                let [scale, inverse] = scale(row, Q_LARGEST);
                 let mut sum = 0;
                 for (dim, x) in row.iter().enumerate() {
                     let x = (x * inverse).round_ties_even() as i32;
@@ -308,8 +310,8 @@ fn tile_sums<V: Wide, const R: usize>(
                 continue;
             }
             for quad in 0..QUADS {
-                prefetch(&ahead[panel][quad * stride + at]);
-                let values = V::load_quads(&panels[panel][quad * stride + at]);
+                prefetch(&ahead[panel][at * QUADS + quad]);
+                let values = V::load_quads(&panels[panel][at * QUADS + quad]);
                 for r in 0..R {
                     let [by_high, by_low] = p[r][panel * QUADS + quad];
                     high[r] = V::dot_signed(high[r], values, by_high);

@@ -29,7 +29,7 @@ pub(super) trait Format: 'static {
     type Queries: Default;
 
     /// Stores one token's key and value in one head of a block.
-    fn store<S: Number>(layout: &KvLayout, block: &mut [Self::Number], offset: usize, head: usize, k: &[S], v: &[S]);
+    fn store(layout: &KvLayout, block: &mut [Self::Number], offset: usize, head: usize, k: &[f32], v: &[f32]);
 
     /// Reads one token's key and value in one head of a block.
     fn load(layout: &KvLayout, block: &[Self::Number], offset: usize, head: usize, k: &mut [f32], v: &mut [f32]);

@@ -1,0 +1,201 @@
+//! Keys and values as f32, f16 or bf16. Arithmetic is in f32; numbers are widened as they are loaded.
+
+mod scores;
+mod sums;
+
+use std::marker::PhantomData;
+
+use block_pool::{KvLayout, PANEL, STRIP};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use super::{Format, Group, ROWS, Space};
+use crate::cpu::arch::prefetch::prefetch;
+use crate::cpu::tile::{Panels, Scores};
+use crate::cpu::wide::{LANES, Wide};
+
+/// A floating point number, as a caller gives it or as it is stored.
+pub(in crate::cpu) trait Number: Copy + Default + Send + Sync + 'static {
+    fn widen(from: &[Self], to: &mut [f32]);
+    fn narrow(from: &[f32], to: &mut [Self]);
+    fn load<V: Wide>(from: &[Self; LANES]) -> V;
+}
+
+impl Number for f32 {
+    fn widen(from: &[Self], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+
+    #[inline(always)]
+    fn load<V: Wide>(from: &[Self; LANES]) -> V {
+        V::load(from)
+    }
+}
+
+impl Number for f16 {
+    fn widen(from: &[Self], to: &mut [f32]) {
+        from.convert_to_f32_slice(to);
+    }
+
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
+    }
+
+    #[inline(always)]
+    fn load<V: Wide>(from: &[Self; LANES]) -> V {
+        V::load_f16(from)
+    }
+}
+
+impl Number for bf16 {
+    fn widen(from: &[Self], to: &mut [f32]) {
+        from.convert_to_f32_slice(to);
+    }
+
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
+    }
+
+    #[inline(always)]
+    fn load<V: Wide>(from: &[Self; LANES]) -> V {
+        V::load_bf16(from)
+    }
+}
+
+/// Numbers as they are.
+pub(in crate::cpu) struct Float<T>(PhantomData<T>);
+
+/// Query rows, four by four.
+#[derive(Default)]
+pub(in crate::cpu) struct Rows {
+    /// `(groups, head_dim, 4)`: a step of a product finds its four side by side.
+    numbers: Vec<[f32; ROWS]>,
+    head_dim: usize,
+}
+
+impl<T: Number> Format for Float<T> {
+    type Number = T;
+    type Queries = Rows;
+
+    fn store(layout: &KvLayout, block: &mut [T], offset: usize, head: usize, k: &[f32], v: &[f32]) {
+        // Neighbouring dimensions of a key are as far apart as the panel has tokens.
+        let width = PANEL.min(layout.block_size - offset / PANEL * PANEL);
+        let mut keys = block[layout.key(offset, head, 0)..].iter_mut().step_by(width);
+        let mut narrow = [T::default(); STRIP];
+        for k in k.chunks(STRIP) {
+            T::narrow(k, &mut narrow[..k.len()]);
+            narrow[..k.len()].iter().zip(&mut keys).for_each(|(from, to)| *to = *from);
+        }
+        for (strip, v) in v.chunks(STRIP).enumerate() {
+            T::narrow(v, &mut block[layout.value(offset, head, strip * STRIP)..][..v.len()]);
+        }
+    }
+
+    fn load(layout: &KvLayout, block: &[T], offset: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+        let width = PANEL.min(layout.block_size - offset / PANEL * PANEL);
+        let mut keys = block[layout.key(offset, head, 0)..].iter().step_by(width);
+        let mut narrow = [T::default(); STRIP];
+        for k in k.chunks_mut(STRIP) {
+            narrow[..k.len()].iter_mut().zip(&mut keys).for_each(|(to, from)| *to = *from);
+            T::widen(&narrow[..k.len()], k);
+        }
+        for (strip, v) in v.chunks_mut(STRIP).enumerate() {
+            T::widen(&block[layout.value(offset, head, strip * STRIP)..][..v.len()], v);
+        }
+    }
+
+    fn panel_sizes(head_dim: usize, dims: usize) -> [usize; 2] {
+        [head_dim * PANEL, PANEL * dims]
+    }
+
+    fn copy(
+        layout: &KvLayout,
+        block: &[T],
+        offset: usize,
+        head: usize,
+        to: (&mut [T], &mut [T]),
+        at: usize,
+        dims: usize,
+    ) {
+        let width = PANEL.min(layout.block_size - offset / PANEL * PANEL);
+        let keys = block[layout.key(offset, head, 0)..].iter().step_by(width);
+        let (columns, _) = to.0.as_chunks_mut::<PANEL>();
+        columns.iter_mut().zip(keys).for_each(|(to, from)| to[at] = *from);
+        let whole = KvLayout { block_size: PANEL, kv_heads: 1, head_dim: dims, ..*layout };
+        let values = whole.value_panel(0, 0).start;
+        for first in (0..layout.head_dim).step_by(STRIP) {
+            let own = STRIP.min(layout.head_dim - first);
+            let from = &block[layout.value(offset, head, first)..][..own];
+            to.1[whole.value(at, 0, first) - values..][..own].copy_from_slice(from);
+        }
+    }
+
+    fn prepare<'a>(queries: &mut Rows, groups: impl Iterator<Item = Group<'a>>, factor: f32) {
+        queries.numbers.clear();
+        for group in groups {
+            queries.head_dim = group[0].len();
+            let step = |dim: usize| group.map(|row| row.get(dim).map_or(0.0, |x| x * factor));
+            queries.numbers.extend((0..queries.head_dim).map(step));
+        }
+    }
+
+    #[inline(always)]
+    fn scores<V: Wide>(
+        queries: &Rows,
+        group: usize,
+        keys: &Panels<'_, T>,
+        next: Option<&Panels<'_, T>>,
+        scores: &mut [Scores],
+    ) {
+        let q = &queries.numbers[group * queries.head_dim..][..queries.head_dim];
+        match scores.len() {
+            1 => scores::tile::<V, T, 1>(q, keys, next, scores),
+            2 => scores::tile::<V, T, 2>(q, keys, next, scores),
+            3 => scores::tile::<V, T, 3>(q, keys, next, scores),
+            _ => scores::tile::<V, T, ROWS>(q, keys, next, scores),
+        }
+    }
+
+    #[inline(always)]
+    fn weigh<V: Wide>(
+        weights: &[Scores],
+        tokens: usize,
+        values: &Panels<'_, T>,
+        next: Option<&Panels<'_, T>>,
+        sums: &mut [[f32; LANES]],
+        _: &mut Space,
+    ) {
+        match weights.len() {
+            1 => sums::tile::<V, T, 1>(weights, tokens, values, next, sums),
+            2 => sums::tile::<V, T, 2>(weights, tokens, values, next, sums),
+            3 => sums::tile::<V, T, 3>(weights, tokens, values, next, sums),
+            _ => sums::tile::<V, T, ROWS>(weights, tokens, values, next, sums),
+        }
+    }
+}
+
+/// A run of numbers, sixteen by sixteen.
+#[inline(always)]
+fn chunks<T>(run: &[T]) -> &[[T; LANES]] {
+    run.as_chunks().0
+}
+
+/// Asks for a chunk, if it is the first of its line of memory.
+#[inline(always)]
+fn ask<T>(at: usize, chunk: &[T; LANES]) {
+    const LINE: usize = 64;
+    let chunks_per_line = LINE / size_of::<[T; LANES]>();
+    if at.is_multiple_of(chunks_per_line) {
+        prefetch(chunk);
+    }
+}
+
+/// What to ask for: where nothing is known of what comes next, what is here already, which costs least.
+#[inline(always)]
+fn known<'a, T>(next: &Panels<'a, T>, here: &Panels<'a, T>) -> Panels<'a, T> {
+    std::array::from_fn(|panel| if next[panel].is_empty() { here[panel] } else { next[panel] })
+}
