@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use crate::is_smoke_test;
+
 /// One contender: does its work once and returns nothing; what it leaves behind is its own business.
 pub type Contender<'a> = Box<dyn FnMut() + 'a>;
 
@@ -13,8 +15,10 @@ pub struct Race {
 }
 
 impl Race {
-    /// Runs `rounds` rounds, and one before them that does not count.
-    pub fn run(rounds: usize, contenders: &mut [Contender<'_>]) -> Self {
+    /// Runs rounds for some seconds, five at least, and one before them that does not count. In a smoke test one is enough.
+    pub fn run(seconds: f64, contenders: &mut [Contender<'_>]) -> Self {
+        let least = if is_smoke_test() { 1 } else { 5 };
+        let seconds = if is_smoke_test() { 0.0 } else { seconds };
         let mut round = || -> Vec<f64> {
             let time = |contender: &mut Contender<'_>| {
                 let started = Instant::now();
@@ -24,7 +28,11 @@ impl Race {
             contenders.iter_mut().map(time).collect()
         };
         round();
-        Self { rounds: (0..rounds).map(|_| round()).collect() }
+        let (started, mut rounds) = (Instant::now(), Vec::new());
+        while rounds.len() < least || started.elapsed().as_secs_f64() < seconds {
+            rounds.push(round());
+        }
+        Self { rounds }
     }
 
     /// The median time of a contender in nanoseconds.
@@ -53,7 +61,7 @@ mod tests {
         let race = Race { rounds: vec![vec![2.0, 1.0], vec![40.0, 10.0], vec![9.0, 3.0]] };
         assert_eq!((race.time(0), race.time(1), race.ratio(0, 1)), (9.0, 3.0, 3.0));
         let mut calls = 0;
-        Race::run(3, &mut [Box::new(|| calls += 1)]);
-        assert_eq!(calls, 4);
+        Race::run(0.0, &mut [Box::new(|| calls += 1)]);
+        assert_eq!(calls, 6);
     }
 }

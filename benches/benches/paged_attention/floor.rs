@@ -41,19 +41,26 @@ const LANES: usize = 8;
 /// Multiplies and adds in registers, `n` times [`CHAINS`] on each thread of the current pool, with the widest instructions that
 /// this machine has.
 pub(crate) fn multiply_adds(n: usize) -> f32 {
-    let one = |_| {
-        pulp::Arch::new().dispatch(|| {
-            let (by, plus) = (black_box(0.999f32), black_box(1e-3f32));
-            let mut sums = [0f32; CHAINS];
-            for _ in 0..n {
-                for sum in &mut sums {
-                    *sum = sum.mul_add(by, plus);
-                }
+    (0..rayon::current_num_threads()).into_par_iter().map(|_| pulp::Arch::new().dispatch(MultiplyAdds(n))).sum()
+}
+
+/// Not a closure: those are not sure to be compiled with the instructions that `dispatch` permits.
+struct MultiplyAdds(usize);
+
+impl pulp::NullaryFnOnce for MultiplyAdds {
+    type Output = f32;
+
+    #[inline(always)]
+    fn call(self) -> f32 {
+        let (by, plus) = (black_box(0.999f32), black_box(1e-3f32));
+        let mut sums = [0f32; CHAINS];
+        for _ in 0..self.0 {
+            for sum in &mut sums {
+                *sum = sum.mul_add(by, plus);
             }
-            sums.iter().sum::<f32>()
-        })
-    };
-    (0..rayon::current_num_threads()).into_par_iter().map(one).sum()
+        }
+        sums.iter().sum()
+    }
 }
 
 /// Chains of multiply-adds that do not wait for each other: as many as keep all units busy and fit into registers.

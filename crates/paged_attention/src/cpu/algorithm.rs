@@ -17,8 +17,8 @@
 //! of their own. So its result is the same to the last bit whatever blocks hold the tokens, whichever rows are computed
 //! beside it, and however many threads there are.
 //!
-//! Memory is read in one steady stream: heads inside tiles, as they lie in the blocks, and while one head's keys and
-//! values are multiplied the next one's are asked for.
+//! Memory is read in four steady streams, the panels of a tile: heads inside tiles, as they lie in the blocks. The processor
+//! reads ahead in each by itself, and what the next head or tile begins with is asked for meanwhile.
 
 use std::ops::Range;
 
@@ -38,8 +38,8 @@ pub(super) const CHUNK: usize = 8 * TILE;
 pub(super) struct Task<'a, F: Format> {
     pub(super) blocks: Blocks<'a, F::Number>,
     pub(super) attention: &'a Attention,
-    /// All queries, `(tokens, heads, head_dim)`.
-    pub(super) queries: &'a [f32],
+    /// Its rows, and the group of them that is its first.
+    pub(super) queries: (&'a F::Queries, usize),
     /// Query heads of a key head.
     pub(super) group: usize,
     /// Its key heads.
@@ -52,7 +52,6 @@ pub(super) struct Task<'a, F: Format> {
 
 /// Memory that a thread uses again from task to task.
 pub(super) struct Scratch<F: Format> {
-    queries: F::Queries,
     scores: Vec<Scores>,
     /// What each new token sees of a tile, counted from its start.
     seen: Vec<Sight>,
@@ -62,13 +61,7 @@ pub(super) struct Scratch<F: Format> {
 
 impl<F: Format> Default for Scratch<F> {
     fn default() -> Self {
-        Self {
-            queries: F::Queries::default(),
-            scores: Vec::new(),
-            seen: Vec::new(),
-            copied: Copied::default(),
-            space: Space::default(),
-        }
+        Self { scores: Vec::new(), seen: Vec::new(), copied: Copied::default(), space: Space::default() }
     }
 }
 
@@ -87,19 +80,7 @@ impl<F: Format> Run for Attend<'_, '_, F> {
 /// Computes one task: the states of its rows, `(heads, tokens, group)`.
 #[inline(always)]
 fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>) -> State {
-    let head_dim = task.blocks.layout.head_dim;
     let rows = task.tokens.len() * task.group;
-    let heads = task.blocks.layout.kv_heads * task.group;
-    let row_of = |head: usize, token: usize, member: usize| {
-        let row = (task.blocks.span.rows.start + token) * heads + head * task.group + member;
-        &task.queries[row * head_dim..][..head_dim]
-    };
-    let row_of = |head: usize, row: usize| {
-        if row < rows { row_of(head, task.tokens.start + row / task.group, row % task.group) } else { &[] }
-    };
-    let groups = task.heads.clone().flat_map(|head| (0..rows).step_by(ROWS).map(move |row| (head, row)));
-    let groups = groups.map(|(head, row)| std::array::from_fn(|r| row_of(head, row + r)));
-    F::prepare(&mut scratch.queries, groups, task.attention.factor());
     scratch.scores.resize(rows, [[0.0; LANES]; TILE_PANELS]);
 
     let mut total = State::new(task.heads.len() * rows, task.blocks.dims());
@@ -141,6 +122,7 @@ fn attend_chunk<V: Wide, F: Format>(
         let Sight { sinks, recent } = seen_by(task, token);
         (sinks > tile.start || recent.start < tile.end).then_some(token - task.tokens.start)
     };
+    let (queries, first_group) = task.queries;
     let groups = rows.div_ceil(ROWS);
     let mut ahead = None;
     for start in positions.clone().step_by(TILE) {
@@ -172,7 +154,7 @@ fn attend_chunk<V: Wide, F: Format>(
             for row in (first..rows).step_by(ROWS) {
                 let scores = &mut scratch.scores[row..rows.min(row + ROWS)];
                 let next = next.as_ref().filter(|_| row == first).map(|(keys, _)| keys);
-                F::scores::<V>(&scratch.queries, h * groups + row / ROWS, &keys, next, scores);
+                F::scores::<V>(queries, first_group + h * groups + row / ROWS, &keys, next, scores);
             }
             for row in first..rows {
                 let position = task.blocks.span.start + task.tokens.start + row / task.group;

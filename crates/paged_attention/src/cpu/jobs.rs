@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::Call;
 use super::algorithm::{Attend, CHUNK, Scratch, Task};
 use super::format::Format;
+use super::queries::Queries;
 use super::state::State;
 use super::tile::Blocks;
 use crate::plan::Span;
@@ -54,14 +55,31 @@ pub(super) fn attend<F: Format>(layer: &[F::Number], q: &[f32], call: &Call<'_>)
     let KvLayout { kv_heads, head_dim, .. } = *call.layout;
     let parts = parts(call);
     let group = call.heads / kv_heads;
+    let queries = Queries { numbers: q, heads: call.heads, head_dim, group, factor: call.attention.factor() };
+    // A part whose chunks are shared out makes its rows ready once for all of them.
+    let shared = |part: &Part<'_>| {
+        let mut shared = F::Queries::default();
+        queries.prepare::<F>(part.span, &part.tokens, 0..kv_heads, &mut shared);
+        shared
+    };
+    let shared: Vec<_> = parts.iter().map(|part| part.by_chunk.then(|| shared(part))).collect();
+    let parts_and_shared = parts.iter().zip(&shared);
     let tasks: Vec<_> =
-        parts.iter().flat_map(|part| part.tasks(kv_heads).map(move |(heads, chunks)| (part, heads, chunks))).collect();
-    let one = |scratch: &mut Scratch<F>, (part, heads, chunks): &(&Part<'_>, Range<usize>, Range<usize>)| {
+        parts_and_shared.flat_map(|part| part.0.tasks(kv_heads).map(move |task| (part, task))).collect();
+    let one = |(scratch, own): &mut (Scratch<F>, F::Queries), (part, task): &((&Part<'_>, &Option<F::Queries>), _)| {
+        let ((part, shared), (heads, chunks)): (_, &(Range<usize>, Range<usize>)) = (part, task);
+        let queries = match shared {
+            Some(shared) => (shared, heads.start * queries.groups(part.tokens.len())),
+            None => {
+                queries.prepare::<F>(part.span, &part.tokens, heads.clone(), own);
+                (&*own, 0)
+            }
+        };
         let ids = &call.plan.blocks[part.span.blocks.clone()];
         let task = Task {
             blocks: Blocks { layer, layout: call.layout, ids, span: part.span },
             attention: call.attention,
-            queries: q,
+            queries,
             group,
             heads: heads.clone(),
             tokens: part.tokens.clone(),
@@ -72,10 +90,10 @@ pub(super) fn attend<F: Format>(layer: &[F::Number], q: &[f32], call: &Call<'_>)
     let work: usize = parts.iter().map(|part| part.tokens.len() * part.chunks).sum::<usize>() * CHUNK * call.heads;
     let alone = work * head_dim < WORTH_A_THREAD;
     let states: Vec<State> = if alone {
-        let mut scratch = Scratch::default();
-        tasks.iter().map(|task| one(&mut scratch, task)).collect()
+        let mut memory = Default::default();
+        tasks.iter().map(|task| one(&mut memory, task)).collect()
     } else {
-        tasks.par_iter().map_init(Scratch::default, one).collect()
+        tasks.par_iter().map_init(Default::default, one).collect()
     };
 
     let mut out = vec![0f32; q.len()];

@@ -16,6 +16,8 @@ pub(super) trait Wide: Copy {
     const COLUMNS: usize;
     /// How many rows a product of integers computes at a time.
     const INT_ROWS: usize;
+    /// How many sums it computes side by side for each of them.
+    const INT_COLUMNS: usize;
 
     /// Runs `run` in a function of its own, which has all registers to itself: for the innermost loops.
     fn apart<R: Run>(run: R) -> R::Output;
@@ -57,6 +59,15 @@ pub(super) trait Wide: Copy {
     fn floats(ints: Self::Ints) -> Self;
     /// Each number rounded to the nearest integer.
     fn rounded(self, to: &mut [i32; LANES]);
+
+    /// Each number, from 0 to below `2^(8 + SHIFT)`, rounded to the nearest integer and cut in two: `(high << SHIFT) + low`.
+    #[inline(always)]
+    fn split<const SHIFT: i32>(self, high: &mut [u8; LANES], low: &mut [u8; LANES]) {
+        let mut ints = [0; LANES];
+        self.rounded(&mut ints);
+        *high = ints.map(|x| (x >> SHIFT) as u8);
+        *low = ints.map(|x| (x & ((1 << SHIFT) - 1)) as u8);
+    }
 }
 
 /// The largest of sixteen numbers.

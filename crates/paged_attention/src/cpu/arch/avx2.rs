@@ -50,6 +50,7 @@ impl Avx2 {
 impl Wide for Avx2 {
     const COLUMNS: usize = 1;
     const INT_ROWS: usize = 2;
+    const INT_COLUMNS: usize = 1;
 
     #[inline(always)]
     fn apart<R: Run>(call: R) -> R::Output {

@@ -43,6 +43,7 @@ macro_rules! instruction {
 impl Wide for Avx512 {
     const COLUMNS: usize = 4;
     const INT_ROWS: usize = 4;
+    const INT_COLUMNS: usize = 2;
 
     #[inline(always)]
     fn apart<R: Run>(call: R) -> R::Output {
@@ -165,5 +166,16 @@ impl Wide for Avx512 {
     #[inline(always)]
     fn rounded(self, to: &mut [i32; LANES]) {
         instruction!(_mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_cvtps_epi32(self.0)));
+    }
+
+    #[inline(always)]
+    fn split<const SHIFT: i32>(self, high: &mut [u8; LANES], low: &mut [u8; LANES]) {
+        instruction!({
+            let ints = _mm512_cvtps_epi32(self.0);
+            let upper = _mm512_srlv_epi32(ints, _mm512_set1_epi32(SHIFT));
+            let lower = _mm512_and_si512(ints, _mm512_set1_epi32((1 << SHIFT) - 1));
+            _mm_storeu_si128(high.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(upper));
+            _mm_storeu_si128(low.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(lower));
+        });
     }
 }

@@ -63,6 +63,7 @@ fn shift(x: float32x4_t) -> float32x4_t {
 impl Wide for Neon {
     const COLUMNS: usize = 1;
     const INT_ROWS: usize = 2;
+    const INT_COLUMNS: usize = 1;
 
     #[inline(always)]
     fn apart<R: Run>(call: R) -> R::Output {

@@ -22,6 +22,7 @@ impl Portable {
 impl Wide for Portable {
     const COLUMNS: usize = 1;
     const INT_ROWS: usize = 2;
+    const INT_COLUMNS: usize = 1;
 
     #[inline(always)]
     fn apart<R: Run>(run: R) -> R::Output {

@@ -26,7 +26,7 @@ pub(super) trait Format: 'static {
     /// What a tensor holds.
     type Number: Copy + Default + Send + Sync;
     /// Query rows, made ready for products.
-    type Queries: Default;
+    type Queries: Default + Send + Sync;
 
     /// Stores one token's key and value in one head of a block.
     fn store(layout: &KvLayout, block: &mut [Self::Number], offset: usize, head: usize, k: &[f32], v: &[f32]);
@@ -76,6 +76,5 @@ pub(super) trait Format: 'static {
 /// Memory for what a format makes of weights.
 #[derive(Default)]
 pub(super) struct Space {
-    pub(super) bytes: Vec<int8::Weights>,
-    pub(super) scales: Vec<f32>,
+    weights: Vec<int8::Weights>,
 }

@@ -1,0 +1,111 @@
+//! One new token for each sequence, beside the memory's floor and candle's own attention.
+
+use std::cell::Cell;
+use std::hint::black_box;
+
+use anyhow::{Result, ensure};
+use benches::{Contender, Race, Record};
+use candle_core::{CpuStorage, D, Storage, Tensor};
+use candle_nn::attention::{AttnMask, flash_attn};
+use candle_nn::ops::softmax_last_dim;
+use half::f16;
+use paged_attention::{Attention, KvDtype};
+
+use crate::case::Case;
+use crate::{SECONDS, floor};
+
+/// One layer after the other, round and round. Who reads the same layers takes the same turns: nobody finds in a cache what
+/// another has just read.
+struct Turn(Cell<usize>);
+
+impl Turn {
+    fn next(&self, layers: usize) -> usize {
+        self.0.set((self.0.get() + 1) % layers);
+        self.0.get()
+    }
+}
+
+/// Calls `read` with a layer's numbers, one, two or four bytes each, as words of four.
+fn with_words<R>(layer: &Tensor, read: impl FnOnce(&[u32]) -> R) -> Result<R> {
+    let (guard, place) = layer.storage_and_layout();
+    let own = place.start_offset()..place.start_offset() + layer.elem_count();
+    Ok(match &*guard {
+        Storage::Cpu(CpuStorage::F32(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
+        Storage::Cpu(CpuStorage::F16(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
+        Storage::Cpu(CpuStorage::BF16(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
+        Storage::Cpu(CpuStorage::U8(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
+        _ => anyhow::bail!("the floor is read on a CPU"),
+    })
+}
+
+/// Measures one new token for each sequence. Runs on the threads of the current pool.
+pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
+    let (cache, mut tables) = case.filled()?;
+    let layers = case.layers();
+    let order: Vec<u32> = tables.iter().flat_map(|table| table.blocks()).map(|id| id.index() as u32).collect();
+    let block = cache.bytes_per_block() / layers / 4;
+    ensure!(order.len() * block * 4 >= case.bytes(), "the floor reads all that attention reads");
+
+    let q = case.random(&[case.batch, case.heads, case.head_dim])?;
+    let k = case.random(&[case.batch, case.kv_heads, case.head_dim])?;
+    let attention = Attention::new(case.scale());
+    let mut step = cache.step();
+    for table in &mut tables {
+        step.push(table, &[0])?;
+    }
+    let [paged, peers] = [(); 2].map(|()| Turn(Cell::new(0)));
+    let floor = |read: fn(&[u32], usize, &[u32]) -> u32| {
+        let layer = cache.tensor(paged.next(layers)).expect("the layer exists");
+        black_box(with_words(layer, |words| read(words, block, &order)).expect("it is on a CPU"));
+    };
+    let attend = || {
+        let layer = paged.next(layers);
+        black_box(step.attend(layer, &q, &k, &k, &attention).expect("the shapes fit"));
+    };
+    // Layouts that differ only in blocks have the same peers.
+    let with_peers = case.block_size == 16 && !case.shuffled;
+    let contiguous = if with_peers { case.contiguous()? } else { vec![] };
+    let group = case.heads / case.kv_heads;
+    let grouped_q = (case.random(&[case.batch, case.kv_heads, group, case.head_dim])? * f64::from(case.scale()))?;
+    let flash_q = case.random(&[case.batch, 1, case.heads, case.head_dim])?;
+    let mut contenders: Vec<Contender<'_>> =
+        vec![Box::new(attend), Box::new(|| floor(floor::plain)), Box::new(|| floor(floor::four_streams))];
+    if with_peers {
+        contenders.push(Box::new(|| {
+            let [k, v] = &contiguous[peers.next(layers)];
+            let attend = || -> candle_core::Result<Tensor> {
+                softmax_last_dim(&grouped_q.matmul(&k.transpose(D::Minus1, D::Minus2)?)?)?.matmul(v)
+            };
+            black_box(attend().expect("the shapes fit"));
+        }));
+        // It has neither bf16 nor bytes.
+        if matches!(case.dtype, KvDtype::F32 | KvDtype::F16) {
+            contenders.push(Box::new(|| {
+                let [k, v] = &contiguous[peers.next(layers)];
+                let attend = || -> candle_core::Result<Tensor> {
+                    let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
+                    let scale = case.scale();
+                    match case.dtype {
+                        KvDtype::F16 => flash_attn::<f16>(&flash_q, &k, &v, scale, AttnMask::None, None, None),
+                        _ => flash_attn::<f32>(&flash_q, &k, &v, scale, AttnMask::None, None, None),
+                    }
+                };
+                black_box(attend().expect("the shapes fit"));
+            }));
+        }
+    }
+    let name = case.name();
+    let floors = Race::run(SECONDS, &mut contenders[..3]);
+    let names = ["candle grouped matmuls", "candle-nn flash attention"];
+    let n = contenders.len();
+    let mut peers = vec![];
+    if with_peers {
+        contenders.drain(1..3);
+        let race = Race::run(SECONDS, &mut contenders);
+        peers = names.iter().zip(3..n).map(|(&peer, at)| (peer, Some(race.ratio(at - 2, 0)))).collect();
+    }
+    record.raced(&name, floors.time(0), floors.ratio(1, 0), &peers);
+    record.value(&name, "of four streams", floors.ratio(2, 0), "x");
+    record.value(&name, "bandwidth", case.bytes() as f64 / floors.time(0), "GB/s");
+    Ok(())
+}

@@ -1,0 +1,40 @@
+//! A whole prompt, beside the most multiply-adds that the machine can do.
+
+use std::hint::black_box;
+
+use anyhow::Result;
+use benches::{Contender, Race, Record};
+use paged_attention::{Attention, KvCache, KvShape};
+
+use crate::case::Case;
+use crate::{SECONDS, floor};
+
+/// Measures the prefill of one causal sequence of `case.context` tokens beside the most multiply-adds that these threads can do. Runs on
+/// the threads of the current pool.
+pub(crate) fn prefill(case: &Case, record: &mut Record) -> Result<()> {
+    let shape = KvShape { layers: 1, kv_heads: case.kv_heads, head_dim: case.head_dim };
+    let cache = KvCache::builder(shape).memory(case.bytes() + (1 << 20)).dtype(case.dtype).build()?;
+    let mut table = cache.table();
+    let mut step = cache.step();
+    step.push(&mut table, &vec![0; case.context])?;
+    let q = case.random(&[case.context, case.heads, case.head_dim])?;
+    let k = case.random(&[case.context, case.kv_heads, case.head_dim])?;
+    let attention = Attention::new(case.scale());
+    // Each token sees itself and those before it; a product and a sum for each of its numbers, twice.
+    let multiply_adds = 2 * case.context * (case.context + 1) / 2 * case.heads * case.head_dim;
+    let chains = multiply_adds / floor::CHAINS / case.threads;
+    let mut contenders: Vec<Contender<'_>> = vec![
+        Box::new(|| {
+            black_box(step.attend(0, &q, &k, &k, &attention).expect("the shapes fit"));
+        }),
+        Box::new(|| {
+            black_box(floor::multiply_adds(chains));
+        }),
+    ];
+    let race = Race::run(SECONDS, &mut contenders);
+    drop(contenders);
+    let name = format!("prefill {}", case.name());
+    record.raced(&name, race.time(0), race.ratio(1, 0), &[]);
+    record.value(&name, "useful", 2.0 * multiply_adds as f64 / race.time(0), "GFLOP/s");
+    Ok(())
+}
