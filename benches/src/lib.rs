@@ -10,7 +10,7 @@ mod stopwatch;
 
 pub use machine::Machine;
 pub use race::{Contender, Race};
-pub use record::{Record, Row};
+pub use record::{Record, Row, results};
 pub use stopwatch::Stopwatch;
 
 /// Whether every case is to run once, to see that it works.

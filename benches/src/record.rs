@@ -96,15 +96,25 @@ impl Record {
             let Row { case, metric, value, unit, .. } = row;
             println!("{case:<64} {metric:<16} {value:>13.2} {unit:<4} {:>6}  {peer}", ratio(row.floor_ratio));
         }
-        let file = folder().join(format!("{name}.json"));
-        fs::create_dir_all(folder())?;
+        self.save(name)
+    }
+
+    /// Only writes them, for those that print a table of their own.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written.
+    pub fn save(&self, name: &str) -> Result<()> {
+        let file = results().join(format!("{name}.json"));
+        fs::create_dir_all(results())?;
         fs::write(&file, serde_json::to_string_pretty(self)?)
             .with_context(|| format!("cannot write {}", file.display()))
     }
 }
 
-/// A smoke test's numbers mean nothing, and must not replace those that do.
-fn folder() -> PathBuf {
+/// The folder of the results, `target/benchmarks`. A smoke test's numbers mean nothing, and must not replace those that
+/// do: they have a folder of their own inside.
+pub fn results() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
     let folder = target.join("benchmarks");

@@ -1,0 +1,39 @@
+//! The Azure LLM inference traces: `TIMESTAMP,ContextTokens,GeneratedTokens`.
+
+use anyhow::{Context, Result, ensure};
+use jiff::civil::DateTime;
+
+use super::request::Request;
+
+pub(super) fn parse(text: &str) -> Result<Vec<Request>> {
+    let mut lines = text.lines().zip(1..);
+    let header = lines.next().map(|(line, _)| line.trim());
+    ensure!(
+        header == Some("TIMESTAMP,ContextTokens,GeneratedTokens"),
+        "the first line is not TIMESTAMP,ContextTokens,GeneratedTokens"
+    );
+    let mut first = None;
+    let mut requests = Vec::new();
+    for (line, number) in lines.filter(|(line, _)| !line.trim().is_empty()) {
+        let (time, input, output) = fields(line).with_context(|| format!("line {number}: {line}"))?;
+        let first = *first.get_or_insert(time);
+        requests.push(Request {
+            number: requests.len() as u32,
+            arrival: time.duration_since(first).as_secs_f64(),
+            input,
+            output,
+            prefix: Vec::new(),
+        });
+    }
+    Ok(requests)
+}
+
+fn fields(line: &str) -> Result<(DateTime, usize, usize)> {
+    let mut fields = line.trim().split(',');
+    let mut next = || fields.next().context("three fields are expected");
+    let time = next()?.parse().context("the time is not one")?;
+    let input: usize = next()?.parse().context("the context's tokens are not a number")?;
+    let output: usize = next()?.parse().context("the generated tokens are not a number")?;
+    ensure!(input > 0 && output > 0, "a request has {input} context tokens and {output} generated ones");
+    Ok((time, input, output))
+}

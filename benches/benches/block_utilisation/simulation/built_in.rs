@@ -1,0 +1,94 @@
+//! Workloads that are made, not read: lengths, arrivals and common prefixes drawn from the statistics of public traces,
+//! the same ones every time.
+
+use super::allocator::Pool;
+use super::quantiles::{CODE, CONVERSATION, LONG, Prefixes, Statistics};
+use super::request::{PREFIX_BLOCK, Request};
+
+/// A workload that is always there.
+#[derive(Debug)]
+pub(crate) struct BuiltIn {
+    pub(crate) name: &'static str,
+    /// The pool it is replayed with.
+    pub(crate) pool: Pool,
+    /// How many requests are enough for averages that stand still.
+    pub(crate) requests: usize,
+    statistics: Statistics,
+}
+
+/// The workloads, by their names.
+pub(crate) fn built_in() -> [BuiltIn; 3] {
+    let small = Pool { tokens: 1 << 16, max_len: 1 << 13 };
+    let large = Pool { tokens: 1 << 18, max_len: 1 << 17 };
+    let workload = |name, pool, requests, statistics| BuiltIn { name, pool, requests, statistics };
+    [
+        workload("conversation", small, 6000, CONVERSATION),
+        workload("code", small, 6000, CODE),
+        workload("long_prompts", large, 2000, LONG),
+    ]
+}
+
+impl BuiltIn {
+    /// The first `requests` of the workload, none beyond the maximum length.
+    pub(crate) fn generate(&self, requests: usize) -> Vec<Request> {
+        let Statistics { input, output, gap, mean_gap, prefixes } = &self.statistics;
+        let mut random = Random(0x5EED);
+        let mut made: Vec<Request> = Vec::with_capacity(requests);
+        let mut ids = 1;
+        let mut now = 0.0;
+        while made.len() < requests {
+            let rank = random.share();
+            let quarter = &output[(4.0 * rank) as usize];
+            let input = (input.value(rank).round() as usize).max(1);
+            let output = (quarter.value(random.share()).round() as usize).max(1);
+            let prefix = prefixes.as_ref().map(|prefixes| prefix(prefixes, input, &made, &mut ids, &mut random));
+            let arrival = now;
+            now += gap.value(random.share());
+            if input + output <= self.pool.max_len {
+                let number = made.len() as u32;
+                made.push(Request { number, arrival, input, output, prefix: prefix.unwrap_or_default() });
+            }
+        }
+        // The arrivals keep the trace's rate.
+        if let Some(last) = made.last().map(|last| last.arrival).filter(|&last| last > 0.0) {
+            let scale = mean_gap * (made.len() - 1) as f64 / last;
+            made.iter_mut().for_each(|request| request.arrival *= scale);
+        }
+        made
+    }
+}
+
+/// The ids of a prompt's blocks: the first is everybody's, some continue an earlier request, the rest are new.
+fn prefix(prefixes: &Prefixes, input: usize, earlier: &[Request], ids: &mut u32, random: &mut Random) -> Vec<u32> {
+    let blocks = input.div_ceil(PREFIX_BLOCK);
+    let mut prefix = vec![0];
+    let (continues, age, shared) = (random.share(), random.share(), random.share());
+    if continues < prefixes.continuing {
+        let shared = ((prefixes.shared.value(shared) * blocks as f64).round() as usize).clamp(1, blocks);
+        let age = prefixes.age.value(age) as usize;
+        // Of that age or older, the first that has so much to share.
+        let latest = earlier.len().saturating_sub(age);
+        if let Some(found) = earlier[..latest].iter().rev().find(|request| request.prefix.len() >= shared) {
+            prefix = found.prefix[..shared].to_vec();
+        }
+    }
+    let fresh = blocks - prefix.len();
+    prefix.extend((0..fresh as u32).map(|new| *ids + new));
+    *ids += fresh as u32;
+    prefix
+}
+
+/// SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
+struct Random(u64);
+
+impl Random {
+    /// From 0 up to, but not, 1.
+    fn share(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^= mixed >> 31;
+        (mixed >> 11) as f64 / (1u64 << 53) as f64
+    }
+}

@@ -1,0 +1,41 @@
+//! Mooncake's traces: one JSON object a line, with `timestamp` in milliseconds, `input_length`, `output_length` and
+//! `hash_ids`.
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use super::request::{PREFIX_BLOCK, Request};
+
+#[derive(Deserialize)]
+struct Line {
+    timestamp: f64,
+    input_length: usize,
+    output_length: usize,
+    hash_ids: Vec<u32>,
+}
+
+/// Tokens are numbered by their block's id, in 31 bits.
+const MAX_ID: u32 = (1 << 31) / PREFIX_BLOCK as u32 - 1;
+
+pub(super) fn parse(text: &str) -> Result<Vec<Request>> {
+    let mut requests: Vec<Request> = Vec::new();
+    for (line, number) in text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty()) {
+        let request = request(line, requests.len() as u32).with_context(|| format!("line {number}"))?;
+        requests.push(request);
+    }
+    if let Some(first) = requests.first().map(|request| request.arrival) {
+        requests.iter_mut().for_each(|request| request.arrival -= first);
+    }
+    Ok(requests)
+}
+
+fn request(line: &str, number: u32) -> Result<Request> {
+    let Line { timestamp, input_length: input, output_length: output, hash_ids: prefix } = serde_json::from_str(line)?;
+    ensure!(input > 0 && output > 0, "a request has {input} tokens in and {output} out");
+    let blocks = input.div_ceil(PREFIX_BLOCK);
+    ensure!(prefix.len() <= blocks, "{} ids for {blocks} blocks of {PREFIX_BLOCK} tokens", prefix.len());
+    if let Some(id) = prefix.iter().find(|&&id| id > MAX_ID) {
+        anyhow::bail!("the block id {id} is above {MAX_ID}");
+    }
+    Ok(Request { number, arrival: timestamp / 1000.0, input, output, prefix })
+}
