@@ -42,6 +42,7 @@ impl Blocks {
     }
 
     /// The pool that the blocks belong to.
+    #[inline]
     pub fn pool(&self) -> &BlockPool {
         &self.pool
     }
@@ -99,6 +100,7 @@ impl Blocks {
     ///
     /// [`ReserveError::OutOfBlocks`] when the pool cannot give both the copy and the growth;
     /// [`ReserveError::Storage`] when the copy fails. The list is then what it was before.
+    #[inline]
     pub fn own_and_grow(&mut self, at: usize, n: usize) -> Result<(), ReserveError> {
         let Some(&original) = self.ids.get(at) else {
             return Ok(self.grow(n)?);
@@ -216,6 +218,7 @@ fn add(ids: &mut Ids, run: Range<usize>) {
 impl Deref for Blocks {
     type Target = [BlockId];
 
+    #[inline]
     fn deref(&self) -> &[BlockId] {
         &self.ids
     }

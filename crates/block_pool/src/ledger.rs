@@ -135,6 +135,7 @@ impl Ledger {
     }
 
     /// Makes sure that the caller, who holds `block`, may write to it, and takes `n` more.
+    #[inline]
     pub(crate) fn own(
         &mut self,
         block: BlockId,
@@ -144,6 +145,9 @@ impl Ledger {
     ) -> Result<(Owned, usize), OutOfBlocks> {
         let alone = self.holders[block.index()] == 1;
         if alone && !self.tree.contains(block) {
+            if n == 0 {
+                return Ok((Owned::InPlace, 0));
+            }
             return Ok((Owned::InPlace, self.take(n, last, taken)?));
         }
         let with_copy = n.saturating_add(1);

@@ -82,11 +82,13 @@ impl BlockPool {
     }
 
     /// How many blocks the pool has.
+    #[inline]
     pub fn blocks(&self) -> usize {
         self.0.blocks
     }
 
     /// How many tokens a block holds.
+    #[inline]
     pub fn block_size(&self) -> usize {
         self.0.block_size
     }
@@ -108,6 +110,7 @@ impl BlockPool {
     }
 
     /// How many blocks `tokens` tokens need.
+    #[inline]
     pub fn blocks_for(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.block_size())
     }

@@ -23,13 +23,24 @@ const ROOT: NodeKey = 0;
 struct Node {
     kind: Kind,
     /// Sorted by tokens.
-    children: SmallVec<[NodeKey; 4]>,
+    children: SmallVec<[Child; 2]>,
+}
+
+/// A child beside the first of its tokens, which tells most children apart without reading their blocks.
+#[derive(Debug, Clone, Copy)]
+struct Child {
+    first: u32,
+    node: NodeKey,
 }
 
 #[derive(Debug)]
 enum Kind {
-    Root(Salt),
-    Block { id: BlockId, parent: NodeKey },
+    /// Boxed: there are few roots, and all other nodes are smaller for it.
+    Root(Box<Salt>),
+    Block {
+        id: BlockId,
+        parent: NodeKey,
+    },
 }
 
 #[derive(Debug)]
@@ -48,7 +59,7 @@ pub(crate) struct PrefixTree {
 impl PrefixTree {
     pub(crate) fn new(blocks: usize, block_size: usize) -> Self {
         let mut nodes = Slab::new();
-        nodes.insert(Node { kind: Kind::Root(Salt::none()), children: SmallVec::new() });
+        nodes.insert(Node { kind: Kind::Root(Box::default()), children: SmallVec::new() });
         Self { nodes, roots: HashMap::new(), node_of: vec![0; blocks], tokens: Vec::new(), block_size }
     }
 
@@ -79,9 +90,9 @@ impl PrefixTree {
         let key = match children.as_slice() {
             [] => return None,
             // Most prefixes do not branch.
-            &[only] if self.tokens_of(only) == tokens => only,
+            &[only] if self.tokens_of(only.node) == tokens => only.node,
             [_] => return None,
-            _ => children[self.search(parent, tokens).ok()?],
+            _ => children[self.search(parent, tokens).ok()?].node,
         };
         self.block(key).map(|id| (key, id))
     }
@@ -95,7 +106,7 @@ impl PrefixTree {
         // In sorted order the longest common prefix is with a neighbour.
         children[at.saturating_sub(1)..children.len().min(at + 1)]
             .iter()
-            .filter_map(|&key| Some((self.block(key)?, common(self.tokens_of(key), tokens))))
+            .filter_map(|child| Some((self.block(child.node)?, common(self.tokens_of(child.node), tokens))))
             .max_by_key(|&(_, matching)| matching)
             .filter(|&(_, matching)| matching > 0)
     }
@@ -120,7 +131,8 @@ impl PrefixTree {
         if let Some(root) = self.node(salt, None) {
             return root;
         }
-        let root = self.nodes.insert(Node { kind: Kind::Root(salt.clone()), children: SmallVec::new() }) as NodeKey;
+        let root =
+            self.nodes.insert(Node { kind: Kind::Root(Box::new(salt.clone())), children: SmallVec::new() }) as NodeKey;
         self.roots.insert(salt.clone(), root);
         root
     }
@@ -132,21 +144,22 @@ impl PrefixTree {
         let at = match self.search(parent, tokens) {
             Err(at) => at,
             Ok(at) => {
-                let same = self.nodes[parent as usize].children[at];
+                let same = self.nodes[parent as usize].children[at].node;
                 return self.block(same).map_or(Ok(same), |id| Err((same, id)));
             }
         };
+        let first = first(tokens);
         let node = Node { kind: Kind::Block { id, parent }, children: SmallVec::new() };
         let key = self.nodes.insert(node) as NodeKey;
         self.node_of[id.index()] = key;
-        self.nodes[parent as usize].children.insert(at, key);
+        self.nodes[parent as usize].children.insert(at, Child { first, node: key });
         Ok(key)
     }
 
     /// The block behind `id` that was stored last in the order of tokens, if any is.
     pub(crate) fn last_child(&self, id: BlockId) -> Option<BlockId> {
         let node = self.node_of[id.index()];
-        self.nodes[node as usize].children.last().and_then(|&child| self.block(child))
+        self.nodes[node as usize].children.last().and_then(|child| self.block(child.node))
     }
 
     /// Forgets a block that has no children.
@@ -154,13 +167,18 @@ impl PrefixTree {
         let key = std::mem::take(&mut self.node_of[id.index()]);
         let Kind::Block { parent, .. } = self.nodes[key as usize].kind else { return };
         debug_assert!(self.nodes[key as usize].children.is_empty(), "children go before their parent");
-        if let Ok(at) = self.search(parent, self.tokens(id)) {
+        // An only child is known without its tokens, which are not in any cache by now.
+        let at = match self.nodes[parent as usize].children.len() {
+            1 => Ok(0),
+            _ => self.search(parent, self.tokens(id)),
+        };
+        if let Ok(at) = at {
             self.nodes[parent as usize].children.remove(at);
         }
         self.nodes.remove(key as usize);
         let parent_node = &self.nodes[parent as usize];
         if let (Kind::Root(salt), true, true) = (&parent_node.kind, parent_node.children.is_empty(), parent != ROOT) {
-            self.roots.remove(salt);
+            self.roots.remove(&**salt);
             self.nodes.remove(parent as usize);
         }
     }
@@ -168,7 +186,7 @@ impl PrefixTree {
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.nodes.clear();
-        self.nodes.insert(Node { kind: Kind::Root(Salt::none()), children: SmallVec::new() });
+        self.nodes.insert(Node { kind: Kind::Root(Box::default()), children: SmallVec::new() });
         self.roots.clear();
         self.node_of.fill(0);
     }
@@ -182,7 +200,7 @@ impl PrefixTree {
         let root = parent(*ids.first()?)?;
         let Kind::Root(salt) = &self.nodes[root as usize].kind else { return None };
         let steps = ids.windows(2).take_while(|pair| parent(pair[1]) == Some(self.node_of[pair[0].index()])).count();
-        Some((salt.clone(), 1 + steps))
+        Some(((**salt).clone(), 1 + steps))
     }
 
     /// The events that would have built this tree: parents before their children.
@@ -192,12 +210,12 @@ impl PrefixTree {
             .nodes
             .iter()
             .filter_map(|(key, node)| match &node.kind {
-                Kind::Root(salt) => Some((key as NodeKey, None, salt)),
+                Kind::Root(salt) => Some((key as NodeKey, None, &**salt)),
                 Kind::Block { .. } => None,
             })
             .collect();
         while let Some((key, parent, salt)) = open.pop() {
-            for &child in &self.nodes[key as usize].children {
+            for &Child { node: child, .. } in &self.nodes[key as usize].children {
                 let Some(block) = self.block(child) else { continue };
                 let tokens = self.tokens_of(child).to_vec();
                 events.push(PoolEvent::Stored { block, parent, tokens, salt: salt.clone() });
@@ -210,15 +228,18 @@ impl PrefixTree {
     /// What is wrong with the tree, if anything is.
     pub(crate) fn inconsistency(&self) -> Option<String> {
         for (key, node) in &self.nodes {
-            if !node.children.is_sorted_by(|&a, &b| self.tokens_of(a) < self.tokens_of(b)) {
+            if !node.children.is_sorted_by(|a, b| self.tokens_of(a.node) < self.tokens_of(b.node)) {
                 return Some(format!("the children of node {key} are out of order"));
+            }
+            if node.children.iter().any(|child| child.first != first(self.tokens_of(child.node))) {
+                return Some(format!("a child of node {key} stands beside the wrong token"));
             }
             let known = match &node.kind {
                 Kind::Root(salt) => self.node(salt, None) == Some(key as NodeKey),
                 Kind::Block { id, parent } => {
                     let siblings = self.nodes.get(*parent as usize).map(|parent| &parent.children);
                     self.node_of[id.index()] as usize == key
-                        && siblings.is_some_and(|siblings| siblings.contains(&(key as NodeKey)))
+                        && siblings.is_some_and(|siblings| siblings.iter().any(|child| child.node as usize == key))
                 }
             };
             if !known {
@@ -234,12 +255,17 @@ impl PrefixTree {
         let children = &self.nodes[parent as usize].children;
         match children.as_slice() {
             [] => Err(0),
-            &[only] => match self.tokens_of(only).cmp(tokens) {
+            &[only] => match self.tokens_of(only.node).cmp(tokens) {
                 Ordering::Equal => Ok(0),
                 Ordering::Less => Err(1),
                 Ordering::Greater => Err(0),
             },
-            children => children.binary_search_by(|&child| self.tokens_of(child).cmp(tokens)),
+            children => {
+                let first = first(tokens);
+                children.binary_search_by(|child| {
+                    child.first.cmp(&first).then_with(|| self.tokens_of(child.node).cmp(tokens))
+                })
+            }
         }
     }
 
@@ -253,6 +279,11 @@ impl PrefixTree {
     fn tokens_of(&self, key: NodeKey) -> &[u32] {
         self.block(key).map_or(&[], |id| self.tokens(id))
     }
+}
+
+/// The first of a block's tokens. Of none, which come before all others, 0: as the smallest token does.
+fn first(tokens: &[u32]) -> u32 {
+    tokens.first().copied().unwrap_or(0)
 }
 
 /// How many tokens two sequences share at their start.

@@ -110,11 +110,13 @@ impl BlockTable {
     }
 
     /// The pool the blocks come from.
+    #[inline]
     pub fn pool(&self) -> &BlockPool {
         self.blocks.pool()
     }
 
     /// How many tokens the sequence has, those that its window has left behind included.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
@@ -125,6 +127,7 @@ impl BlockTable {
     }
 
     /// The first position for which there is no slot yet.
+    #[inline]
     pub fn capacity(&self) -> usize {
         (self.blocks.len() + self.gap) * self.pool().block_size()
     }
@@ -188,6 +191,12 @@ impl BlockTable {
         if n == 0 {
             return Ok(());
         }
+        // What a decode step does nearly always: the token falls into the last block. No division.
+        let capacity = self.capacity();
+        let inside = self.len.saturating_add(n) <= capacity && capacity - self.len <= self.pool().block_size();
+        if inside && self.gap == 0 {
+            return self.blocks.own_and_grow(self.blocks.len() - 1, 0);
+        }
         let needed = self.pool().blocks_for(self.len.saturating_add(n));
         let growth = needed.saturating_sub(self.blocks.len() + self.gap);
         match self.place(self.len / self.pool().block_size()) {
@@ -217,6 +226,13 @@ impl BlockTable {
     pub fn commit_tokens(&mut self, tokens: &[u32]) -> Result<(), NotReserved> {
         self.check_reserved(tokens.len())?;
         let block_size = self.pool().block_size();
+        if let (Some(tail), None) = (&mut self.tail, self.window)
+            && tail.len() + tokens.len() < block_size
+        {
+            tail.extend_from_slice(tokens);
+            self.len += tokens.len();
+            return Ok(());
+        }
         let first = self.len / block_size;
         self.len += tokens.len();
         if self.len / block_size == first {
@@ -302,6 +318,7 @@ impl BlockTable {
         }
     }
 
+    #[inline]
     fn check_reserved(&self, n: usize) -> Result<(), NotReserved> {
         let reserved = self.capacity() - self.len;
         if n > reserved { Err(NotReserved { committed: n, reserved }) } else { Ok(()) }
