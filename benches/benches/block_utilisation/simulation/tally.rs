@@ -30,9 +30,14 @@ pub(crate) struct Outcome {
     found: u64,
     preemptions: u64,
     skipped: u32,
-    bookkeeping: Duration,
-    pub(crate) steps: u64,
+    /// The books of some steps, and the tokens generated in them.
+    window: (Duration, usize),
+    /// Nanoseconds for each token, of each window.
+    windows: Vec<f64>,
 }
+
+/// Tokens that are timed together: enough for many requests to come and go meanwhile.
+const WINDOW: usize = 10_000;
 
 impl Outcome {
     pub(crate) fn of(pool: usize) -> Self {
@@ -41,7 +46,6 @@ impl Outcome {
 
     /// Adds a step that took `seconds`, and what the memory held meanwhile.
     pub(crate) fn add(&mut self, step: &Step, usage: &Usage, seconds: f64) {
-        self.steps += 1;
         self.seconds += seconds;
         self.live += usage.live as f64 * seconds;
         self.reserved += usage.reserved as f64 * seconds;
@@ -56,7 +60,12 @@ impl Outcome {
         self.found += step.found as u64;
         self.preemptions += step.preempted as u64;
         self.skipped = self.skipped.max(step.skipped);
-        self.bookkeeping += step.bookkeeping;
+        self.window.0 += step.bookkeeping;
+        self.window.1 += step.generated;
+        if step.bookkeeping > Duration::ZERO && self.window.1 >= WINDOW {
+            let (time, tokens) = std::mem::take(&mut self.window);
+            self.windows.push(time.as_nanos() as f64 / tokens.max(1) as f64);
+        }
     }
 
     /// Places with tokens, of all places of the pool.
@@ -103,9 +112,11 @@ impl Outcome {
     }
 
     /// Nanoseconds in the books for each token generated, everything included: admission, prompts, growth, leaving.
-    /// None for models, which keep no books.
+    /// The median of windows of steps, since neighbours of the machine disturb some. None for models, which keep no books.
     pub(crate) fn ns_per_token(&self) -> Option<f64> {
-        (!self.bookkeeping.is_zero()).then(|| share(self.bookkeeping.as_nanos() as f64, self.generated as f64))
+        let mut windows = self.windows.clone();
+        windows.sort_by(f64::total_cmp);
+        windows.get(windows.len() / 2).copied()
     }
 }
 
