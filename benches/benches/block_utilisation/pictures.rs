@@ -13,6 +13,7 @@ use crate::simulation::{ALLOCATORS, BLOCK_SIZES, Sample};
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 const SIZE: (u32, u32) = (860, 420);
+const OVER_TIME: &str = "pool_over_time.svg";
 const FONT: &str = "sans-serif";
 const COLOURS: [RGBColor; 3] = [RGBColor(38, 99, 171), RGBColor(224, 130, 20), RGBColor(84, 150, 72)];
 
@@ -27,7 +28,7 @@ pub(crate) fn draw(report: &Report, folder: &Path) -> Result<Vec<PathBuf>> {
     let pictures: [(&str, Draw); 3] = [
         ("utilisation_by_allocator.svg", by_allocator),
         ("utilisation_by_block_size.svg", by_block_size),
-        ("pool_over_time.svg", over_time),
+        (OVER_TIME, over_time),
     ];
     let draw = |(name, draw): (&str, Draw)| {
         let file = folder.join(name);
@@ -38,7 +39,10 @@ pub(crate) fn draw(report: &Report, folder: &Path) -> Result<Vec<PathBuf>> {
         drop(area);
         Ok(file)
     };
-    pictures.into_iter().map(draw).collect()
+    let timed = report.rows.iter().any(|row| row.allocator == "paged_kv" && !row.samples.is_empty());
+    let saturated = !saturated(report).is_empty();
+    let pictured = pictures.into_iter().filter(|(name, _)| if *name == OVER_TIME { timed } else { saturated });
+    pictured.map(draw).collect()
 }
 
 /// Those with a queue that is never empty.
@@ -65,7 +69,7 @@ fn by_allocator(report: &Report, area: &Area<'_>) -> Result<()> {
         .light_line_style(WHITE)
         .x_labels(0)
         .y_labels(12)
-        .y_label_formatter(&|y| if *y > 100.0 { String::new() } else { format!("{y:.0} %") })
+        .y_label_formatter(&percent_label)
         .label_style((FONT, 14))
         .draw()?;
     let width = 0.84 / workloads.len().max(1) as f64;
@@ -136,6 +140,11 @@ fn by_block_size(report: &Report, area: &Area<'_>) -> Result<()> {
     legend(&mut chart, SeriesLabelPosition::LowerLeft)
 }
 
+/// Room above is for the legend.
+fn percent_label(y: &f64) -> String {
+    if *y > 100.0 { String::new() } else { format!("{y:.0} %") }
+}
+
 /// Its label, its colour and the tokens that it shows.
 type Series<'a> = (&'a str, RGBColor, &'a dyn Fn(&Sample) -> usize);
 
@@ -158,12 +167,12 @@ fn over_time(report: &Report, area: &Area<'_>) -> Result<()> {
         .margin(14)
         .x_label_area_size(40)
         .y_label_area_size(52)
-        .build_cartesian_2d(0.0..end, 0.0..100.0)?;
+        .build_cartesian_2d(0.0..end, 0.0..145.0)?;
     chart
         .configure_mesh()
         .light_line_style(WHITE)
         .x_desc("seconds")
-        .y_label_formatter(&|y| format!("{y:.0} %"))
+        .y_label_formatter(&percent_label)
         .label_style((FONT, 14))
         .draw()?;
     // From the back to the front: each is drawn over what it is a part of.

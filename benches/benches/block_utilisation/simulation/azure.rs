@@ -37,3 +37,21 @@ fn fields(line: &str) -> Result<(DateTime, usize, usize)> {
     ensure!(input > 0 && output > 0, "a request has {input} context tokens and {output} generated ones");
     Ok((time, input, output))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_is_read_and_a_wrong_line_is_named() {
+        let header = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n";
+        let two = format!("{header}2023-11-16 18:15:46.6805900,374,44\r\n2023-11-16 18:15:50.9305900,396,109\r\n");
+        let requests = parse(&two).expect("both lines are right");
+        let numbers: Vec<_> = requests.iter().map(|r| (r.number, r.arrival, r.input, r.output)).collect();
+        assert_eq!(numbers, [(0, 0.0, 374, 44), (1, 4.25, 396, 109)]);
+        let wrong = format!("{two}2023-11-16 18:15:50.9305900,0,109\n");
+        let error = parse(&wrong).expect_err("no context");
+        assert!(format!("{error:#}").starts_with("line 4"), "{error:#}");
+        assert!(parse("a,b,c\n").is_err() && parse("").is_err());
+    }
+}

@@ -39,3 +39,19 @@ impl Buddies {
         self.free[order].insert(start);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_are_split_and_become_whole_again() {
+        let mut memory = Buddies::new(8 + 2);
+        let (a, b, c) = (memory.take(1), memory.take(1), memory.take(2));
+        assert_eq!((a, b, c), (Some(8), Some(0), Some(4)));
+        assert_eq!(memory.take(2), None, "two are free, and no four side by side");
+        memory.give_back(0, 1);
+        memory.give_back(4, 2);
+        assert_eq!(memory.take(3), Some(0));
+    }
+}

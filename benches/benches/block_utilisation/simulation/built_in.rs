@@ -92,3 +92,29 @@ impl Random {
         (mixed >> 11) as f64 / (1u64 << 53) as f64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Means counted from the traces, requests beyond the maximum length left out: prompt, answer, seconds between
+    /// arrivals.
+    const MEANS: [(f64, f64, f64); 3] = [(1154.0, 211.1, 0.181), (2047.8, 27.9, 0.390), (12_035.0, 342.6, 0.294)];
+
+    #[test]
+    fn what_is_made_is_like_the_traces() {
+        for (workload, (input, output, gap)) in built_in().iter().zip(MEANS) {
+            let requests = workload.generate(6000);
+            let mean =
+                |value: &dyn Fn(&Request) -> f64| requests.iter().map(value).sum::<f64>() / requests.len() as f64;
+            let near = |made: f64, counted: f64| {
+                assert!((made / counted - 1.0).abs() < 0.06, "{workload:?}: {made}, {counted}")
+            };
+            near(mean(&|request| request.input as f64), input);
+            near(mean(&|request| request.output as f64), output);
+            near(requests[5999].arrival / 5999.0, gap);
+            assert!(requests.is_sorted_by(|a, b| a.arrival <= b.arrival));
+            assert_eq!(requests, workload.generate(6000), "the same every time");
+        }
+    }
+}

@@ -39,3 +39,22 @@ fn request(line: &str, number: u32) -> Result<Request> {
     }
     Ok(Request { number, arrival: timestamp / 1000.0, input, output, prefix })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_ids_are_the_same_tokens_and_nothing_else_is() {
+        let line = |ids: &str| {
+            format!("{{\"timestamp\": 3000, \"input_length\": 1000, \"output_length\": 5, \"hash_ids\": {ids}}}\n")
+        };
+        let requests = parse(&(line("[0, 1]") + &line("[0, 2]"))).expect("both lines are right");
+        let [a, b] = &requests[..] else { unreachable!("{} requests", requests.len()) };
+        assert_eq!((a.arrival, a.total()), (0.0, 1004));
+        assert!((0..512).all(|position| a.token(position) == b.token(position)));
+        assert!((512..1004).all(|position| a.token(position) != b.token(position)));
+        assert!(parse(&line("[0, 1, 2]")).is_err(), "three ids for two blocks");
+        assert!(parse(&line("[4194304, 1]")).is_err(), "an id beyond 31 bits of tokens");
+    }
+}

@@ -52,3 +52,20 @@ impl Regions {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_back_joins_its_neighbours() {
+        let mut memory = Regions::new(10);
+        assert_eq!((memory.take(4), memory.take(4), memory.take(3)), (Some(0), Some(4), None));
+        assert!(memory.take_at(8, 2) && !memory.take_at(8, 1));
+        memory.give_back(0, 4);
+        memory.give_back(8, 2);
+        assert_eq!(memory.take(5), None, "four and two are free, and something between");
+        memory.give_back(4, 4);
+        assert_eq!(memory.take(10), Some(0));
+    }
+}

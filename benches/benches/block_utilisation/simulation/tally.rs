@@ -62,9 +62,8 @@ impl Outcome {
         self.skipped = self.skipped.max(step.skipped);
         self.window.0 += step.bookkeeping;
         self.window.1 += step.generated;
-        if step.bookkeeping > Duration::ZERO && self.window.1 >= WINDOW {
-            let (time, tokens) = std::mem::take(&mut self.window);
-            self.windows.push(time.as_nanos() as f64 / tokens.max(1) as f64);
+        if !self.window.0.is_zero() && self.window.1 >= WINDOW {
+            self.windows.push(per_token(std::mem::take(&mut self.window)));
         }
     }
 
@@ -115,9 +114,16 @@ impl Outcome {
     /// The median of windows of steps, since neighbours of the machine disturb some. None for models, which keep no books.
     pub(crate) fn ns_per_token(&self) -> Option<f64> {
         let mut windows = self.windows.clone();
+        if windows.is_empty() && !self.window.0.is_zero() {
+            windows.push(per_token(self.window));
+        }
         windows.sort_by(f64::total_cmp);
         windows.get(windows.len() / 2).copied()
     }
+}
+
+fn per_token((time, tokens): (Duration, usize)) -> f64 {
+    time.as_nanos() as f64 / tokens.max(1) as f64
 }
 
 fn share(of: f64, all: f64) -> f64 {
