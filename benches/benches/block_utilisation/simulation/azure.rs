@@ -39,6 +39,7 @@ fn fields(line: &str) -> Result<(DateTime, usize, usize)> {
 }
 
 #[cfg(test)]
+#[allow(unused_imports, dead_code, reason = "a benchmark is built with cfg(test) and without its tests")]
 mod tests {
     use super::*;
 

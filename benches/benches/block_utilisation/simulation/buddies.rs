@@ -41,6 +41,7 @@ impl Buddies {
 }
 
 #[cfg(test)]
+#[allow(unused_imports, dead_code, reason = "a benchmark is built with cfg(test) and without its tests")]
 mod tests {
     use super::*;
 

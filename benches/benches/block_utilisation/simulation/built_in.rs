@@ -94,6 +94,7 @@ impl Random {
 }
 
 #[cfg(test)]
+#[allow(unused_imports, dead_code, reason = "a benchmark is built with cfg(test) and without its tests")]
 mod tests {
     use super::*;
 

@@ -41,6 +41,7 @@ fn request(line: &str, number: u32) -> Result<Request> {
 }
 
 #[cfg(test)]
+#[allow(unused_imports, dead_code, reason = "a benchmark is built with cfg(test) and without its tests")]
 mod tests {
     use super::*;
 

@@ -54,6 +54,7 @@ impl Regions {
 }
 
 #[cfg(test)]
+#[allow(unused_imports, dead_code, reason = "a benchmark is built with cfg(test) and without its tests")]
 mod tests {
     use super::*;
 
