@@ -74,6 +74,18 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
+    /// Measure decoding and prefill at the given batches and contexts, and nothing else
+    #[arg(long, conflicts_with_all = ["prompts", "json"])]
+    pub measure: bool,
+
+    /// Sequences that decode together, for --measure
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [8], requires = "measure")]
+    pub batch: Vec<usize>,
+
+    /// Tokens that each sequence has in the cache, for --measure
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [128, 1024, 4096], requires = "measure")]
+    pub context: Vec<usize>,
+
     /// Compute every sequence again, alone, with candle's own model and contiguous cache, and compare token for token
     #[cfg(feature = "verify")]
     #[arg(long)]
@@ -81,7 +93,7 @@ pub struct Args {
 
     /// Measure decoding in batches of 1 and 8 beside candle's own loop, and nothing else
     #[cfg(feature = "verify")]
-    #[arg(long, conflicts_with_all = ["verify", "prompts", "json"])]
+    #[arg(long, conflicts_with_all = ["verify", "measure", "prompts", "json"])]
     pub compare: bool,
 }
 

@@ -14,7 +14,7 @@ use crate::model::Model;
 use crate::sampling::{Random, Sampling};
 
 /// New tokens of one step, at most: long prompts are computed in pieces, so that the others go on talking.
-const STEP_TOKENS: usize = 512;
+pub(crate) const STEP_TOKENS: usize = 512;
 
 /// A prompt in tokens, and how long its answer may be.
 #[derive(Debug, Clone)]

@@ -2,11 +2,12 @@
 //!
 //! A prompt's way: [`model_file`] finds the model, [`tokenizer`] and [`chat`] turn the prompt into tokens, the
 //! [`engine`] keeps as many sequences running as fit into the pool, [`model`] computes one step for all of them,
-//! [`sampling`] picks their next tokens, and [`report`] shows what came of it.
+//! [`sampling`] picks their next tokens, and [`report`] shows what came of it. [`measure`] says how fast all that is.
 
 pub mod args;
 pub mod chat;
 pub mod engine;
+pub mod measure;
 pub mod model;
 pub mod model_file;
 pub mod prompts;

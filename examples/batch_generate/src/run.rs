@@ -5,12 +5,13 @@ use std::io::{BufWriter, Write as _};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use paged_attention::KvCache;
+use paged_attention::{KvCache, KvDtype};
 
 use crate::args::Args;
 use crate::chat::ChatTemplate;
 use crate::engine::{self, Outcome, Request, Settings};
-use crate::model::{Gguf, Model};
+use crate::measure::Measured;
+use crate::model::{Gguf, Model, Weights};
 use crate::model_file;
 use crate::prompts::{self, Prompt};
 use crate::report::Report;
@@ -42,6 +43,9 @@ pub fn run(args: &Args) -> Result<()> {
     let template = ChatTemplate::from_gguf(&gguf.content)?;
     let model = Model::load(&mut gguf)?;
 
+    if args.measure {
+        return measure(args, &model);
+    }
     #[cfg(feature = "verify")]
     if args.compare {
         return crate::candle_loop::compare(&file.path, &model, args.kv_dtype.into(), args.weights);
@@ -82,6 +86,25 @@ pub fn run(args: &Args) -> Result<()> {
         };
         write().with_context(|| format!("cannot write {}", path.display()))?;
     }
+    Ok(())
+}
+
+/// Measures, and prints what came of it.
+fn measure(args: &Args, model: &Model) -> Result<()> {
+    let bar = ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{elapsed_precise} {msg}")?);
+    let progress = |line: &str| {
+        bar.set_message(line.to_owned());
+        bar.tick();
+    };
+    let dtype = KvDtype::from(args.kv_dtype);
+    let measured = Measured::take(model, dtype, &args.batch, &args.context, progress);
+    bar.finish_and_clear();
+    let weights = match args.weights {
+        Weights::F32 => "f32",
+        Weights::Stored => "as stored",
+    };
+    let threads = candle_core::utils::get_num_threads();
+    print!("weights {weights}, keys and values {dtype}, {threads} threads\n{}", measured?);
     Ok(())
 }
 

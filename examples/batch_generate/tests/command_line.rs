@@ -64,6 +64,25 @@ fn prompts_are_answered_and_reported() {
 }
 
 #[test]
+fn batches_and_contexts_are_measured() {
+    let world = World::new();
+    let args = ["--measure", "--batch", "1,3", "--context", "16,32,100"];
+    let table = contains("of 16's").and(contains(" threads"));
+    command(&world.model, &args)
+        .assert()
+        .success()
+        .stdout(table.and(predicates::str::is_match("(?m)^    3      100 ").unwrap()));
+    let refused = |args: &[&str], message| refused(&world.model, args, message);
+    refused(&["--measure", "--batch", "0"], "a batch of 0");
+    refused(&["--measure", "--context", "0"], "a context of 0");
+    refused(&["--measure", "--context", "300"], "the model's context is 256 tokens");
+    refused(&["--measure", "--context", "16", "--batch", "99999999999999"], "error:");
+    refused(&["--measure", "--context", "many"], "many");
+    refused(&["--batch", "4"], "--measure");
+    refused(&["--measure", "--prompts", "x"], "cannot be used with");
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     for flag in ["--help", "--version"] {
         Command::cargo_bin("batch_generate").unwrap().arg(flag).assert().success();
