@@ -32,9 +32,9 @@ oldest-candle:
 verify *args:
     cargo run --release --package batch_generate --features verify -- --verify {{args}}
 
-# The pool beside other block managers; builds them first
-peers:
-    cargo bench --manifest-path benches/peers/Cargo.toml --bench block_managers
+# Beside PyTorch, vLLM, llama.cpp, candle and kvbm-logical: `just peers --quick --only decode`
+peers *args:
+    cargo run --release --manifest-path benches/peers/Cargo.toml -- {{args}}
 
 bench *args:
     cargo bench --package benches {{args}}

@@ -1,37 +1,38 @@
-//! What the benchmarks against other block managers share: the two contestants, behind the same few calls, and the way
-//! they are timed and reported.
+//! The paged KV cache beside its peers, on the same machine in the same run.
 //!
-//! `cargo bench --manifest-path benches/peers/Cargo.toml` writes `target/benchmarks/block_managers.json` of the
-//! repository; with `-- --test` it only shows that everything runs, and writes to `target/benchmarks/smoke/`.
+//! ```sh
+//! cargo run --release --manifest-path benches/peers/Cargo.toml
+//! ```
+//!
+//! A *part* (decode, prefill, append, allocation, generation) has cases; a case has contenders: ours, the machine's floor, and
+//! the peers. They take turns, round after round ([`turns`]); a ratio is the median of each round's ratio. Peers in Python
+//! are long-lived processes ([`child`]) that speak a line of JSON for a line of JSON, in a virtual environment that is made
+//! when it is missing ([`environment`]). Who computes something else than ours is not measured.
 
-mod kvbm;
-// The file itself, not its package: that one builds candle.
+pub mod append;
+pub mod args;
+pub mod attention;
+pub mod bookkeeping;
+pub mod candle;
+pub mod child;
+pub mod environment;
+pub mod floor;
+pub mod generation;
+// The file itself, not its package, which has dependencies of its own.
 #[path = "../../src/machine.rs"]
-mod machine;
-mod ours;
-mod prompts;
-mod race;
-mod report;
-mod threads;
-
-pub use kvbm::{Backend, Kvbm, NAME as KVBM, hashes};
-pub use kvbm_logical::SequenceHash;
-pub use machine::Machine;
-pub use ours::Ours;
-pub use prompts::Prompts;
-pub use race::{Race, Standing};
-pub use report::{Line, Report, Target};
-pub use threads::throughput;
-
-/// Tokens per block, on both sides.
-pub const BLOCK_SIZE: usize = 16;
+pub mod machine;
+pub mod numbers;
+pub mod paged;
+pub mod record;
+pub mod table;
+pub mod turns;
 
 /// Whether everything is to run briefly, to see that it works.
 pub fn is_smoke_test() -> bool {
     std::env::args().any(|arg| arg == "--test")
 }
 
-/// The middle one, in order of size.
+/// The middle one, in order of size; not a number if there is none.
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)

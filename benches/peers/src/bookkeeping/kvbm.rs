@@ -10,18 +10,18 @@ use dynamo_tokens::compute_block_hash_for_tokens;
 use kvbm_logical::manager::LineageEviction;
 use kvbm_logical::{BlockManager, BlockRegistry, ImmutableBlock, MutableBlock, SequenceHash};
 
-use crate::BLOCK_SIZE;
+use super::BLOCK_SIZE;
 
 /// What the record calls it.
-pub const NAME: &str = "kvbm-logical 1.6.1";
+pub(crate) const NAME: &str = "kvbm-logical 1.6.1";
 
 /// Its marker for a tier of storage.
 #[derive(Debug, Clone)]
-pub struct Tier;
+pub(crate) struct Tier;
 
 /// How it keeps the blocks that nobody holds. Its multi-level LRU is left out: that one needs the frequency tracker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Backend {
+pub(crate) enum Backend {
     /// Least recently used first, as ours does.
     Lru,
     /// A hash map, first in first out.
@@ -34,10 +34,10 @@ pub enum Backend {
 
 impl Backend {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Lru, Self::HashMap, Self::Lineage, Self::LineageFifo];
+    pub(crate) const ALL: [Self; 4] = [Self::Lru, Self::HashMap, Self::Lineage, Self::LineageFifo];
 
     /// What the record calls a manager that has it.
-    pub fn peer(self) -> String {
+    pub(crate) fn peer(self) -> String {
         let backend = match self {
             Self::Lru => "lru",
             Self::HashMap => "hashmap",
@@ -49,7 +49,7 @@ impl Backend {
 }
 
 /// A manager, and prompts in it.
-pub struct Kvbm {
+pub(crate) struct Kvbm {
     manager: BlockManager<Tier>,
 }
 
@@ -59,7 +59,7 @@ impl Kvbm {
     /// # Errors
     ///
     /// If it refuses.
-    pub fn new(blocks: usize, backend: Backend) -> Result<Self> {
+    pub(crate) fn new(blocks: usize, backend: Backend) -> Result<Self> {
         let builder = BlockManager::builder().block_count(blocks).block_size(BLOCK_SIZE).registry(BlockRegistry::new());
         let builder = match backend {
             Backend::Lru => builder.with_lru_backend(),
@@ -72,13 +72,13 @@ impl Kvbm {
 
     /// `n` blocks, given back when dropped.
     #[inline]
-    pub fn allocate(&self, n: usize) -> Vec<MutableBlock<Tier>> {
+    pub(crate) fn allocate(&self, n: usize) -> Vec<MutableBlock<Tier>> {
         self.manager.allocate_blocks(n).expect("the pool is large enough")
     }
 
     /// A block for each of `hashes`, registered under it. Dropping the list leaves the blocks inactive.
     #[inline]
-    pub fn publish(&self, hashes: &[SequenceHash]) -> Vec<ImmutableBlock<Tier>> {
+    pub(crate) fn publish(&self, hashes: &[SequenceHash]) -> Vec<ImmutableBlock<Tier>> {
         let blocks = self.allocate(hashes.len()).into_iter().zip(hashes);
         let staged = blocks.map(|(block, &hash)| block.stage(hash, BLOCK_SIZE).expect("the sizes agree"));
         self.manager.register_blocks(staged.collect())
@@ -86,17 +86,17 @@ impl Kvbm {
 
     /// The longest run of registered blocks that `hashes` begins with.
     #[inline]
-    pub fn matching(&self, hashes: &[SequenceHash]) -> Vec<ImmutableBlock<Tier>> {
+    pub(crate) fn matching(&self, hashes: &[SequenceHash]) -> Vec<ImmutableBlock<Tier>> {
         self.manager.match_blocks(hashes)
     }
 
     /// How many blocks `hashes` would find.
-    pub fn matches(&self, hashes: &[SequenceHash]) -> usize {
+    pub(crate) fn matches(&self, hashes: &[SequenceHash]) -> usize {
         self.matching(hashes).len()
     }
 
     /// How many blocks nobody holds.
-    pub fn available(&self) -> usize {
+    pub(crate) fn available(&self) -> usize {
         self.manager.available_blocks()
     }
 }
@@ -109,7 +109,7 @@ impl std::fmt::Debug for Kvbm {
 
 /// The hash of each full block of `tokens`, which stands for the block and all before it.
 #[inline]
-pub fn hashes(tokens: &[u32]) -> Vec<SequenceHash> {
+pub(crate) fn hashes(tokens: &[u32]) -> Vec<SequenceHash> {
     let mut hashes: Vec<SequenceHash> = Vec::with_capacity(tokens.len() / BLOCK_SIZE);
     for block in tokens.chunks_exact(BLOCK_SIZE) {
         let hash = compute_block_hash_for_tokens(block, 0);
@@ -124,7 +124,7 @@ mod tests {
     use kvbm_logical::KvbmSequenceHashProvider;
 
     use super::*;
-    use crate::Prompts;
+    use crate::bookkeeping::Prompts;
 
     #[test]
     fn hashes_are_those_that_its_own_sequences_have() {

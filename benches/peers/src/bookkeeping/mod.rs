@@ -9,10 +9,27 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use peers::{
-    BLOCK_SIZE, Backend, KVBM, Kvbm, Line, Ours, Prompts, Race, Report, SequenceHash, Standing, Target, hashes,
-    is_smoke_test, median, throughput,
-};
+use kvbm_logical::SequenceHash;
+
+use crate::record::Record;
+use crate::{is_smoke_test, median};
+
+mod kvbm;
+mod ours;
+mod prompts;
+mod race;
+mod report;
+mod threads;
+
+use kvbm::{Backend, Kvbm, NAME as KVBM, hashes};
+use ours::Ours;
+use prompts::Prompts;
+use race::{Race, Standing};
+use report::{Line, Report, Target};
+use threads::throughput;
+
+/// Tokens per block, on both sides.
+const BLOCK_SIZE: usize = 16;
 
 const POOL: usize = 4096;
 /// Blocks of a prompt.
@@ -20,7 +37,12 @@ const PROMPT: usize = 64;
 /// Tokens to look a prompt up with: ours leaves at least one for the model to compute.
 const LOOKED_UP: usize = PROMPT * BLOCK_SIZE + 1;
 
-fn main() -> Result<()> {
+/// Prints a table with what we want of each case, and adds its lines to the record.
+///
+/// # Errors
+///
+/// If one of the two does not know what it was given.
+pub fn measure(record: &mut Record) -> Result<()> {
     let mut report = Report::default();
     allocate(&mut report, 1, Target { ratio: Some(3.0), at_most: Some(35.0), ..Target::default() })?;
     allocate(&mut report, PROMPT, Target { ratio: Some(10.0), at_most: Some(4.0), ..Target::default() })?;
@@ -28,7 +50,9 @@ fn main() -> Result<()> {
     match_remembered(&mut report, Target { ratio: Some(5.0), at_most: Some(30.0), ..Target::default() })?;
     publish_and_evict(&mut report, Target { ratio: Some(6.0), ..Target::default() })?;
     two_threads(&mut report, Target { at_least: Some(1.0), ..Target::default() })?;
-    report.write("block_managers")
+    print!("{report}");
+    record.rows.extend(report.rows());
+    Ok(())
 }
 
 /// Takes `n` blocks of an empty pool and gives them back.

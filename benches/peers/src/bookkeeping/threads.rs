@@ -13,7 +13,7 @@ const WARM_UP: usize = 16 * BATCH;
 /// Calls of `operation` per second, of all `threads` together, while all of them are at it for `window`.
 ///
 /// By time and not by number: were each to make so many calls, the slower thread would finish them undisturbed.
-pub fn throughput(threads: usize, window: Duration, operation: impl Fn() + Sync) -> f64 {
+pub(crate) fn throughput(threads: usize, window: Duration, operation: impl Fn() + Sync) -> f64 {
     let ready = AtomicUsize::new(0);
     let work = || {
         for _ in 0..WARM_UP {

@@ -11,38 +11,38 @@ const WARM_UP: usize = 20;
 type Run<'a, P> = Box<dyn FnMut(&P) + 'a>;
 
 /// Runs that are timed in turn, ours first, so that whatever else the machine does in the meantime meets all of them.
-pub struct Race<'a, P> {
+pub(crate) struct Race<'a, P> {
     runs: Vec<(String, Run<'a, P>)>,
 }
 
 /// How a peer did.
 #[derive(Debug, Clone)]
-pub struct Standing {
+pub(crate) struct Standing {
     /// The peer's name.
-    pub peer: String,
+    pub(crate) peer: String,
     /// Our median time in nanoseconds.
-    pub ours: f64,
+    pub(crate) ours: f64,
     /// The peer's.
-    pub theirs: f64,
+    pub(crate) theirs: f64,
     /// The median of what the peer's time was to ours in the same round: above 1 we are ahead.
-    pub ratio: f64,
+    pub(crate) ratio: f64,
 }
 
 impl<'a, P> Race<'a, P> {
     /// A race of `ours` against those to come.
-    pub fn new(ours: impl FnMut(&P) + 'a) -> Self {
+    pub(crate) fn new(ours: impl FnMut(&P) + 'a) -> Self {
         Self { runs: vec![(String::new(), Box::new(ours))] }
     }
 
     /// Adds a peer.
-    pub fn against(mut self, peer: impl Into<String>, theirs: impl FnMut(&P) + 'a) -> Self {
+    pub(crate) fn against(mut self, peer: impl Into<String>, theirs: impl FnMut(&P) + 'a) -> Self {
         self.runs.push((peer.into(), Box::new(theirs)));
         self
     }
 
     /// Runs all of them, round after round. What `prepare` makes for a round is not timed. Times are per unit, of which a
     /// run has `units`.
-    pub fn run(mut self, units: usize, mut prepare: impl FnMut() -> P) -> Vec<Standing> {
+    pub(crate) fn run(mut self, units: usize, mut prepare: impl FnMut() -> P) -> Vec<Standing> {
         let (warm_up, rounds) = if is_smoke_test() { (0, 2) } else { (WARM_UP, ROUNDS) };
         let mut times = vec![Vec::with_capacity(rounds); self.runs.len()];
         for round in 0..warm_up + rounds {

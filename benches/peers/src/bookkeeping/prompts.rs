@@ -5,13 +5,13 @@ const VOCABULARY: u64 = 128_000;
 
 /// An endless supply of prompts, the same in every run and no two alike.
 #[derive(Debug, Default)]
-pub struct Prompts {
+pub(crate) struct Prompts {
     drawn: u64,
 }
 
 impl Prompts {
     /// The next prompt.
-    pub fn next(&mut self, tokens: usize) -> Vec<u32> {
+    pub(crate) fn next(&mut self, tokens: usize) -> Vec<u32> {
         (0..tokens).map(|_| self.token()).collect()
     }
 

@@ -1,23 +1,19 @@
-//! The table to read and the record to keep.
+//! The table of what we want and what there is.
 
 use std::fmt;
-use std::fs;
-use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use serde::Serialize;
-
-use crate::{Machine, Standing, is_smoke_test};
+use super::Standing;
+use crate::record::Row;
 
 /// What we want of a case. A miss is reported and fails nothing.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Target {
+pub(crate) struct Target {
     /// How far to be ahead of the peer, at least.
-    pub ratio: Option<f64>,
+    pub(crate) ratio: Option<f64>,
     /// Our number, at most.
-    pub at_most: Option<f64>,
+    pub(crate) at_most: Option<f64>,
     /// Our number, at least.
-    pub at_least: Option<f64>,
+    pub(crate) at_least: Option<f64>,
 }
 
 impl Target {
@@ -41,95 +37,60 @@ impl fmt::Display for Target {
 
 /// One comparison.
 #[derive(Debug)]
-pub struct Line {
+pub(crate) struct Line {
     /// What was measured.
-    pub case: String,
+    pub(crate) case: String,
     /// Which number it is, e.g. `time`.
-    pub metric: &'static str,
+    pub(crate) metric: &'static str,
     /// Its unit.
-    pub unit: &'static str,
+    pub(crate) unit: &'static str,
     /// Our number.
-    pub ours: f64,
+    pub(crate) ours: f64,
     /// Who was measured beside us.
-    pub peer: String,
+    pub(crate) peer: String,
     /// The peer's number.
-    pub theirs: f64,
+    pub(crate) theirs: f64,
     /// Above 1 we are ahead.
-    pub ratio: f64,
+    pub(crate) ratio: f64,
     /// What we want, if this is the comparison it is about.
-    pub target: Option<Target>,
+    pub(crate) target: Option<Target>,
 }
 
 impl Line {
     /// A comparison of times in nanoseconds.
-    pub fn time(case: &str, standing: Standing, target: Option<Target>) -> Self {
+    pub(crate) fn time(case: &str, standing: Standing, target: Option<Target>) -> Self {
         let Standing { peer, ours, theirs, ratio } = standing;
         Self { case: case.into(), metric: "time", unit: "ns", ours, peer, theirs, ratio, target }
     }
 
-    fn row(&self) -> Row<'_> {
+    fn row(&self) -> Row {
         Row {
-            case: &self.case,
-            metric: self.metric,
+            case: format!("allocation {}", self.case),
+            metric: self.metric.into(),
             value: self.ours,
-            unit: self.unit,
+            unit: self.unit.into(),
             floor_ratio: None,
-            peer: &self.peer,
-            peer_ratio: self.ratio,
+            peer: Some(self.peer.clone()),
+            peer_ratio: Some(self.ratio),
         }
     }
 }
 
-/// A line as the record has it: the shape that all benchmarks of this repository write.
-#[derive(Serialize)]
-struct Row<'a> {
-    case: &'a str,
-    metric: &'a str,
-    value: f64,
-    unit: &'a str,
-    floor_ratio: Option<f64>,
-    peer: &'a str,
-    peer_ratio: f64,
-}
-
-#[derive(Serialize)]
-struct Record<'a> {
-    machine: Machine,
-    date: String,
-    rows: Vec<Row<'a>>,
-}
-
 /// All comparisons of one benchmark.
 #[derive(Debug, Default)]
-pub struct Report {
+pub(crate) struct Report {
     lines: Vec<Line>,
 }
 
 impl Report {
     /// Adds a comparison.
-    pub fn push(&mut self, line: Line) {
+    pub(crate) fn push(&mut self, line: Line) {
         self.lines.push(line);
     }
 
-    /// Prints the table and writes the record to `target/benchmarks/<name>.json`.
-    ///
-    /// # Errors
-    ///
-    /// If the file cannot be written.
-    pub fn write(&self, name: &str) -> Result<()> {
-        print!("{self}");
-        let file = folder().join(format!("{name}.json"));
-        fs::create_dir_all(folder())?;
-        fs::write(&file, serde_json::to_string_pretty(&self.record())?)
-            .with_context(|| format!("cannot write {}", file.display()))
-    }
-
-    fn record(&self) -> Record<'_> {
-        Record {
-            machine: Machine::this(),
-            date: jiff::Zoned::now().date().to_string(),
-            rows: self.lines.iter().map(Line::row).collect(),
-        }
+    /// The comparisons as the record has them.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = Row> {
+        self.lines.iter().map(Line::row)
     }
 }
 
@@ -158,13 +119,6 @@ impl fmt::Display for Report {
     }
 }
 
-/// The repository's, which is not this package's own. A smoke test's numbers mean nothing, and must not replace those
-/// that do.
-fn folder() -> PathBuf {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/benchmarks");
-    if is_smoke_test() { folder.join("smoke") } else { folder }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -172,20 +126,6 @@ mod tests {
     fn line(target: Target) -> Line {
         let standing = Standing { peer: "b".into(), ours: 10.0, theirs: 30.0, ratio: 3.0 };
         Line::time("a", standing, Some(target))
-    }
-
-    #[test]
-    fn the_record_has_the_shape_of_all_others() {
-        let mut report = Report::default();
-        report.push(line(Target::default()));
-        let json = serde_json::to_value(report.record()).unwrap();
-        assert_eq!(
-            json["rows"][0],
-            serde_json::json!({"case": "a", "metric": "time", "value": 10.0, "unit": "ns", "floor_ratio": null,
-                "peer": "b", "peer_ratio": 3.0})
-        );
-        assert!(json["machine"]["cores"].as_u64() > Some(0));
-        assert_eq!(json["date"].as_str().map(str::len), Some(10));
     }
 
     #[test]

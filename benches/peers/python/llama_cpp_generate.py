@@ -1,0 +1,96 @@
+"""llama.cpp end to end: sequences of a given length that decode one token each per step, all in one batch.
+
+Flash attention on, keys and values as f16, each sequence in a buffer of its own: with one buffer for all, every sequence's
+attention passes over the tokens of the others."""
+
+import ctypes
+import os
+import time
+
+import llama_cpp as llama
+import numpy as np
+from protocol import serve
+
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+# Tokens of a prompt that are computed together, as many as in the other contender.
+PIECE = 512
+
+
+@llama.llama_log_callback
+def silent(_level, _text, _data):
+    pass
+
+
+llama.llama_log_set(silent, ctypes.c_void_p(0))
+llama.llama_backend_init()
+parameters = llama.llama_model_default_params()
+model = llama.llama_model_load_from_file(os.environ["PEERS_MODEL"].encode(), parameters)
+vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+contexts = []
+
+
+def prepare(case, _variant):
+    batch, context = case["batch"], case["context"]
+    # Each buffer is rounded up to a multiple of 256 tokens.
+    room = -(-(context + case["room"]) // 256) * 256
+    parameters = llama.llama_context_default_params()
+    parameters.n_ctx = batch * room
+    parameters.n_seq_max = batch
+    parameters.n_batch = parameters.n_ubatch = PIECE
+    parameters.n_threads = parameters.n_threads_batch = THREADS
+    parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    parameters.kv_unified = False
+    held = llama.llama_init_from_model(model, parameters)
+    if not held:
+        raise MemoryError(f"no context of {batch} x {room} tokens")
+    contexts.append(held)
+    memory = llama.llama_get_memory(held)
+    rows = llama.llama_batch_init(max(PIECE, batch), 0, 1)
+
+    def compute(tokens, positions, sequences, wanted):
+        rows.n_tokens = len(tokens)
+        for i, (token, position, sequence) in enumerate(zip(tokens, positions, sequences)):
+            rows.token[i] = token
+            rows.pos[i] = position
+            rows.n_seq_id[i] = 1
+            rows.seq_id[i][0] = sequence
+            rows.logits[i] = wanted(i)
+        if llama.llama_decode(held, rows) != 0:
+            raise RuntimeError(f"llama_decode failed at {batch} x {context}")
+
+    def likeliest(n):
+        logits = np.ctypeslib.as_array(llama.llama_get_logits(held), (n, vocabulary))
+        return logits.argmax(axis=1).tolist()
+
+    # One prompt is computed; the others get copies of its keys and values.
+    prompt = [((i * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 33) % vocabulary for i in range(context)]
+    started = time.perf_counter_ns()
+    for first in range(0, context, PIECE):
+        piece = prompt[first : first + PIECE]
+        compute(piece, range(first, first + len(piece)), [0] * len(piece), lambda i: i + 1 == len(piece))
+        next_token = likeliest(1)[0]
+    prefill = time.perf_counter_ns() - started
+    for sequence in range(1, batch):
+        llama.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+
+    def run(times):
+        tokens = [next_token] * batch
+        total = 0
+        for step in range(times):
+            started = time.perf_counter_ns()
+            compute(tokens, [context + step] * batch, range(batch), lambda _: True)
+            tokens = likeliest(batch)
+            total += time.perf_counter_ns() - started
+        for sequence in range(batch):
+            llama.llama_memory_seq_rm(memory, sequence, context, -1)
+        return total
+
+    return run, [prefill]
+
+
+def clear():
+    while contexts:
+        llama.llama_free(contexts.pop())
+
+
+serve(f"llama.cpp of llama-cpp-python {llama.__version__}", THREADS, prepare, clear)

@@ -1,0 +1,52 @@
+//! Adding one token's keys and values to a cache that holds many.
+
+use std::hint::black_box;
+
+use anyhow::Result;
+
+use crate::args::Effort;
+use crate::attention::FLOOR;
+use crate::child::Case;
+use crate::environment::{Environment, Script};
+use crate::record::Record;
+use crate::turns::{self, Contender};
+use crate::{candle, paged};
+
+/// Appending. It is the work of one thread, of however many each contender has.
+///
+/// # Errors
+///
+/// If ours fails.
+pub fn append(threads: usize, python: &Environment, effort: Effort, record: &mut Record) -> Result<()> {
+    let contexts: &[usize] = match effort {
+        Effort::Smoke => &[64],
+        Effort::Quick => &[4096],
+        Effort::Full => &[512, 4096, 16_384],
+    };
+    for &context in contexts {
+        let (heads, kv_heads, head_dim, batch, room, dtype, layers) = (8, 8, 128, 1, 512, "f32", 1);
+        let case = Case { kind: "append", heads, kv_heads, head_dim, batch, context, room, dtype, layers };
+        let name = format!("append {kv_heads}x{head_dim} {dtype} context {context} threads {threads}");
+        eprintln!("{name}");
+
+        let mut contenders = vec![paged::append(&case)?];
+        // The same bytes, copied to where the next token of a sequence lies.
+        let token = vec![1f32; kv_heads * head_dim];
+        let mut memory = vec![0f32; 2 * (context + room) * token.len()];
+        contenders.push(Contender::timed(FLOOR, move |turn| {
+            for half in memory.chunks_exact_mut((context + room) * token.len()) {
+                let at = (context + turn % room) * token.len();
+                half[at..at + token.len()].copy_from_slice(black_box(&token));
+            }
+            Ok(())
+        }));
+        for (script, variants) in [(Script::Torch, &["in place", "cat"][..]), (Script::Vllm, &["blocks of 16"])] {
+            contenders
+                .extend(variants.iter().filter_map(|variant| python.contender(script, &case, variant)).map(|(c, _)| c));
+        }
+        contenders.extend(candle::append(&case)?);
+        record.raced(&name, &turns::take(contenders, effort.into())?, FLOOR);
+        python.clear();
+    }
+    Ok(())
+}

@@ -1,0 +1,157 @@
+//! candle's own attention and caches, over contiguous tensors.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use candle_core::{D, Tensor};
+use candle_nn::attention::{AttnMask, flash_attn};
+use candle_nn::kv_cache::{ConcatKvCache, KvCache};
+use candle_nn::ops::softmax_last_dim;
+use half::f16;
+use rayon::ThreadPool;
+
+use crate::child::Case;
+use crate::numbers::Kind;
+use crate::paged::{last, rows};
+use crate::turns::Contender;
+
+/// Its name and version.
+pub const NAME: &str = "candle-nn 0.11.1";
+
+/// Keys and values, each `(batch, kv_heads, context, head_dim)`, of every layer in memory of its own.
+#[derive(Debug)]
+pub struct Layers(Vec<[Tensor; 2]>);
+
+impl Layers {
+    /// Fills them.
+    ///
+    /// # Errors
+    ///
+    /// If a tensor operation fails.
+    pub fn new(case: &Case) -> Result<Self> {
+        let one = |kind| -> Result<Tensor> {
+            let x = rows(case, kind, 0..case.context, case.kv_heads)?.transpose(0, 1)?.unsqueeze(0)?;
+            Ok(Tensor::cat(&vec![x; case.batch], 0)?.contiguous()?)
+        };
+        let first = [one(Kind::Key)?, one(Kind::Value)?];
+        let copies = (1..case.layers).map(|_| Ok([first[0].copy()?, first[1].copy()?])).collect::<Result<Vec<_>>>()?;
+        Ok(Self([vec![first], copies].concat()))
+    }
+}
+
+/// Decoding with two products whose left side has the query heads of a group as rows.
+///
+/// # Errors
+///
+/// If it fails.
+pub fn grouped<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> Result<(Contender<'a>, Vec<f32>)> {
+    let group = case.heads / case.kv_heads;
+    let q = rows(case, Kind::Query, 0..1, case.heads)?.reshape((1, case.kv_heads, group, case.head_dim))?;
+    let scale = 1.0 / (case.head_dim as f64).sqrt();
+    let q = (Tensor::cat(&vec![q; case.batch], 0)? * scale)?;
+    let attend = move |turn: usize| -> Result<Tensor> {
+        let [k, v] = &layers.0[turn % layers.0.len()];
+        let attend = || softmax_last_dim(&q.matmul(&k.transpose(D::Minus1, D::Minus2)?)?)?.matmul(v);
+        Ok(threads.install(attend)?)
+    };
+    let output = last(&attend(0)?)?;
+    let name = format!("{NAME}, grouped products");
+    Ok((Contender::timed(name, move |turn| attend(turn).map(drop)), output))
+}
+
+/// Its flash attention, which has f32 and f16, of the last token or of all.
+///
+/// # Errors
+///
+/// If it fails, or does not have the dtype.
+pub fn flash<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> Result<(Contender<'a>, Vec<f32>)> {
+    let (tokens, mask) = match case.kind {
+        "decode" => (1, AttnMask::None),
+        _ => (case.context, AttnMask::causal()),
+    };
+    let q = rows(case, Kind::Query, 0..tokens, case.heads)?.unsqueeze(0)?; // (1, tokens, heads, head_dim)
+    let q = Tensor::cat(&vec![q; case.batch], 0)?;
+    let scale = 1.0 / (case.head_dim as f32).sqrt();
+    let half = match case.dtype {
+        "f32" => false,
+        "f16" => true,
+        other => bail!("it has no {other}"),
+    };
+    let attend = move |turn: usize| -> Result<Tensor> {
+        let [k, v] = &layers.0[turn % layers.0.len()];
+        let attend = || {
+            let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
+            match half {
+                true => flash_attn::<f16>(&q, &k, &v, scale, mask.clone(), None, None),
+                false => flash_attn::<f32>(&q, &k, &v, scale, mask.clone(), None, None),
+            }
+        };
+        Ok(threads.install(attend)?) // (batch, heads, tokens, head_dim)
+    };
+    let y = attend(0)?;
+    let y = y.narrow(2, tokens - 1, 1)?;
+    let output = last(&y)?;
+    Ok((Contender::timed(format!("{NAME}, flash attention"), move |turn| attend(turn).map(drop)), output))
+}
+
+/// Appending to its cache that has room, to its cache that has none, and to the one that concatenates.
+///
+/// # Errors
+///
+/// If a tensor operation fails.
+pub fn append(case: &Case) -> Result<Vec<Contender<'static>>> {
+    let batched = |tokens| -> Result<Tensor> {
+        Ok(rows(case, Kind::Key, 0..tokens, case.kv_heads)?.transpose(0, 1)?.unsqueeze(0)?.contiguous()?)
+    };
+    let (history, token) = (batched(case.context)?, batched(1)?);
+    let (context, room) = (case.context, case.room);
+    let filled = {
+        let history = history.clone();
+        move |room: usize| -> Result<KvCache> {
+            let mut cache = KvCache::new(2, context + room);
+            cache.append(&history, &history)?;
+            Ok(cache)
+        }
+    };
+
+    let mut roomy = filled(room)?;
+    let (again, one) = (filled.clone(), token.clone());
+    let fits = Contender::new(format!("{NAME}, KvCache"), move |times| {
+        let mut time = Duration::ZERO;
+        let mut left = times;
+        while left > 0 {
+            let n = left.min(room);
+            let started = Instant::now();
+            for _ in 0..n {
+                roomy.append(&one, &one)?;
+            }
+            time += started.elapsed();
+            roomy = again(room)?;
+            left -= n;
+        }
+        Ok(time)
+    });
+    let one = token.clone();
+    let grows = Contender::new(format!("{NAME}, KvCache that is full"), move |times| {
+        let mut time = Duration::ZERO;
+        for _ in 0..times.min(16) {
+            let mut cache = filled(0)?;
+            let started = Instant::now();
+            cache.append(&one, &one)?;
+            time += started.elapsed();
+        }
+        Ok(time * times as u32 / times.min(16) as u32)
+    });
+    let concatenates = Contender::new(format!("{NAME}, ConcatKvCache"), move |times| {
+        let mut time = Duration::ZERO;
+        for _ in 0..times.min(16) {
+            let mut cache = ConcatKvCache::new(2);
+            cache.append(&history, &history)?;
+            let started = Instant::now();
+            cache.append(&token, &token)?;
+            time += started.elapsed();
+        }
+        Ok(time * times as u32 / times.min(16) as u32)
+    });
+    Ok(vec![fits, grows, concatenates])
+}

@@ -1,0 +1,108 @@
+//! What the machine gives: bytes read and nothing else, bytes copied, and multiply-adds in registers.
+
+use std::hint::black_box;
+
+use pulp::NullaryFnOnce;
+use rayon::ThreadPool;
+
+/// Memory to read from.
+#[derive(Debug)]
+pub struct Floor {
+    words: Vec<u64>,
+}
+
+/// Words that are read in one go, of each of four streams.
+const LANES: usize = 8;
+
+/// Chains of multiply-adds that do not wait for each other: as many as keep all units busy and fit into registers.
+const CHAINS: usize = 96;
+
+impl Floor {
+    /// So many bytes, every page of them touched.
+    pub fn new(bytes: usize) -> Self {
+        Self { words: (0..bytes.div_ceil(8) as u64).collect() }
+    }
+
+    /// More bytes, if there are fewer.
+    pub fn grow(&mut self, bytes: usize) {
+        if self.words.len() * 8 < bytes {
+            *self = Self::new(bytes);
+        }
+    }
+
+    /// Reads `bytes` bytes from the memory's place `turn * bytes` on, the end joined to the start, in four streams a thread:
+    /// one stream keeps too few reads under way.
+    pub fn read(&self, threads: &ThreadPool, bytes: usize, turn: usize) {
+        let wanted = (bytes / 8).min(self.words.len());
+        let places = (self.words.len() / wanted.max(1)).max(1);
+        let words = &self.words[turn % places * wanted..][..wanted];
+        let shares = threads.current_num_threads();
+        let sums = threads.broadcast(|thread| {
+            let share = words.len() / shares;
+            let mine = &words[thread.index() * share..][..share];
+            pulp::Arch::new().dispatch(FourStreams(mine))
+        });
+        black_box(sums);
+    }
+}
+
+/// The sum of all words. A type and not a closure: it has to be inlined to be compiled for the instructions that are there.
+struct FourStreams<'a>(&'a [u64]);
+
+impl NullaryFnOnce for FourStreams<'_> {
+    type Output = u64;
+
+    #[inline(always)]
+    fn call(self) -> u64 {
+        let quarter = self.0.len() / 4 / LANES * LANES;
+        let stream = |i: usize| self.0[i * quarter..][..quarter].chunks_exact(LANES);
+        let mut sums = [[0u64; LANES]; 4];
+        for (((a, b), c), d) in stream(0).zip(stream(1)).zip(stream(2)).zip(stream(3)) {
+            for (sums, words) in sums.iter_mut().zip([a, b, c, d]) {
+                for (sum, word) in sums.iter_mut().zip(words) {
+                    *sum = sum.wrapping_add(*word);
+                }
+            }
+        }
+        let rest = &self.0[4 * quarter..];
+        sums.as_flattened().iter().chain(rest).fold(0, |sum, word| sum.wrapping_add(*word))
+    }
+}
+
+/// Does `n` multiply-adds of f32 in registers, all threads together, with the widest instructions that this machine has.
+pub fn multiply_adds(threads: &ThreadPool, n: usize) {
+    let rounds = n / CHAINS / threads.current_num_threads();
+    black_box(threads.broadcast(|_| pulp::Arch::new().dispatch(MultiplyAdds(rounds))));
+}
+
+/// So many rounds of [`CHAINS`] multiply-adds.
+struct MultiplyAdds(usize);
+
+impl NullaryFnOnce for MultiplyAdds {
+    type Output = f32;
+
+    #[inline(always)]
+    fn call(self) -> f32 {
+        let (by, plus) = (black_box(0.999f32), black_box(1e-3f32));
+        let mut sums = [0f32; CHAINS];
+        for _ in 0..self.0 {
+            for sum in &mut sums {
+                *sum = sum.mul_add(by, plus);
+            }
+        }
+        sums.iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_is_read_once() {
+        for n in [0, 1, 31, 32, 33, 1000] {
+            let words: Vec<u64> = (0..n).collect();
+            assert_eq!(FourStreams(&words).call(), (0..n).sum::<u64>(), "{n} words");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! A real model: tokens per second of a batch of sequences that are as long as the context.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use batch_generate::measure::Filled;
+use batch_generate::model::{Gguf, Model, Weights};
+use paged_attention::KvDtype;
+use rayon::ThreadPool;
+
+use crate::args::Effort;
+use crate::attention::FLOOR;
+use crate::child::Case;
+use crate::environment::{Environment, Script};
+use crate::floor::Floor;
+use crate::record::Record;
+use crate::turns::{self, Contender};
+
+/// Tokens that each sequence decodes in a turn, at most.
+const STEPS: usize = 8;
+
+/// Decoding and prefill. Both sides store keys and values as f16.
+///
+/// # Errors
+///
+/// If ours fails.
+pub fn generation(
+    path: &Path,
+    threads: &ThreadPool,
+    floor: &mut Floor,
+    python: &Environment,
+    effort: Effort,
+    record: &mut Record,
+) -> Result<()> {
+    let model = Model::load(&mut Gguf::open(path, Weights::F32)?)?;
+    let file_bytes = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len() as usize;
+    let (batches, contexts): (&[usize], &[usize]) = match effort {
+        Effort::Smoke => (&[2], &[32]),
+        Effort::Quick => (&[1, 8], &[128, 1024]),
+        Effort::Full => (&[1, 4, 8, 16], &[128, 1024, 4096]),
+    };
+    let shape = model.shape();
+    for &context in contexts {
+        for &batch in batches {
+            let case = Case {
+                kind: "generate",
+                heads: 0, // the model knows
+                kv_heads: shape.kv_heads,
+                head_dim: shape.head_dim,
+                batch,
+                context,
+                room: STEPS,
+                dtype: "f16",
+                layers: shape.layers,
+            };
+            let name = format!("batch {batch} context {context} KV f16 threads {}", threads.current_num_threads());
+            eprintln!("generation {name}");
+
+            let mut filled = Filled::new(&model, KvDtype::F16, batch, context, STEPS)?;
+            let ours_prefill = filled.prefill();
+            // Whoever decodes this file reads all its weights and all keys and values, once in a step.
+            let each = shape.bytes_per_block(1, KvDtype::F16).context("a token's bytes can be counted")?;
+            let bytes = file_bytes + batch * context * each;
+            floor.grow(bytes);
+            let mut contenders = vec![
+                Contender::new("paged, weights f32", |times| {
+                    let mut time = std::time::Duration::ZERO;
+                    let mut left = times;
+                    while left > 0 {
+                        let steps = left.min(STEPS);
+                        time += filled.decode(steps)?.time;
+                        left -= steps;
+                    }
+                    Ok(time)
+                }),
+                Contender::timed(FLOOR, |turn| {
+                    floor.read(threads, bytes, turn);
+                    Ok(())
+                }),
+            ];
+            let peer = python.contender(Script::LlamaCpp, &case, "weights as in the file");
+            let mut peer_prefill = None;
+            if let Some((contender, output)) = peer {
+                peer_prefill = output.first().map(|&ns| (contender.name.clone(), context as f64 / f64::from(ns) * 1e9));
+                contenders.push(contender);
+            }
+            let started = Instant::now();
+            let standings = turns::take(contenders, effort.into())?;
+            eprintln!("  {:.1?}", started.elapsed());
+            record.raced_rate(&format!("generation decode {name}"), &standings, FLOOR, batch as f64);
+            let rate = ours_prefill.rate().unwrap_or(f64::NAN);
+            record.compared(&format!("generation prefill {name}"), rate, "tokens/s", peer_prefill);
+            python.clear();
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,175 @@
+//! Ours.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+use paged_attention::{Attention, BlockTable, KvCache, KvDtype, KvShape};
+use rayon::ThreadPool;
+
+use crate::child::Case;
+use crate::numbers::{Kind, numbers};
+use crate::turns::Contender;
+
+/// What the tables call it.
+pub const NAME: &str = "paged, blocks of 16";
+
+/// Tokens in a block.
+pub const BLOCK_SIZE: usize = 16;
+
+/// The type in which a case's keys and values are stored.
+///
+/// # Errors
+///
+/// If there is none of that name.
+pub fn storage(case: &Case) -> Result<KvDtype> {
+    let found = KvDtype::ALL.into_iter().find(|dtype| dtype.to_string() == case.dtype);
+    found.with_context(|| format!("there is no storage called {}", case.dtype))
+}
+
+/// `(tokens, heads, head_dim)` of numbers that are given away in the type that a model would hand over: nobody computes in bytes.
+///
+/// # Errors
+///
+/// If the case's dtype does not exist.
+pub fn rows(case: &Case, kind: Kind, tokens: std::ops::Range<usize>, heads: usize) -> Result<Tensor> {
+    let dtype = match storage(case)? {
+        KvDtype::Int8 => DType::F32,
+        dtype => dtype.tensor_dtype(),
+    };
+    let width = heads * case.head_dim;
+    let numbers = numbers(kind, tokens.start * width..tokens.end * width);
+    Ok(Tensor::from_vec(numbers, (tokens.len(), heads, case.head_dim), &Device::Cpu)?.to_dtype(dtype)?)
+}
+
+/// The last row of an attention's result, in f32.
+///
+/// # Errors
+///
+/// If a tensor operation fails.
+pub fn last(y: &Tensor) -> Result<Vec<f32>> {
+    Ok(y.narrow(0, y.dim(0)? - 1, 1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+fn cache(case: &Case) -> Result<KvCache> {
+    let shape = KvShape { layers: case.layers, kv_heads: case.kv_heads, head_dim: case.head_dim };
+    let blocks = case.batch * (case.context + case.room).div_ceil(BLOCK_SIZE);
+    Ok(KvCache::builder(shape).blocks(blocks).block_size(BLOCK_SIZE).dtype(storage(case)?).build()?)
+}
+
+/// Sequences that have all their tokens but the last.
+#[derive(Debug)]
+pub struct Decode {
+    case: Case,
+    cache: KvCache,
+    tables: Vec<BlockTable>,
+}
+
+impl Decode {
+    /// Fills a cache.
+    ///
+    /// # Errors
+    ///
+    /// If the memory cannot be had.
+    pub fn new(case: &Case) -> Result<Self> {
+        let cache = cache(case)?;
+        let history = case.context - 1;
+        let (k, v) =
+            (rows(case, Kind::Key, 0..history, case.kv_heads)?, rows(case, Kind::Value, 0..history, case.kv_heads)?);
+        let mut tables: Vec<_> = (0..case.batch).map(|_| cache.table()).collect();
+        for (table, first) in tables.iter_mut().zip((0..).step_by(case.context)) {
+            let mut step = cache.step();
+            // Every sequence has tokens of its own, or they would share their blocks.
+            step.push(table, &(first..).take(history).collect::<Vec<u32>>())?;
+            for layer in 0..case.layers {
+                step.write(layer, &k, &v)?;
+            }
+            step.commit();
+        }
+        Ok(Self { case: case.clone(), cache, tables })
+    }
+
+    /// Attention of each sequence's last token, and what it computes.
+    ///
+    /// # Errors
+    ///
+    /// If it fails.
+    pub fn contender<'a>(&'a mut self, threads: &'a ThreadPool) -> Result<(Contender<'a>, Vec<f32>)> {
+        let case = &self.case;
+        let new = case.context - 1..case.context;
+        let each = [
+            rows(case, Kind::Query, 0..1, case.heads)?,
+            rows(case, Kind::Key, new.clone(), case.kv_heads)?,
+            rows(case, Kind::Value, new, case.kv_heads)?,
+        ];
+        let [q, k, v] = each.map(|row| Tensor::cat(&vec![row; case.batch], 0));
+        let (q, k, v) = (q?, k?, v?);
+        let attention = Attention::scaled_by(case.head_dim);
+        let layers = case.layers;
+        let mut step = self.cache.step();
+        for table in &mut self.tables {
+            step.push(table, &[0])?;
+        }
+        let attend = move |turn: usize| threads.install(|| step.attend(turn % layers, &q, &k, &v, &attention));
+        let output = last(&attend(0)?)?;
+        Ok((Contender::timed(NAME, move |turn| Ok(attend(turn).map(drop)?)), output))
+    }
+}
+
+/// One causal sequence: attention of all its tokens, and what the last one computes.
+///
+/// # Errors
+///
+/// If it fails.
+pub fn prefill<'a>(case: &Case, threads: &'a ThreadPool) -> Result<(Contender<'a>, Vec<f32>)> {
+    let cache = cache(case)?;
+    let all = 0..case.context;
+    let q = rows(case, Kind::Query, all.clone(), case.heads)?;
+    let (k, v) = (rows(case, Kind::Key, all.clone(), case.kv_heads)?, rows(case, Kind::Value, all, case.kv_heads)?);
+    let attention = Attention::scaled_by(case.head_dim);
+    let tokens = vec![0; case.context];
+    let attend = move || -> Result<Tensor> {
+        let mut table = cache.table();
+        let mut step = cache.step();
+        step.push(&mut table, &tokens)?;
+        Ok(threads.install(|| step.attend(0, &q, &k, &v, &attention))?)
+    };
+    let output = last(&attend()?)?;
+    Ok((Contender::timed(NAME, move |_| attend().map(drop)), output))
+}
+
+/// A sequence that grows by one token at a time, in one layer: a step of its own for each, committed.
+///
+/// # Errors
+///
+/// If the memory cannot be had.
+pub fn append(case: &Case) -> Result<Contender<'static>> {
+    let cache = cache(case)?;
+    let k = rows(case, Kind::Key, 0..1, case.kv_heads)?;
+    let v = rows(case, Kind::Value, 0..1, case.kv_heads)?;
+    let mut table = cache.table();
+    let history = rows(case, Kind::Key, 0..case.context, case.kv_heads)?;
+    let mut step = cache.step();
+    step.push(&mut table, &vec![0; case.context])?;
+    step.write(0, &history, &history)?;
+    step.commit();
+    let (context, room) = (case.context, case.room);
+    Ok(Contender::new(NAME, move |times| {
+        let mut time = Duration::ZERO;
+        let mut left = times;
+        while left > 0 {
+            let n = left.min(room);
+            let started = Instant::now();
+            for _ in 0..n {
+                let mut step = cache.step();
+                step.push(&mut table, &[0])?;
+                step.write(0, &k, &v)?;
+                step.commit();
+            }
+            time += started.elapsed();
+            table.truncate(context)?;
+            left -= n;
+        }
+        Ok(time)
+    }))
+}

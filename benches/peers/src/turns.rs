@@ -1,0 +1,288 @@
+//! Contenders that take turns, round after round, so that whatever else the machine does meets all of them.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::args::Effort;
+use crate::median;
+
+/// A turn is repeated until it takes about this long: threads have to wake up, and a peer in another process has to be asked.
+const TURN: Duration = Duration::from_millis(20);
+/// Before the next one begins: threads that wait for work at full speed have given up by then.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Who takes longer than this for one piece of work takes part in one round only: then what disturbs a round does not matter
+/// much, and the others' rounds are many.
+const SLOW: Duration = Duration::from_secs(1);
+
+type Run<'a> = Box<dyn FnMut(usize) -> Result<Duration> + 'a>;
+
+/// Someone who does the same as the others, in their own way.
+pub struct Contender<'a> {
+    /// What the record calls it.
+    pub name: String,
+    run: Run<'a>,
+    process: Option<u32>,
+}
+
+impl<'a> Contender<'a> {
+    /// `run` does the work so many times and returns the time that it took.
+    pub fn new(name: impl Into<String>, run: impl FnMut(usize) -> Result<Duration> + 'a) -> Self {
+        Self { name: name.into(), run: Box::new(run), process: None }
+    }
+
+    /// The same, of work that is timed from outside; it is told which turn it is.
+    pub fn timed(name: impl Into<String>, mut work: impl FnMut(usize) -> Result<()> + 'a) -> Self {
+        let mut turn = 0;
+        Self::new(name, move |times| {
+            let started = Instant::now();
+            for _ in 0..times {
+                work(turn)?;
+                turn += 1;
+            }
+            Ok(started.elapsed())
+        })
+    }
+
+    /// It works in another process, which is watched: it is to be idle while others work.
+    pub fn in_process(self, id: u32) -> Self {
+        Self { process: Some(id), ..self }
+    }
+}
+
+impl std::fmt::Debug for Contender<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+/// How the contenders did.
+#[derive(Debug)]
+pub struct Standings {
+    names: Vec<String>,
+    /// Nanoseconds of one piece of work: round after round, contender after contender, if it took part.
+    rounds: Vec<Vec<Option<f64>>>,
+}
+
+/// How many rounds, and how long they may take together.
+#[derive(Debug, Clone, Copy)]
+pub struct Budget {
+    least: usize,
+    most: usize,
+    time: Duration,
+}
+
+impl From<Effort> for Budget {
+    fn from(effort: Effort) -> Self {
+        match effort {
+            Effort::Smoke => Self { least: 2, most: 2, time: Duration::ZERO },
+            Effort::Quick => Self { least: 3, most: 5, time: Duration::from_secs(3) },
+            Effort::Full => Self { least: 5, most: 15, time: Duration::from_secs(8) },
+        }
+    }
+}
+
+/// Lets all contenders work in turn. Who fails is left out, with a printed line; who is slow takes part in one round.
+///
+/// # Errors
+///
+/// If the first one fails: without it there is nothing to compare with.
+pub fn take(mut contenders: Vec<Contender<'_>>, budget: Budget) -> Result<Standings> {
+    // For each: how often its work is repeated in a turn, and in how many rounds it takes part.
+    let mut plans = Vec::new();
+    let mut i = 0;
+    while i < contenders.len() {
+        match plan(&mut contenders[i], budget) {
+            Ok(plan) => {
+                plans.push(plan);
+                i += 1;
+            }
+            Err(error) if i > 0 => {
+                eprintln!("  skipped {}: {error:#}", contenders[i].name);
+                drop(contenders.remove(i));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+
+    let mut idle = Idle::new(&contenders);
+    let mut failed = vec![false; contenders.len()];
+    let started = Instant::now();
+    let mut rounds: Vec<Vec<Option<f64>>> = Vec::new();
+    while rounds.len() < budget.most && (rounds.len() < budget.least || started.elapsed() < budget.time) {
+        let mut round = vec![None; contenders.len()];
+        for (i, contender) in contenders.iter_mut().enumerate() {
+            let (times, takes_part) = plans[i];
+            if failed[i] || rounds.len() >= takes_part {
+                continue;
+            }
+            idle.begin(i);
+            match (contender.run)(times) {
+                Ok(taken) => round[i] = Some(taken.as_nanos() as f64 / times as f64),
+                Err(error) if i > 0 => {
+                    eprintln!("  left out {}: {error:#}", contender.name);
+                    failed[i] = true;
+                }
+                Err(error) => return Err(error),
+            }
+            sleep(PAUSE);
+            idle.end(i);
+        }
+        rounds.push(round);
+    }
+    idle.report(&contenders, started.elapsed());
+
+    let mut standings = Standings { names: contenders.into_iter().map(|contender| contender.name).collect(), rounds };
+    for i in (0..failed.len()).rev().filter(|&i| failed[i]) {
+        standings.names.remove(i);
+        for round in &mut standings.rounds {
+            round.remove(i);
+        }
+    }
+    Ok(standings)
+}
+
+/// The first turn is slower than the others; the second says how long one takes.
+fn plan(contender: &mut Contender<'_>, budget: Budget) -> Result<(usize, usize)> {
+    let first = (contender.run)(1)?;
+    if first > SLOW {
+        return Ok((1, 1));
+    }
+    let one = (contender.run)(1)?.max(Duration::from_nanos(50));
+    Ok(((TURN.as_secs_f64() / one.as_secs_f64()).clamp(1.0, 4096.0) as usize, budget.most))
+}
+
+impl Standings {
+    /// The contenders, in their order.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Where a contender is, if it took part to the end.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        self.names.iter().position(|other| other == name)
+    }
+
+    /// The median time of a contender in nanoseconds.
+    pub fn time(&self, contender: usize) -> f64 {
+        median(self.rounds.iter().filter_map(|round| round[contender]).collect())
+    }
+
+    /// The median, over the rounds, of one contender's time divided by another's.
+    pub fn ratio(&self, of: usize, to: usize) -> f64 {
+        median(self.rounds.iter().filter_map(|round| Some(round[of]? / round[to]?)).collect())
+    }
+}
+
+/// Whether processes are idle while it is another's turn.
+struct Idle {
+    /// For each contender: processor time when its turn began, and the sum over its turns.
+    turns: Vec<(Duration, Duration)>,
+    processes: Vec<Option<u32>>,
+    /// The processes, and their processor time before the first turn.
+    before: Vec<(u32, Duration)>,
+}
+
+impl Idle {
+    fn new(contenders: &[Contender<'_>]) -> Self {
+        let processes: Vec<_> = contenders.iter().map(|contender| contender.process).collect();
+        let mut distinct: Vec<u32> = processes.iter().copied().flatten().collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        Self {
+            turns: vec![(Duration::ZERO, Duration::ZERO); processes.len()],
+            before: distinct.into_iter().map(|id| (id, processor_time(id))).collect(),
+            processes,
+        }
+    }
+
+    fn begin(&mut self, contender: usize) {
+        if let Some(id) = self.processes[contender] {
+            self.turns[contender].0 = processor_time(id);
+        }
+    }
+
+    fn end(&mut self, contender: usize) {
+        if let Some(id) = self.processes[contender] {
+            let (began, sum) = &mut self.turns[contender];
+            *sum += processor_time(id).saturating_sub(*began);
+        }
+    }
+
+    fn report(&self, contenders: &[Contender<'_>], elapsed: Duration) {
+        for &(id, before) in &self.before {
+            let own: Duration = self
+                .turns
+                .iter()
+                .zip(&self.processes)
+                .filter(|(_, of)| **of == Some(id))
+                .map(|((_, sum), _)| *sum)
+                .sum();
+            let others = processor_time(id).saturating_sub(before).saturating_sub(own);
+            let name = contenders.iter().find(|contender| contender.process == Some(id)).map(|it| it.name.as_str());
+            if others.as_secs_f64() > 0.02 * elapsed.as_secs_f64() {
+                let name = name.unwrap_or_default();
+                eprintln!("  {name} was busy for {others:.1?} of {elapsed:.1?} while it was not its turn");
+            }
+        }
+    }
+}
+
+/// The processor time of a process and its threads so far; nothing where the system does not say.
+fn processor_time(id: u32) -> Duration {
+    /// The kernel's unit for programs, on every machine.
+    const TICK: Duration = Duration::from_millis(10);
+    let text = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    // Behind the name, which may have spaces in it, the 12th and 13th field are the times in user and kernel mode.
+    let ticks = text.rsplit_once(')').map_or(0, |(_, fields)| {
+        fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum()
+    });
+    TICK * ticks
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn ratios_are_of_the_same_round() {
+        let names = vec!["a".into(), "b".into(), "slow".into()];
+        let rounds = [[2.0, 1.0, 90.0], [40.0, 10.0, f64::NAN], [9.0, 3.0, f64::NAN]];
+        let rounds = rounds.map(|round| round.map(|time| (!time.is_nan()).then_some(time)).to_vec()).to_vec();
+        let standings = Standings { names, rounds };
+        assert_eq!((standings.time(0), standings.time(1), standings.ratio(0, 1)), (9.0, 3.0, 3.0));
+        assert_eq!((standings.find("b"), standings.find("c")), (Some(1), None));
+        assert_eq!((standings.time(2), standings.ratio(2, 0)), (90.0, 45.0));
+    }
+
+    #[test]
+    fn who_fails_is_left_out_unless_it_is_ours() {
+        let works = || Contender::timed("works", |_| Ok(()));
+        let fails = || Contender::new("fails", |_| bail!("no"));
+        let mut runs = 0;
+        let fails_later = Contender::new("fails later", |_| {
+            runs += 1;
+            if runs > 3 { bail!("no more") } else { Ok(Duration::ZERO) }
+        });
+        let standings = take(vec![works(), fails(), fails_later, works()], Effort::Smoke.into()).unwrap();
+        assert_eq!(standings.names(), ["works", "works"]);
+        assert!(standings.rounds.iter().all(|round| round.len() == 2));
+        assert!(take(vec![fails(), works()], Effort::Smoke.into()).is_err());
+    }
+
+    #[test]
+    fn a_busy_process_is_seen() {
+        let started = Instant::now();
+        let before = processor_time(std::process::id());
+        while started.elapsed() < Duration::from_millis(60) {
+            std::hint::spin_loop();
+        }
+        if cfg!(target_os = "linux") {
+            assert!(processor_time(std::process::id()) > before);
+        }
+    }
+}
