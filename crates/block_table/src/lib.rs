@@ -3,6 +3,7 @@
 
 mod admission;
 mod error;
+mod places;
 mod sequences;
 mod swap;
 mod sync;

@@ -333,7 +333,7 @@ impl BlockTable {
     }
 
     /// Where the block of logical index `block` stands in the list, if it has not been given back.
-    fn place(&self, block: usize) -> Option<usize> {
+    pub(crate) fn place(&self, block: usize) -> Option<usize> {
         if block < self.sink_blocks() || self.gap == 0 {
             return Some(block);
         }
@@ -357,10 +357,13 @@ impl BlockTable {
 
     /// The gap of the table with its first `len` tokens only: the same, or none, if these lie before it.
     fn gap_at(&self, len: usize) -> Result<usize, BehindWindow> {
-        let Some(window) = self.window.filter(|_| self.gap > 0) else { return Ok(0) };
+        if self.gap == 0 {
+            return Ok(0);
+        }
         let block_size = self.pool().block_size();
         let sinks = self.sink_blocks();
-        let (seen, held) = (window.start(len), (sinks + self.gap) * block_size);
+        // Without a window, what was given back is kept elsewhere, and only what is still here matters.
+        let (seen, held) = (self.window.map_or(len, |window| window.start(len)), (sinks + self.gap) * block_size);
         match len {
             _ if len <= sinks * block_size => Ok(0),
             _ if seen >= held => Ok(self.gap),
