@@ -81,36 +81,47 @@ impl WriteSlots<'_> {
 
 /// Attends with q `(tokens, heads, head_dim)` to all tokens of each sequence; the result has q's shape and type.
 pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
+    let (out, _) = attend_part(layer, q, call)?;
+    // Conversions here and below are by slices: candle's are number by number.
     match q.dtype() {
-        DType::F32 => attend_as::<f32>(layer, q, call),
-        DType::F16 => attend_as::<f16>(layer, q, call),
-        DType::BF16 => attend_as::<bf16>(layer, q, call),
+        DType::F16 => Tensor::from_vec(narrowed::<f16>(&out), q.shape(), q.device()),
+        DType::BF16 => Tensor::from_vec(narrowed::<bf16>(&out), q.shape(), q.device()),
+        _ => Tensor::from_vec(out, q.shape(), q.device()),
+    }
+}
+
+/// Attends with q to the tokens of a plan, which may be a part of those that there are; returns as much, and the logarithm,
+/// to base two, of the weight that each row and head has seen.
+pub(crate) fn attend_part(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
+    let queries = match q.dtype() {
+        DType::F32 => widened::<f32>(q)?,
+        DType::F16 => widened::<f16>(q)?,
+        DType::BF16 => widened::<bf16>(q)?,
+        _ => return unsupported(),
+    };
+    let (guard, place) = layer.storage_and_layout();
+    let start = place.start_offset();
+    match layer.dtype() {
+        DType::F32 => Ok(jobs::attend::<Float<f32>>(&slice(&guard)?[start..], &queries, call)),
+        DType::F16 => Ok(jobs::attend::<Float<f16>>(&slice(&guard)?[start..], &queries, call)),
+        DType::BF16 => Ok(jobs::attend::<Float<bf16>>(&slice(&guard)?[start..], &queries, call)),
+        DType::U8 => Ok(jobs::attend::<Int8>(&slice(&guard)?[start..], &queries, call)),
         _ => unsupported(),
     }
 }
 
-/// The same for queries of a known type. Converts them itself: candle does so number by number.
-fn attend_as<S: Number + WithDType>(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
+fn widened<S: Number + WithDType>(q: &Tensor) -> Result<Vec<f32>> {
     let q = q.contiguous()?;
-    let mut queries = vec![0f32; q.elem_count()];
-    {
-        let (guard, place) = q.storage_and_layout();
-        S::widen(&slice::<S>(&guard)?[place.start_offset()..][..queries.len()], &mut queries);
-    }
-    let wide = {
-        let (guard, place) = layer.storage_and_layout();
-        let start = place.start_offset();
-        match layer.dtype() {
-            DType::F32 => jobs::attend::<Float<f32>>(&slice(&guard)?[start..], &queries, call),
-            DType::F16 => jobs::attend::<Float<f16>>(&slice(&guard)?[start..], &queries, call),
-            DType::BF16 => jobs::attend::<Float<bf16>>(&slice(&guard)?[start..], &queries, call),
-            DType::U8 => jobs::attend::<Int8>(&slice(&guard)?[start..], &queries, call),
-            _ => return unsupported(),
-        }
-    };
-    let mut out = vec![S::default(); wide.len()];
-    S::narrow(&wide, &mut out);
-    Tensor::from_vec(out, q.shape(), q.device())
+    let mut to = vec![0f32; q.elem_count()];
+    let (guard, place) = q.storage_and_layout();
+    S::widen(&slice::<S>(&guard)?[place.start_offset()..][..to.len()], &mut to);
+    Ok(to)
+}
+
+fn narrowed<S: Number>(from: &[f32]) -> Vec<S> {
+    let mut to = vec![S::default(); from.len()];
+    S::narrow(from, &mut to);
+    to
 }
 
 /// Copies the first `len` tokens of these blocks together: k and v, each `(len, kv_heads, head_dim)`, in the type in which

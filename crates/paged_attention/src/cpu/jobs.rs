@@ -50,8 +50,9 @@ impl Part<'_> {
     }
 }
 
-/// Attends with `q (tokens, heads, head_dim)` over a layer's blocks; returns as much.
-pub(super) fn attend<F: Format>(layer: &[F::Number], q: &[f32], call: &Call<'_>) -> Vec<f32> {
+/// Attends with `q (tokens, heads, head_dim)` over a layer's blocks; returns as much, and the logarithm, to base two, of the
+/// weight that each row has seen: `(tokens, heads)`.
+pub(super) fn attend<F: Format>(layer: &[F::Number], q: &[f32], call: &Call<'_>) -> (Vec<f32>, Vec<f32>) {
     let KvLayout { kv_heads, head_dim, .. } = *call.layout;
     let parts = parts(call);
     let group = call.heads / kv_heads;
@@ -97,22 +98,28 @@ pub(super) fn attend<F: Format>(layer: &[F::Number], q: &[f32], call: &Call<'_>)
     };
 
     let mut out = vec![0f32; q.len()];
-    let mut rest = (&mut out[..], states.into_iter());
+    let mut log_weights = vec![f32::NEG_INFINITY; q.len() / head_dim];
+    let mut rest = (&mut out[..], &mut log_weights[..], states.into_iter());
     let outputs = parts.iter().map(|part| {
-        let (own, others) = std::mem::take(&mut rest.0).split_at_mut(part.tokens.len() * call.heads * head_dim);
-        rest.0 = others;
-        let states: Vec<_> = rest.1.by_ref().take(part.tasks(kv_heads).count()).collect();
-        (part, own, states)
+        let rows = part.tokens.len() * call.heads;
+        let (own, others) = std::mem::take(&mut rest.0).split_at_mut(rows * head_dim);
+        let (own_weights, other_weights) = std::mem::take(&mut rest.1).split_at_mut(rows);
+        (rest.0, rest.1) = (others, other_weights);
+        let states: Vec<_> = rest.2.by_ref().take(part.tasks(kv_heads).count()).collect();
+        (part, (own, own_weights), states)
     });
     let outputs: Vec<_> = outputs.collect();
-    let put = |(part, out, states): (&Part<'_>, &mut [f32], Vec<State>)| put_together(part, states, out, call);
+    let put = |(part, out, states): (&Part<'_>, Rows<'_>, Vec<State>)| put_together(part, states, out, call);
     if alone {
         outputs.into_iter().for_each(put)
     } else {
         outputs.into_par_iter().for_each(put)
     }
-    out
+    (out, log_weights)
 }
+
+/// Some rows of the result, and of the logarithms of their weights.
+type Rows<'a> = (&'a mut [f32], &'a mut [f32]);
 
 /// Cuts a step into parts, in the order of their rows.
 fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
@@ -137,7 +144,7 @@ fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
 }
 
 /// Merges the states of a part's tasks, chunk after chunk, and writes its rows of the result.
-fn put_together(part: &Part<'_>, states: Vec<State>, out: &mut [f32], call: &Call<'_>) {
+fn put_together(part: &Part<'_>, states: Vec<State>, (out, log_weights): Rows<'_>, call: &Call<'_>) {
     let KvLayout { kv_heads, head_dim, .. } = *call.layout;
     let group = call.heads / kv_heads;
     let mut states = part.tasks(kv_heads).zip(states).peekable();
@@ -151,6 +158,7 @@ fn put_together(part: &Part<'_>, states: Vec<State>, out: &mut [f32], call: &Cal
                 for member in 0..group {
                     let at = token * call.heads + head * group + member;
                     total.mean(row, &mut out[at * head_dim..][..head_dim]);
+                    log_weights[at] = total.log_weight(row);
                     row += 1;
                 }
             }

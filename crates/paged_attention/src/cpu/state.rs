@@ -73,6 +73,12 @@ impl State {
         }
     }
 
+    /// The logarithm, to base two, of the sum of a row's weights: what makes means over different tokens comparable. -inf if
+    /// it has seen nothing that weighs anything.
+    pub(super) fn log_weight(&self, row: usize) -> f32 {
+        self.largest[row] + self.weight[row].log2()
+    }
+
     /// The weighted mean of a row's values; zeros if it has seen nothing that weighs anything.
     pub(super) fn mean(&self, row: usize, out: &mut [f32]) {
         let weight = self.weight[row];
