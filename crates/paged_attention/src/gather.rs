@@ -4,6 +4,7 @@
 //! this is a fallback; on a CPU it is the independent neighbour that the fused kernels are compared with.
 
 use block_pool::KvLayout;
+use block_table::Window;
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use crate::Attention;
@@ -65,6 +66,24 @@ pub(crate) fn attend(
     Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())
 }
 
+/// One sequence without a step: q `(rows, heads, head_dim)` are its tokens from position `at` on, k and v
+/// `(positions, kv_heads, head_dim)` those at `positions`, all before `end`.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attend_to(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    positions: &[usize],
+    at: usize,
+    end: usize,
+    window: Option<Window>,
+    attention: &Attention,
+) -> Result<Tensor> {
+    let span = Span::of_queries(0..q.dim(0)?, at, end, window);
+    let mask = mask(&span, positions, attention, q.device())?;
+    one(q, k, v, mask.as_ref(), attention)
+}
+
 /// One sequence: q `(rows, heads, head_dim)`, k and v `(len, kv_heads, head_dim)`, mask `(rows, len)` or
 /// `(heads, rows, len)`.
 fn one(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, attention: &Attention) -> Result<Tensor> {
@@ -103,7 +122,7 @@ fn one(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, attention: &At
 fn mask(span: &Span, positions: &[usize], attention: &Attention, device: &Device) -> Result<Option<Tensor>> {
     let rows = span.rows.len();
     let windowed = span.window.is_some() || attention.window.is_some();
-    if attention.slopes.is_none() && !windowed && (rows == 1 || !attention.causal) {
+    if attention.slopes.is_none() && !windowed && (!attention.causal || (rows == 1 && span.start + 1 >= span.len())) {
         return Ok(None);
     }
     let slopes = attention.slopes.as_deref().unwrap_or(&[0.0]);

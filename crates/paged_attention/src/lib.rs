@@ -6,6 +6,7 @@ mod cache;
 mod cpu;
 mod error;
 mod gather;
+mod parts;
 mod plan;
 mod step;
 mod validate;
@@ -15,6 +16,7 @@ pub use builder::{Backend, KvCacheBuilder};
 pub use cache::KvCache;
 pub use cpu::Kernel;
 pub use error::{CacheError, CommitError, PushError};
+pub use parts::{Part, attend_parts};
 pub use step::Step;
 pub use validate::AttendError;
 

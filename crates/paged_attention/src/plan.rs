@@ -15,6 +15,8 @@ pub(crate) struct Span {
     pub(crate) start: usize,
     /// Its blocks in [`Plan::blocks`], enough for all its tokens.
     pub(crate) blocks: Range<usize>,
+    /// How many tokens it has, the new ones included.
+    pub(crate) tokens: usize,
     /// How far back it looks.
     pub(crate) window: Option<Window>,
     /// How many of its blocks come before those that its window has given back, and how many these are.
@@ -38,9 +40,14 @@ impl Sight {
 }
 
 impl Span {
+    /// Queries that are tokens from position `start` on, over the `tokens` first of their sequence, wherever these lie.
+    pub(crate) fn of_queries(rows: Range<usize>, start: usize, tokens: usize, window: Option<Window>) -> Self {
+        Self { rows, start, blocks: 0..0, tokens, window, gap: (0, 0) }
+    }
+
     /// How many tokens it has, the new ones included.
     pub(crate) fn len(&self) -> usize {
-        self.start + self.rows.len()
+        self.tokens
     }
 
     /// Where in its blocks the one of logical index `block` is, unless it has been given back.
@@ -61,7 +68,7 @@ impl Span {
     #[inline]
     pub(crate) fn sight(&self, token: usize, attention: &Attention) -> Sight {
         let position = self.start + token;
-        let end = if attention.causal { position + 1 } else { self.len() };
+        let end = if attention.causal { self.len().min(position + 1) } else { self.len() };
         let window = match (self.window, attention.window) {
             (Some(a), Some(b)) => Some(Window::new(a.tokens().min(b.tokens())).with_sinks(a.sinks().min(b.sinks()))),
             (a, b) => a.or(b),
@@ -96,7 +103,29 @@ impl Plan {
         let own = &self.blocks[blocks.clone()];
         let slot = |at: usize| own[at / block_size - gap.1] * block_size as u32 + (at % block_size) as u32;
         self.slots.extend((start..start + n).map(slot));
-        self.spans.push(Span { rows, start, blocks, window: table.window(), gap });
+        self.spans.push(Span { rows, start, blocks, tokens: start + n, window: table.window(), gap });
+    }
+
+    /// Adds queries that are not new tokens of the table: `rows` of them, the first `at` tokens behind the table's first,
+    /// over the tokens before `end`. They may come after all of these.
+    pub(crate) fn push_queries(&mut self, table: &BlockTable, rows: usize, at: usize, end: usize) {
+        let block_size = table.pool().block_size();
+        let gap = table.gap();
+        // Without a window, what the table has given back is not a part of it: it begins behind.
+        let (gap, behind) = if table.window().is_some() { (gap, 0) } else { ((0, 0), gap.1 * block_size) };
+        let (start, tokens) = (at.saturating_sub(behind), end.saturating_sub(behind));
+        let first = self.blocks.len();
+        let needed = tokens.div_ceil(block_size) - gap.1;
+        self.blocks.extend(table.blocks().iter().take(needed).map(|id| id.index() as u32));
+        let before = self.spans.last().map_or(0, |span| span.rows.end);
+        self.spans.push(Span {
+            rows: before..before + rows,
+            start,
+            blocks: first..self.blocks.len(),
+            tokens,
+            window: table.window(),
+            gap,
+        });
     }
 
     /// New tokens of all sequences.
@@ -112,7 +141,7 @@ mod tests {
     #[test]
     fn a_token_sees_the_sinks_and_its_window() {
         let window = |tokens, sinks| Some(Window::new(tokens).with_sinks(sinks));
-        let span = |window| Span { rows: 0..4, start: 10, blocks: 0..0, window, gap: (0, 0) };
+        let span = |window| Span { rows: 0..4, start: 10, blocks: 0..0, tokens: 14, window, gap: (0, 0) };
         let attention = Attention::new(1.0);
         let sight = |window, token| span(window).sight(token, &attention);
         assert_eq!(sight(None, 1), Sight { sinks: 0, recent: 0..12 });
@@ -129,8 +158,17 @@ mod tests {
     }
 
     #[test]
+    fn queries_behind_a_part_see_all_of_it() {
+        let span = Span { rows: 0..4, start: 10, blocks: 0..0, tokens: 8, window: None, gap: (0, 0) };
+        let attention = Attention::new(1.0);
+        assert_eq!(span.sight(0, &attention), Sight { sinks: 0, recent: 0..8 });
+        assert_eq!(span.sight(0, &attention.clone().window(Window::new(5))), Sight { sinks: 0, recent: 6..8 });
+        assert_eq!(span.sight(3, &attention.window(Window::new(2))), Sight { sinks: 0, recent: 8..8 });
+    }
+
+    #[test]
     fn positions_behind_the_window_have_no_place() {
-        let span = Span { rows: 0..2, start: 18, blocks: 0..3, window: None, gap: (1, 2) };
+        let span = Span { rows: 0..2, start: 18, blocks: 0..3, tokens: 20, window: None, gap: (1, 2) };
         assert_eq!([0, 1, 2, 3, 4].map(|block| span.place(block)), [Some(0), None, None, Some(1), Some(2)]);
         assert_eq!(span.held(4).collect::<Vec<_>>(), [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19]);
     }

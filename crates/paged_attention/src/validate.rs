@@ -74,6 +74,9 @@ pub enum AttendError {
     /// The table's blocks belong to another cache's pool.
     #[error("the table belongs to another pool")]
     ForeignTable,
+    /// The parts of [`attend_parts`](crate::attend_parts), or the positions written or read without a step, do not fit.
+    #[error("{0}")]
+    Parts(String),
 }
 
 pub(crate) fn layer(tensors: &KvTensors, layer: usize) -> Result<&Tensor> {
@@ -91,7 +94,14 @@ pub(crate) fn keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tens
 
 /// Checks q beside k, and what the layer asks for; returns the number of query heads.
 pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, attention: &Attention) -> Result<usize> {
-    check_queries(cache, rows, q, k)
+    let heads = queries_alone(cache, rows, q, attention)?;
+    same_dtype(k, "k", q).map_err(Error::wrap)?;
+    Ok(heads)
+}
+
+/// Checks q, and what the layer asks for; returns the number of query heads.
+pub(crate) fn queries_alone(cache: &KvCache, rows: usize, q: &Tensor, attention: &Attention) -> Result<usize> {
+    check_queries(cache, rows, q)
         .and_then(|heads| check_attention(attention, heads).map(|()| heads))
         .map_err(Error::wrap)
 }
@@ -121,7 +131,7 @@ fn check_keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -
     same_dtype(v, "v", k)
 }
 
-fn check_queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor) -> std::result::Result<usize, AttendError> {
+fn check_queries(cache: &KvCache, rows: usize, q: &Tensor) -> std::result::Result<usize, AttendError> {
     if rows == 0 {
         return Err(AttendError::EmptyStep);
     }
@@ -137,7 +147,6 @@ fn check_queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor) -> std::r
         return Err(AttendError::Groups { heads, kv_heads });
     }
     check_number(cache, q, "q")?;
-    same_dtype(k, "k", q)?;
     Ok(heads)
 }
 
