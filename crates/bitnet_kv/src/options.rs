@@ -1,0 +1,53 @@
+//! What a cache can be told.
+
+use paged_attention::Salt;
+
+/// What happens when a sequence grows past `max_seq_len`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Overflow {
+    /// [`KvError::Overflow`](crate::KvError::Overflow), and nothing changes.
+    #[default]
+    Error,
+    /// The cache goes on as a ring: a token sees the first `sinks` tokens of its sequence and the last
+    /// `max_seq_len - sinks`, itself included. Blocks that no later token sees are given back. Positions go on counting.
+    ///
+    /// A pass over several tokens holds all of them until the next one begins, so the pool needs room for a ring and the
+    /// longest pass.
+    Circular {
+        /// Tokens at the start that are always kept; fewer than `max_seq_len`.
+        sinks: usize,
+    },
+    /// The cache takes more memory, as much as it has, and copies nothing: the sequence goes on in the new part.
+    Grow,
+}
+
+/// What a request's cache differs in from others of the same pool.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct CacheOptions {
+    /// Sequences that it holds side by side; 1 unless told. Only a cache of one can reuse prefixes.
+    pub batch: usize,
+    /// What must match, beside the tokens, for a prefix to be shared: a tenant, an adapter.
+    pub salt: Salt,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        Self { batch: 1, salt: Salt::none() }
+    }
+}
+
+impl CacheOptions {
+    /// This many sequences side by side.
+    #[must_use]
+    pub fn batch(self, batch: usize) -> Self {
+        Self { batch, ..self }
+    }
+
+    /// Prefixes are shared with caches of the same salt only.
+    #[must_use]
+    pub fn salt(self, salt: Salt) -> Self {
+        Self { salt, ..self }
+    }
+}

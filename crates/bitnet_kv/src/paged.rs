@@ -1,0 +1,228 @@
+//! What takes the place of `bitnet_transformer`'s `KVCache` and `LayerKVCache`.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+
+use candle_core::{Device, Tensor};
+use paged_attention::KvShape;
+
+use crate::error::Result;
+use crate::sequence::Sequence;
+use crate::{CacheOptions, KvError, PagedKVPool};
+
+/// One request's keys and values, all layers: made by [`PagedKVPool::cache`]. It is `Send`, and owns what it needs, so it fits
+/// through a `&mut dyn Any`. Dropping it gives its blocks back.
+///
+/// A pass gives each layer its tokens in turn, by [`append`](PagedLayerKVCache::append). The first layer that goes beyond all
+/// others takes the blocks for all of them, so a pass that begins has room to end. Layers that are cleared or appended to on
+/// their own keep lengths of their own.
+#[derive(Debug)]
+pub struct PagedKVCache {
+    /// The layers, the first one first.
+    pub layers: Vec<PagedLayerKVCache>,
+    shared: Arc<Mutex<Sequence>>,
+    lens: Arc<[AtomicUsize]>,
+    pool: PagedKVPool,
+}
+
+/// One layer of a [`PagedKVCache`], or a layer that stands alone.
+#[derive(Debug)]
+pub struct PagedLayerKVCache {
+    layer: usize,
+    shared: Arc<Mutex<Sequence>>,
+    lens: Arc<[AtomicUsize]>,
+    pool: PagedKVPool,
+}
+
+impl PagedKVCache {
+    pub(crate) fn over(pool: &PagedKVPool, options: &CacheOptions) -> Self {
+        let sequence = Sequence::new(&pool.0, options.batch.max(1), pool.table_options(options));
+        let (layers, lens) = (pool.shape().layers, sequence.lens());
+        let shared = Arc::new(Mutex::new(sequence));
+        let layer = |layer| PagedLayerKVCache { layer, shared: shared.clone(), lens: lens.clone(), pool: pool.clone() };
+        Self {
+            layers: (0..layers).map(layer).collect(),
+            shared: shared.clone(),
+            lens: lens.clone(),
+            pool: pool.clone(),
+        }
+    }
+
+    /// The layer with this index, if there is one.
+    pub fn layer_mut(&mut self, idx: usize) -> Option<&mut PagedLayerKVCache> {
+        self.layers.get_mut(idx)
+    }
+
+    /// Starts with what the pool knows of these tokens, the request's from its first one on, and says how many of them need
+    /// not be computed: feed the model `tokens[n..]`. At least the last is always left, since its logits are needed.
+    ///
+    /// The tokens are remembered: when they have been computed, other requests find them, also after this one has gone. Tell
+    /// later ones with [`note_tokens`](Self::note_tokens).
+    ///
+    /// # Errors
+    ///
+    /// [`KvError::NotEmpty`] when the cache has tokens already, or holds several sequences.
+    pub fn reuse(&mut self, tokens: &[u32]) -> Result<usize> {
+        self.lock().reuse(tokens)
+    }
+
+    /// Says which tokens the next pass appends, so that they can be found, too: what was sampled, or the next message of a
+    /// conversation. Without it they are kept for this request alone, and so are those behind them.
+    pub fn note_tokens(&mut self, tokens: &[u32]) {
+        self.lock().note_tokens(tokens);
+    }
+
+    /// How many tokens all layers have.
+    pub fn seq_len(&self) -> usize {
+        self.lens.iter().map(|len| len.load(Ordering::Relaxed)).min().unwrap_or(0)
+    }
+
+    /// How long the cache may become, or how far it sees if it is circular.
+    pub fn max_seq_len(&self) -> usize {
+        self.pool.max_seq_len()
+    }
+
+    /// Keeps the first `len` tokens of all layers: what a sliding prompt or a rejected draft leaves. Does nothing to layers
+    /// that have no more.
+    ///
+    /// # Errors
+    ///
+    /// [`KvError::BehindWindow`] when a circular cache has given back what would be seen again; it is then unchanged.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        self.lock().truncate(len)
+    }
+
+    /// Forgets all tokens and gives all blocks back.
+    pub fn clear(&mut self) {
+        // There is nothing that going back to the beginning would see.
+        drop(self.lock().truncate(0));
+    }
+
+    /// Blocks that the cache holds: for new tokens, and in 8-bit storage. Those that it shares with others count.
+    pub fn blocks_held(&self) -> [usize; 2] {
+        self.lock().blocks()
+    }
+
+    /// Bytes of the blocks that the cache holds.
+    pub fn bytes_held(&self) -> usize {
+        self.lock().bytes()
+    }
+
+    /// The pool that its blocks come from.
+    pub fn pool(&self) -> &PagedKVPool {
+        &self.pool
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Sequence> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PagedLayerKVCache {
+    /// A layer that stands alone, with a pool of its own for `batch_size` sequences of up to `max_seq_len` tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`KvError`] when a number is 0 or the memory cannot be had.
+    pub fn new(
+        batch_size: usize,
+        n_kv_heads: usize,
+        max_seq_len: usize,
+        head_dim: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        for (number, name) in [(batch_size, "batch_size"), (n_kv_heads, "n_kv_heads"), (head_dim, "head_dim")] {
+            if number == 0 {
+                return Err(KvError::Zero(name));
+            }
+        }
+        let builder = PagedKVPool::builder(KvShape { layers: 1, kv_heads: n_kv_heads, head_dim }).device(device);
+        let blocks = max_seq_len.div_ceil(16).max(1).saturating_mul(batch_size);
+        let pool = builder.max_seq_len(max_seq_len).blocks(blocks).build()?;
+        let mut cache = pool.cache_with(&CacheOptions::default().batch(batch_size));
+        // A pool that was built has its layer.
+        cache.layers.pop().ok_or(KvError::Zero("layers"))
+    }
+
+    /// Adds the keys, after the rotary embedding, and values of new tokens, each `[B, H_kv, T, D]` in the cache's type. In place:
+    /// nothing that is there is copied.
+    ///
+    /// # Errors
+    ///
+    /// [`KvError`] when a shape, batch, type or device is wrong, the cache would be longer than `max_seq_len`
+    /// ([`KvError::Overflow`]), or the pool is full ([`KvError::OutOfBlocks`]). The cache is then as it was.
+    pub fn append(&mut self, k_new: &Tensor, v_new: &Tensor) -> Result<()> {
+        let rows = self.pool.0.taken.rows(k_new, v_new, false)?;
+        let mut sequence = self.at_work()?;
+        if rows.batch != sequence.batch {
+            let (k, v) = (k_new.dims().to_vec(), v_new.dims().to_vec());
+            return Err(KvError::Batch { expected: sequence.batch, got: rows.batch, k, v });
+        }
+        sequence.append(self.layer, &rows)
+    }
+
+    /// Attends with the last `T` tokens of the layer, `q [B, n * H_kv, T, D]`, to all that they see of it:
+    /// `softmax(scale * q kᵀ) v`, the same shape. Query head `h` reads key head `h / n` (grouped-query attention). With
+    /// `causal` a token sees itself and those before it, without it all tokens.
+    ///
+    /// It takes the place of repeating keys and values, scores, mask, softmax and the second product; keys and values are read
+    /// where they lie. The result is a view of `(B, T, heads, D)`: to go on with `[B, T, heads * D]`, transpose and reshape it,
+    /// which copies nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`KvError`] when q has another shape, type or device, or more tokens than the layer.
+    pub fn attend(&self, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
+        self.at_work()?.attend(self.layer, q, scale, causal)
+    }
+
+    /// A copy of the keys, `[B, H_kv, seq_len, D]`; of a circular cache those that its last token sees.
+    ///
+    /// # Errors
+    ///
+    /// When the tensor library refuses.
+    pub fn keys(&self) -> Result<Tensor> {
+        Ok(self.at_work()?.keys_and_values(self.layer)?.0.transpose(1, 2)?.contiguous()?)
+    }
+
+    /// A copy of the values, as [`keys`](Self::keys).
+    ///
+    /// # Errors
+    ///
+    /// When the tensor library refuses.
+    pub fn values(&self) -> Result<Tensor> {
+        Ok(self.at_work()?.keys_and_values(self.layer)?.1.transpose(1, 2)?.contiguous()?)
+    }
+
+    /// How many tokens the layer has: the position of the next one.
+    pub fn seq_len(&self) -> usize {
+        self.lens[self.layer].load(Ordering::Relaxed)
+    }
+
+    /// How long the cache may become, or how far it sees if it is circular.
+    pub fn max_seq_len(&self) -> usize {
+        self.pool.max_seq_len()
+    }
+
+    /// Heads of keys and values.
+    pub fn n_kv_heads(&self) -> usize {
+        self.pool.shape().kv_heads
+    }
+
+    /// Forgets the layer's tokens. Blocks are given back when all layers have been cleared.
+    pub fn clear(&mut self) {
+        let mut sequence = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        // There is nothing that going back to the beginning would see.
+        drop(sequence.truncate_layer(self.layer, 0));
+    }
+
+    /// The tokens of all layers. Another thread that is at work on another layer may itself be waiting for this one's pool of
+    /// threads: nobody waits here.
+    fn at_work(&self) -> Result<MutexGuard<'_, Sequence>> {
+        match self.shared.try_lock() {
+            Ok(sequence) => Ok(sequence),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(KvError::Busy),
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Looking at what a cache holds: attention over it where it lies, and copies of it.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+use paged_attention::{Attention, KvShape, Part as Stretch, attend_parts};
+
+use crate::error::Result;
+use crate::sequence::Sequence;
+use crate::{KvError, Overflow};
+
+impl Sequence {
+    /// Attends with the last tokens of a layer, `q [batch, heads, tokens, head_dim]`, to what they see of it; the result has
+    /// q's shape.
+    pub(crate) fn attend(&self, layer: usize, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
+        let len = self.len(layer);
+        let KvShape { kv_heads, head_dim, .. } = self.pool.taken.shape;
+        let (heads, tokens) = match *q.dims() {
+            [batch, heads, tokens, dims]
+                if batch == self.batch
+                    && dims == head_dim
+                    && (1..=len).contains(&tokens)
+                    && heads > 0
+                    && heads % kv_heads == 0 =>
+            {
+                (heads, tokens)
+            }
+            _ => {
+                let batch = self.batch;
+                let expected = format!("[{batch}, n * {kv_heads}, 1..={len}, {head_dim}]");
+                return Err(KvError::Queries { got: q.dims().to_vec(), expected });
+            }
+        };
+        self.pool.taken.number(q, "q")?;
+        let attention = Attention::new(scale).causal(causal);
+        let q = q.transpose(1, 2)?; // (batch, tokens, heads, head_dim)
+        let first = len - tokens;
+        let mut outputs = Vec::with_capacity(1);
+        for positions in self.stretches(first..len, causal) {
+            let n = positions.len();
+            let rows = q.narrow(1, positions.start - first, n)?.reshape((self.batch * n, heads, head_dim))?;
+            let parts = self.seen(if causal { positions.end } else { len });
+            let out = attend_parts(&parts, layer, positions.start, &rows, &attention)?;
+            outputs.push(out.reshape((self.batch, n, heads, head_dim))?);
+        }
+        let out = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 1)? };
+        Ok(out.transpose(1, 2)?)
+    }
+
+    /// Queries cut where parts begin: a part that begins behind a query has nothing for it.
+    fn stretches(&self, queries: Range<usize>, causal: bool) -> Vec<Range<usize>> {
+        if !causal || self.parts.len() == 1 {
+            return vec![queries];
+        }
+        let within = |at: usize| {
+            let bounds = self.bounds(at);
+            queries.start.max(bounds.start)..queries.end.min(bounds.end)
+        };
+        (0..self.parts.len()).map(within).filter(|positions| !positions.is_empty()).collect()
+    }
+
+    /// The parts, up to position `end`.
+    fn seen(&self, end: usize) -> Vec<Stretch<'_>> {
+        let parts = self.parts.iter().enumerate().filter(|(_, part)| part.first() < end);
+        let stretch = |(at, part)| {
+            let part: &crate::part::Part = part;
+            Stretch { cache: &part.cache, tables: &part.tables, start: part.start, end: end.min(self.bounds(at).end) }
+        };
+        parts.map(stretch).collect()
+    }
+
+    /// Copies of a layer's keys and values, each `(batch, tokens, kv_heads, head_dim)`: all tokens, or, of a circular cache,
+    /// those that its last token sees.
+    pub(crate) fn keys_and_values(&self, layer: usize) -> Result<(Tensor, Tensor)> {
+        self.layer(layer)?;
+        let taken = &self.pool.taken;
+        let (mut keys, mut values) = (vec![], vec![]);
+        for sequence in 0..self.batch {
+            let (mut k_parts, mut v_parts) = (vec![], vec![]);
+            for seen in self.held(layer) {
+                for at in 0..self.parts.len() {
+                    let bounds = self.bounds(at);
+                    let positions = seen.start.max(bounds.start)..seen.end.min(bounds.end);
+                    if positions.is_empty() {
+                        continue;
+                    }
+                    let part = &self.parts[at];
+                    let own = positions.start - part.start..positions.end - part.start;
+                    let (k, v) = part.cache.read_at(layer, &part.tables[sequence], own)?;
+                    k_parts.push(k.to_dtype(taken.dtype)?);
+                    v_parts.push(v.to_dtype(taken.dtype)?);
+                }
+            }
+            if k_parts.is_empty() {
+                let empty = Tensor::zeros((0, taken.shape.kv_heads, taken.shape.head_dim), taken.dtype, &taken.device)?;
+                k_parts.push(empty.clone());
+                v_parts.push(empty);
+            }
+            keys.push(Tensor::cat(&k_parts, 0)?);
+            values.push(Tensor::cat(&v_parts, 0)?);
+        }
+        Ok((Tensor::stack(&keys, 0)?, Tensor::stack(&values, 0)?))
+    }
+
+    /// The positions that a layer's last token sees.
+    fn held(&self, layer: usize) -> [Range<usize>; 2] {
+        let len = self.len(layer);
+        match self.overflow {
+            Overflow::Circular { sinks } if len > self.max_seq_len => [0..sinks, len - (self.max_seq_len - sinks)..len],
+            _ => [0..len, 0..0],
+        }
+    }
+}

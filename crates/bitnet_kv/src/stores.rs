@@ -1,0 +1,75 @@
+//! Pools of one shape and type, one behind the other: where there is room, and how more of it is made.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use paged_attention::{KvCache, KvCacheBuilder, OutOfBlocks};
+
+use crate::error::Result;
+
+#[derive(Debug)]
+pub(crate) struct Stores {
+    builder: KvCacheBuilder,
+    grows: AtomicBool,
+    growths: AtomicU64,
+    all: Mutex<Vec<KvCache>>,
+}
+
+impl Stores {
+    /// One pool, made by `builder`.
+    pub(crate) fn new(builder: KvCacheBuilder, grows: bool) -> Result<Self> {
+        let first = builder.clone().build()?;
+        let (grows, growths) = (AtomicBool::new(grows), AtomicU64::new(0));
+        Ok(Self { builder, grows, growths, all: Mutex::new(vec![first]) })
+    }
+
+    pub(crate) fn let_grow(&self) {
+        self.grows.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn grows(&self) -> bool {
+        self.grows.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn growths(&self) -> u64 {
+        self.growths.load(Ordering::Relaxed)
+    }
+
+    /// Tokens per block.
+    pub(crate) fn block_size(&self) -> usize {
+        self.lock().first().map_or(1, |cache| cache.pool().block_size())
+    }
+
+    /// All pools at this moment; later ones come behind.
+    pub(crate) fn all(&self) -> Vec<KvCache> {
+        self.lock().clone()
+    }
+
+    /// A pool with `blocks` blocks available at this moment. Without one, and if that is allowed, a new one is made: as large
+    /// as all others together, or as large as it must be.
+    pub(crate) fn with_room(&self, blocks: usize) -> Result<KvCache> {
+        let mut all = self.lock();
+        let available = || all.iter().map(|cache| cache.pool().available());
+        if let Some(at) = available().position(|available| available >= blocks) {
+            return Ok(all[at].clone());
+        }
+        if !self.grows() {
+            return Err(OutOfBlocks { requested: blocks, available: available().max().unwrap_or(0) }.into());
+        }
+        let there: usize = all.iter().map(|cache| cache.pool().blocks()).sum();
+        let cache = self.builder.clone().blocks(there.max(blocks)).build()?;
+        tracing::debug!(blocks = cache.pool().blocks(), "the cache grows");
+        self.growths.fetch_add(1, Ordering::Relaxed);
+        all.push(cache.clone());
+        Ok(cache)
+    }
+
+    /// Sums over all pools.
+    pub(crate) fn sum(&self, of: impl Fn(&KvCache) -> usize) -> usize {
+        self.lock().iter().map(of).sum()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<KvCache>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
