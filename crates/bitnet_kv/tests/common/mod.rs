@@ -1,6 +1,9 @@
 //! Random numbers, and dense attention in f64: what the tests compare with.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // every test binary uses another part
 
+pub mod caches;
+pub mod model;
+
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
