@@ -1,0 +1,325 @@
+//! Sequential generation at the attention geometry of BitNet's 2B model: 30 layers, 20 query and 5 key heads of 128
+//! dimensions, f32. Keys, values and queries are given, so that the cache and attention are all that is timed.
+//!
+//! - `concatenating` does what `bitnet-transformer` does today: `Tensor::cat` of the whole history, keys and values repeated
+//!   for each query head, scores, mask, softmax, product.
+//! - `replacing` does what a user of `bitnet-inference`'s `KVCache::update` must: put the whole history together, by token,
+//!   hand it over, get it back, and attend as above.
+//!
+//! A token's cost depends on how many there are before it. It is measured at a few lengths, all contenders in turn, and summed
+//! up between them; our own run is timed in full, too, to see what such a sum is worth.
+
+use std::cell::RefCell;
+use std::hint::black_box;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use benches::{Contender, Race, Record, is_smoke_test};
+use bitnet_kv::{KvShape, PagedKVCache, PagedKVPool};
+use candle_core::{D, DType, Device, Tensor};
+
+const HEADS: usize = 20;
+const KV_HEADS: usize = 5;
+const DIM: usize = 128;
+
+fn layers() -> usize {
+    if is_smoke_test() { 2 } else { 30 }
+}
+
+fn name() -> String {
+    format!("{} layers, {HEADS}/{KV_HEADS}x{DIM} f32", layers())
+}
+
+/// `(1, heads, tokens, DIM)`.
+fn random(heads: usize, tokens: usize) -> Result<Tensor> {
+    Ok(Tensor::randn(0f32, 1., (1, heads, tokens, DIM), &Device::Cpu)?)
+}
+
+fn scale() -> f32 {
+    1.0 / (DIM as f32).sqrt()
+}
+
+fn pool(tokens: usize, sequences: usize) -> Result<PagedKVPool> {
+    let shape = KvShape { layers: layers(), kv_heads: KV_HEADS, head_dim: DIM };
+    Ok(PagedKVPool::builder(shape).blocks(sequences * (tokens / 16 + 2)).max_seq_len(tokens + 32).build()?)
+}
+
+/// What one token brings to a layer.
+struct Token {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Token {
+    fn random() -> Result<Self> {
+        Ok(Self { q: random(HEADS, 1)?, k: random(KV_HEADS, 1)?, v: random(KV_HEADS, 1)? })
+    }
+}
+
+/// One token through all layers of ours.
+fn paged(cache: &mut PagedKVCache, token: &Token) -> Result<Tensor> {
+    let mut y = token.q.clone();
+    for layer in &mut cache.layers {
+        layer.append(&token.k, &token.v)?;
+        y = layer.attend(&token.q, scale(), true)?;
+    }
+    Ok(y)
+}
+
+/// Keys and values of all layers, each as it is kept.
+type Histories = Vec<(Tensor, Tensor)>;
+
+fn concatenate(histories: &mut Histories, token: &Token) -> Result<()> {
+    for (k, v) in histories.iter_mut() {
+        *k = Tensor::cat(&[&*k, &token.k], 2)?;
+        *v = Tensor::cat(&[&*v, &token.v], 2)?;
+    }
+    Ok(())
+}
+
+/// Keys and values `(1, KV_HEADS, T, DIM)`, repeated; scores, mask, softmax, product.
+fn dense(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let len = k.dim(2)?;
+    let repeat = |t: &Tensor| -> Result<Tensor> {
+        Ok(t.unsqueeze(2)?.repeat(&[1, 1, HEADS / KV_HEADS, 1, 1])?.reshape((1, HEADS, len, DIM))?)
+    };
+    let scores = q.matmul(&repeat(k)?.transpose(2, 3)?)?.affine(f64::from(scale()), 0.0)?;
+    let scores = scores.broadcast_add(&Tensor::zeros((1, 1, 1, len), DType::F32, &Device::Cpu)?)?;
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
+    Ok(weights.matmul(&repeat(v)?)?)
+}
+
+fn concatenating(histories: &mut Histories, token: &Token) -> Result<Tensor> {
+    let mut y = token.q.clone();
+    for (k, v) in histories.iter_mut() {
+        *k = Tensor::cat(&[&*k, &token.k], 2)?;
+        *v = Tensor::cat(&[&*v, &token.v], 2)?;
+        y = dense(&token.q, k, v)?;
+    }
+    Ok(y)
+}
+
+/// `(1, KV_HEADS, T, DIM)` as `(T, KV_HEADS, DIM)`.
+fn by_token(t: &Tensor) -> Result<Tensor> {
+    Ok(t.squeeze(0)?.transpose(0, 1)?.contiguous()?)
+}
+
+fn replacing(histories: &mut Histories, token: &Token) -> Result<Tensor> {
+    let by_head = |t: &Tensor| -> Result<Tensor> { Ok(t.transpose(0, 1)?.contiguous()?.unsqueeze(0)?) };
+    let mut y = token.q.clone();
+    for (k, v) in histories.iter_mut() {
+        *k = Tensor::cat(&[&*k, &by_token(&token.k)?], 0)?;
+        *v = Tensor::cat(&[&*v, &by_token(&token.v)?], 0)?;
+        y = dense(&token.q, &by_head(k)?, &by_head(v)?)?;
+    }
+    Ok(y)
+}
+
+/// Nanoseconds that a token takes of each contender behind `len` others.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    len: usize,
+    paged: f64,
+    concatenating: f64,
+    replacing: f64,
+    append: f64,
+    concatenate: f64,
+}
+
+fn sample(len: usize) -> Result<Sample> {
+    let (token, history) = (Token::random()?, (random(KV_HEADS, len)?, random(KV_HEADS, len)?));
+    let mut cache = pool(len, 1)?.cache();
+    for layer in &mut cache.layers {
+        layer.append(&history.0, &history.1)?;
+    }
+    let cache = RefCell::new(cache);
+    let histories = RefCell::new(vec![history.clone(); layers()]);
+    let mut by_tokens = vec![(by_token(&history.0)?, by_token(&history.1)?); layers()];
+    let mut contenders: Vec<Contender<'_>> = vec![
+        Box::new(|| drop(black_box(paged(&mut cache.borrow_mut(), &token).expect("there is room")))),
+        Box::new(|| drop(black_box(concatenating(&mut histories.borrow_mut(), &token).expect("the shapes fit")))),
+        Box::new(|| drop(black_box(replacing(&mut by_tokens, &token).expect("the shapes fit")))),
+        Box::new(|| {
+            for layer in &mut cache.borrow_mut().layers {
+                layer.append(&token.k, &token.v).expect("there is room");
+            }
+        }),
+        Box::new(|| concatenate(&mut histories.borrow_mut(), &token).expect("the shapes fit")),
+    ];
+    let rounds = if len > 2048 || is_smoke_test() { 1 } else { 3 };
+    let race = Race::run(rounds, &mut contenders);
+    Ok(Sample {
+        len,
+        paged: race.time(0),
+        concatenating: race.time(1),
+        replacing: race.time(2),
+        append: race.time(3),
+        concatenate: race.time(4),
+    })
+}
+
+/// The time of `tokens` tokens, from those at a few lengths: straight lines between them, and what the first and last one say
+/// before and behind.
+fn sum(samples: &[Sample], tokens: usize, of: fn(&Sample) -> f64) -> f64 {
+    let at = |position: usize| {
+        let after = samples.iter().position(|sample| sample.len >= position).unwrap_or(samples.len() - 1);
+        let (a, b) = (samples[after.saturating_sub(1)], samples[after]);
+        if a.len == b.len {
+            return of(&b);
+        }
+        let part = (position as f64 - a.len as f64) / (b.len as f64 - a.len as f64);
+        of(&a) + part.clamp(0.0, 1.0) * (of(&b) - of(&a))
+    };
+    (0..tokens).map(at).sum()
+}
+
+fn generation(record: &mut Record) -> Result<()> {
+    let smoke = is_smoke_test();
+    let lens: &[usize] = if smoke { &[16, 32] } else { &[64, 512, 1024, 2047, 3072, 4096, 6144, 8191] };
+    let samples = lens
+        .iter()
+        .map(|&len| {
+            eprintln!("behind {len} tokens");
+            sample(len)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    for &tokens in if smoke { &[32][..] } else { &[2048, 8192][..] } {
+        let total = |of| sum(&samples, tokens, of);
+        let peers = [("concatenating", Some(total(|s| s.concatenating))), ("replacing", Some(total(|s| s.replacing)))];
+        record.time(&format!("generate {tokens} tokens, {}", name()), Some(total(|s| s.paged)), None, &peers);
+        let peers = [("concatenation", Some(total(|s| s.concatenate)))];
+        record.time(&format!("append {tokens} tokens, {}", name()), Some(total(|s| s.append)), None, &peers);
+    }
+    for sample in &samples {
+        let case = format!("append a token behind {}, {}", sample.len, name());
+        record.time(&case, Some(sample.append), None, &[("concatenation", Some(sample.concatenate))]);
+        let case = format!("generate a token behind {}, {}", sample.len, name());
+        let peers = [("concatenating", Some(sample.concatenating)), ("replacing", Some(sample.replacing))];
+        record.time(&case, Some(sample.paged), None, &peers);
+    }
+    let tokens = if smoke { 32 } else { 2048 };
+    let mut cache = pool(tokens, 1)?.cache();
+    let token = Token::random()?;
+    let started = Instant::now();
+    for _ in 0..tokens {
+        black_box(paged(&mut cache, &token)?);
+    }
+    let full = started.elapsed().as_nanos() as f64;
+    let case = format!("generate {tokens} tokens one by one, {}", name());
+    record.time(&case, Some(full), None, &[("its own sum", Some(sum(&samples, tokens, |s| s.paged)))]);
+    Ok(())
+}
+
+/// The most memory that `work` takes beyond what there was, in bytes; none where the system does not say.
+fn peak(work: impl FnOnce() -> Result<()>) -> Result<Option<f64>> {
+    let status = |key: &str| -> Option<f64> {
+        let text = std::fs::read_to_string("/proc/self/status").ok()?;
+        let line = text.lines().find(|line| line.starts_with(key))?;
+        line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kib| kib * 1024.0)
+    };
+    // Sets the peak back to what there is now.
+    let reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
+    let before = status("VmRSS:").filter(|_| reset);
+    work()?;
+    Ok(before.zip(status("VmHWM:")).map(|(before, most)| most - before))
+}
+
+/// The most memory while a token is generated behind `len` others, these included.
+fn memory(record: &mut Record, len: usize) -> Result<()> {
+    let token = Token::random()?;
+    let histories = |by_tokens: bool| -> Result<Histories> {
+        let one = || -> Result<_> {
+            let (k, v) = (random(KV_HEADS, len)?, random(KV_HEADS, len)?);
+            if by_tokens { Ok((by_token(&k)?, by_token(&v)?)) } else { Ok((k, v)) }
+        };
+        (0..layers()).map(|_| one()).collect()
+    };
+    let ours = peak(|| {
+        let mut cache = pool(len, 1)?.cache();
+        for layer in &mut cache.layers {
+            let (k, v) = (random(KV_HEADS, len)?, random(KV_HEADS, len)?);
+            layer.append(&k, &v)?;
+        }
+        paged(&mut cache, &token).map(drop)
+    })?;
+    let concatenated = peak(|| concatenating(&mut histories(false)?, &token).map(drop))?;
+    let replaced = peak(|| replacing(&mut histories(true)?, &token).map(drop))?;
+    for (who, bytes) in [("paged", ours), ("concatenating", concatenated), ("replacing", replaced)] {
+        if let Some(bytes) = bytes {
+            record.value(&format!("{who} behind {len}, {}", name()), "peak memory", bytes / 1e6, "MB");
+        }
+    }
+    Ok(())
+}
+
+/// Four threads with a sequence each, out of one pool, beside one thread alone.
+fn threads(record: &mut Record) -> Result<()> {
+    let tokens = if is_smoke_test() { 16 } else { 512 };
+    let given = (0..4).map(|_| Token::random()).collect::<Result<Vec<_>>>()?;
+    let pool = pool(tokens, 4)?;
+    // What the last token sees, to the last bit.
+    let one = |token: &Token| -> Result<Vec<f32>> {
+        let mut cache = pool.cache();
+        let mut last = paged(&mut cache, token)?;
+        for _ in 1..tokens {
+            last = paged(&mut cache, token)?;
+        }
+        Ok(last.flatten_all()?.to_vec1()?)
+    };
+    let started = Instant::now();
+    let alone = given.iter().map(one).collect::<Result<Vec<_>>>()?;
+    let in_turn = started.elapsed().as_nanos() as f64;
+    let started = Instant::now();
+    let together: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = given.iter().map(|token| scope.spawn(|| one(token))).collect();
+        threads.into_iter().map(|thread| thread.join().ok().context("a thread panicked")).collect::<Vec<_>>()
+    });
+    let at_once = started.elapsed().as_nanos() as f64;
+    for (alone, together) in alone.iter().zip(together) {
+        anyhow::ensure!(*alone == together??, "a thread computed something else than alone");
+    }
+    let case = format!("4 threads x {tokens} tokens, {}", name());
+    record.time(&case, Some(at_once), None, &[("one thread, in turn", Some(in_turn))]);
+    record.value(&case, "done", 4.0 * tokens as f64 / at_once * 1e9, "tokens/s");
+    Ok(())
+}
+
+/// What 8-bit storage of old tokens saves and costs.
+fn compressed(record: &mut Record) -> Result<()> {
+    let (tokens, recent) = if is_smoke_test() { (64, 16) } else { (2048, 256) };
+    let shape = KvShape { layers: layers(), kv_heads: KV_HEADS, head_dim: DIM };
+    let builder = PagedKVPool::builder(shape).blocks(tokens / 16 + 2).max_seq_len(tokens + 32);
+    let run = |pool: PagedKVPool| -> Result<(f64, PagedKVCache)> {
+        let mut cache = pool.cache();
+        let mut spent = 0.0;
+        for _ in 0..tokens {
+            let token = Token::random()?;
+            let started = Instant::now();
+            black_box(paged(&mut cache, &token)?);
+            spent += started.elapsed().as_nanos() as f64;
+        }
+        Ok((spent, cache))
+    };
+    let (exact, _) = run(builder.clone().build()?)?;
+    let (spent, cache) = run(builder.compress_older_than(recent).build()?)?;
+    let stats = cache.pool().stats();
+    let case = format!("{tokens} tokens, all but {recent} in 8 bits, {}", name());
+    record.time(&case, Some(spent), None, &[("all in f32", Some(exact))]);
+    record.value(&case, "saved of old", 100.0 * stats.saved_part(), "%");
+    record.value(&case, "held", stats.bytes_held as f64 / 1e6, "MB");
+    record.value(&case, "key error", 100.0 * stats.key_error, "%");
+    record.value(&case, "value error", 100.0 * stats.value_error, "%");
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let mut record = Record::default();
+    for &len in if is_smoke_test() { &[32][..] } else { &[2048, 8192][..] } {
+        memory(&mut record, len)?;
+    }
+    generation(&mut record)?;
+    threads(&mut record)?;
+    compressed(&mut record)?;
+    record.write("bitnet_kv")
+}
