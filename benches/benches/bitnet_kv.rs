@@ -176,7 +176,7 @@ fn sum(samples: &[Sample], tokens: usize, of: fn(&Sample) -> f64) -> f64 {
 
 fn generation(record: &mut Record) -> Result<()> {
     let smoke = is_smoke_test();
-    let lens: &[usize] = if smoke { &[16, 32] } else { &[64, 512, 1024, 2047, 3072, 4096, 6144, 8191] };
+    let lens: &[usize] = if smoke { &[16, 32] } else { &[64, 1024, 2047, 4096, 8191] };
     let samples = lens
         .iter()
         .map(|&len| {
@@ -319,7 +319,9 @@ fn main() -> Result<()> {
         memory(&mut record, len)?;
     }
     generation(&mut record)?;
+    eprintln!("four threads");
     threads(&mut record)?;
+    eprintln!("old tokens in 8 bits");
     compressed(&mut record)?;
     record.write("bitnet_kv")
 }

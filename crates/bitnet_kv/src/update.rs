@@ -205,8 +205,8 @@ impl KVCache {
         sequence.map_or(0, |sequence| sequence.len(layer_idx))
     }
 
-    /// The host's numbers, as they are: `tensor_memory_bytes` of the blocks that are held, `current_sequence_length` of the
-    /// longest layer, `max_sequence_length`, which grows with a cache that grows; and `reserved_memory_bytes` of all blocks.
+    /// The host's numbers, as they are: `tensor_memory_bytes` of all blocks, `current_sequence_length` of the longest layer,
+    /// `max_sequence_length`, which grows with a cache that grows; and `held_memory_bytes` of the blocks that hold tokens.
     pub fn memory_usage(&self) -> HashMap<String, usize> {
         let stats = self.pool.stats();
         let current = self.sequence.as_ref().map_or(0, Sequence::longest);
@@ -216,10 +216,10 @@ impl KVCache {
             self.pool.max_seq_len()
         };
         let numbers = [
-            ("tensor_memory_bytes", stats.bytes_held),
+            ("tensor_memory_bytes", stats.bytes_reserved),
             ("current_sequence_length", current),
             ("max_sequence_length", max),
-            ("reserved_memory_bytes", stats.bytes_reserved),
+            ("held_memory_bytes", stats.bytes_held),
         ];
         numbers.into_iter().map(|(key, number)| (key.into(), number)).collect()
     }

@@ -60,13 +60,13 @@ fn layers_grow_token_by_token_each_with_its_own_length() {
     }
     let usage = cache.memory_usage();
     let block = 5 * 2 * 16 * HEADS * DIM * 4;
-    assert_eq!(usage["tensor_memory_bytes"], 3 * block);
+    assert_eq!(usage["held_memory_bytes"], 3 * block);
     assert_eq!((usage["current_sequence_length"], usage["max_sequence_length"]), (40, 100));
-    assert_eq!(usage["reserved_memory_bytes"], 7 * block);
+    assert_eq!(usage["tensor_memory_bytes"], 7 * block);
     let stats = cache.stats();
     assert_eq!((stats.hits, stats.misses, stats.hit_rate()), (4, 1, 0.8));
     cache.clear(&Device::Cpu).unwrap();
-    assert_eq!(cache.memory_usage()["tensor_memory_bytes"], 0);
+    assert_eq!(cache.memory_usage()["held_memory_bytes"], 0);
     assert_eq!(cache.get(0).unwrap().0.dims(), [0, HEADS, DIM]);
 }
 
