@@ -11,9 +11,10 @@
 
 use std::cell::RefCell;
 use std::hint::black_box;
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use benches::{Contender, Race, Record, is_smoke_test};
 use bitnet_kv::{KvShape, PagedKVCache, PagedKVPool};
 use candle_core::{D, DType, Device, Tensor};
@@ -211,54 +212,55 @@ fn generation(record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// The most memory that `work` takes beyond what there was, in bytes; none where the system does not say.
-fn peak(work: impl FnOnce() -> Result<()>) -> Result<Option<f64>> {
-    let status = |key: &str| -> Option<f64> {
-        let text = std::fs::read_to_string("/proc/self/status").ok()?;
-        let line = text.lines().find(|line| line.starts_with(key))?;
-        line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kib| kib * 1024.0)
-    };
-    // Sets the peak back to what there is now.
-    let reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
-    let before = status("VmRSS:").filter(|_| reset);
-    work()?;
-    Ok(before.zip(status("VmHWM:")).map(|(before, most)| most - before))
+/// Who keeps a history, when this program is started again to see what that takes.
+const KEEPERS: [&str; 3] = ["paged", "concatenating", "replacing"];
+
+/// Generates a token behind `len` others, and prints the most memory that the process has had, in KiB, if the system says.
+fn keep(who: &str, len: usize) -> Result<()> {
+    let token = Token::random()?;
+    let history = |_| -> Result<(Tensor, Tensor)> { Ok((random(KV_HEADS, len)?, random(KV_HEADS, len)?)) };
+    match who {
+        "paged" => {
+            let mut cache = pool(len, 1)?.cache();
+            for at in 0..layers() {
+                let (k, v) = history(at)?;
+                cache.layers[at].append(&k, &v)?;
+            }
+            paged(&mut cache, &token)?;
+        }
+        "concatenating" => drop(concatenating(&mut (0..layers()).map(history).collect::<Result<_>>()?, &token)?),
+        _ => {
+            let by_tokens = |at| history(at).and_then(|(k, v)| Ok((by_token(&k)?, by_token(&v)?)));
+            drop(replacing(&mut (0..layers()).map(by_tokens).collect::<Result<_>>()?, &token)?);
+        }
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
+    println!("{}", most.unwrap_or_default());
+    Ok(())
 }
 
-/// The most memory while a token is generated behind `len` others, these included.
+/// The most memory while a token is generated behind `len` others, these included: each in a process of its own.
 fn memory(record: &mut Record, len: usize) -> Result<()> {
-    let token = Token::random()?;
-    let histories = |by_tokens: bool| -> Result<Histories> {
-        let one = || -> Result<_> {
-            let (k, v) = (random(KV_HEADS, len)?, random(KV_HEADS, len)?);
-            if by_tokens { Ok((by_token(&k)?, by_token(&v)?)) } else { Ok((k, v)) }
-        };
-        (0..layers()).map(|_| one()).collect()
-    };
-    let ours = peak(|| {
-        let mut cache = pool(len, 1)?.cache();
-        for layer in &mut cache.layers {
-            let (k, v) = (random(KV_HEADS, len)?, random(KV_HEADS, len)?);
-            layer.append(&k, &v)?;
-        }
-        paged(&mut cache, &token).map(drop)
-    })?;
-    let concatenated = peak(|| concatenating(&mut histories(false)?, &token).map(drop))?;
-    let replaced = peak(|| replacing(&mut histories(true)?, &token).map(drop))?;
-    for (who, bytes) in [("paged", ours), ("concatenating", concatenated), ("replacing", replaced)] {
-        if let Some(bytes) = bytes {
-            record.value(&format!("{who} behind {len}, {}", name()), "peak memory", bytes / 1e6, "MB");
+    for who in KEEPERS {
+        let mut again = Command::new(std::env::current_exe()?);
+        again.args(is_smoke_test().then_some("--test")).env("BITNET_KV_KEEP", format!("{who} {len}"));
+        let output = again.output()?;
+        ensure!(output.status.success(), "{who}: {}", String::from_utf8_lossy(&output.stderr));
+        if let Ok(kib) = String::from_utf8_lossy(&output.stdout).trim().parse::<f64>() {
+            record.value(&format!("{who} behind {len}, {}", name()), "peak memory", kib * 1024.0 / 1e6, "MB");
         }
     }
     Ok(())
 }
 
-/// Four threads with a sequence each, out of one pool, beside one thread alone.
+/// Four threads with a sequence each, out of one pool, beside one thread that computes one after the other: with a core for
+/// each thread, as a server does that has more requests than cores, and with all cores for the one.
 fn threads(record: &mut Record) -> Result<()> {
     let tokens = if is_smoke_test() { 16 } else { 512 };
     let given = (0..4).map(|_| Token::random()).collect::<Result<Vec<_>>>()?;
     let pool = pool(tokens, 4)?;
-    // What the last token sees, to the last bit.
+    // What the last token sees.
     let one = |token: &Token| -> Result<Vec<f32>> {
         let mut cache = pool.cache();
         let mut last = paged(&mut cache, token)?;
@@ -267,20 +269,26 @@ fn threads(record: &mut Record) -> Result<()> {
         }
         Ok(last.flatten_all()?.to_vec1()?)
     };
-    let started = Instant::now();
-    let alone = given.iter().map(one).collect::<Result<Vec<_>>>()?;
-    let in_turn = started.elapsed().as_nanos() as f64;
-    let started = Instant::now();
-    let together: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = given.iter().map(|token| scope.spawn(|| one(token))).collect();
-        threads.into_iter().map(|thread| thread.join().ok().context("a thread panicked")).collect::<Vec<_>>()
-    });
-    let at_once = started.elapsed().as_nanos() as f64;
-    for (alone, together) in alone.iter().zip(together) {
-        anyhow::ensure!(*alone == together??, "a thread computed something else than alone");
-    }
+    let on_one_core = |token: &Token| -> Result<Vec<f32>> {
+        rayon::ThreadPoolBuilder::new().num_threads(1).build()?.install(|| one(token))
+    };
+    let timed = |work: &dyn Fn() -> Result<Vec<Vec<f32>>>| -> Result<(f64, Vec<Vec<f32>>)> {
+        let started = Instant::now();
+        let done = work()?;
+        Ok((started.elapsed().as_nanos() as f64, done))
+    };
+    let (all_cores, alone) = timed(&|| given.iter().map(one).collect())?;
+    let (one_core, _) = timed(&|| given.iter().map(on_one_core).collect())?;
+    let (at_once, together) = timed(&|| {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = given.iter().map(|token| scope.spawn(|| on_one_core(token))).collect();
+            threads.into_iter().map(|thread| thread.join().ok().context("a thread panicked")?).collect()
+        })
+    })?;
+    ensure!(alone == together, "a thread computed something else than alone");
     let case = format!("4 threads x {tokens} tokens, {}", name());
-    record.time(&case, Some(at_once), None, &[("one thread, in turn", Some(in_turn))]);
+    let peers = [("one thread on one core", Some(one_core)), ("one thread on all cores", Some(all_cores))];
+    record.time(&case, Some(at_once), None, &peers);
     record.value(&case, "done", 4.0 * tokens as f64 / at_once * 1e9, "tokens/s");
     Ok(())
 }
@@ -314,6 +322,10 @@ fn compressed(record: &mut Record) -> Result<()> {
 }
 
 fn main() -> Result<()> {
+    if let Ok(keep_what) = std::env::var("BITNET_KV_KEEP") {
+        let (who, len) = keep_what.split_once(' ').context("who and how many tokens")?;
+        return keep(who, len.parse()?);
+    }
     let mut record = Record::default();
     for &len in if is_smoke_test() { &[32][..] } else { &[2048, 8192][..] } {
         memory(&mut record, len)?;
