@@ -15,24 +15,23 @@ pub struct Race {
 }
 
 impl Race {
+    /// Runs `rounds` rounds, and one before them that does not count.
+    pub fn run(rounds: usize, contenders: &mut [Contender<'_>]) -> Self {
+        round(contenders);
+        Self { rounds: (0..rounds).map(|_| round(contenders)).collect() }
+    }
+
     /// Runs rounds for some seconds, five at least, and one before them that does not count. In a smoke test one is enough.
-    pub fn run(seconds: f64, contenders: &mut [Contender<'_>]) -> Self {
-        let least = if is_smoke_test() { 1 } else { 5 };
-        let seconds = if is_smoke_test() { 0.0 } else { seconds };
-        let mut round = || -> Vec<f64> {
-            let time = |contender: &mut Contender<'_>| {
-                let started = Instant::now();
-                contender();
-                started.elapsed().as_nanos() as f64
-            };
-            contenders.iter_mut().map(time).collect()
-        };
-        round();
-        let (started, mut rounds) = (Instant::now(), Vec::new());
-        while rounds.len() < least || started.elapsed().as_secs_f64() < seconds {
-            rounds.push(round());
+    pub fn run_for(seconds: f64, contenders: &mut [Contender<'_>]) -> Self {
+        if is_smoke_test() {
+            return Self::run(1, contenders);
         }
-        Self { rounds }
+        let mut race = Self::run(5, contenders);
+        let started = Instant::now();
+        while started.elapsed().as_secs_f64() < seconds {
+            race.rounds.push(round(contenders));
+        }
+        race
     }
 
     /// The median time of a contender in nanoseconds.
@@ -44,6 +43,16 @@ impl Race {
     pub fn ratio(&self, of: usize, to: usize) -> f64 {
         median(self.rounds.iter().map(|round| round[of] / round[to]).collect())
     }
+}
+
+/// Nanoseconds of each contender, one after the other.
+fn round(contenders: &mut [Contender<'_>]) -> Vec<f64> {
+    let time = |contender: &mut Contender<'_>| {
+        let started = Instant::now();
+        contender();
+        started.elapsed().as_nanos() as f64
+    };
+    contenders.iter_mut().map(time).collect()
 }
 
 /// The middle number; not a number if there is none.
@@ -61,7 +70,7 @@ mod tests {
         let race = Race { rounds: vec![vec![2.0, 1.0], vec![40.0, 10.0], vec![9.0, 3.0]] };
         assert_eq!((race.time(0), race.time(1), race.ratio(0, 1)), (9.0, 3.0, 3.0));
         let mut calls = 0;
-        Race::run(0.0, &mut [Box::new(|| calls += 1)]);
-        assert_eq!(calls, 6);
+        Race::run(3, &mut [Box::new(|| calls += 1)]);
+        assert_eq!(calls, 4);
     }
 }

@@ -95,13 +95,13 @@ pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
         }
     }
     let name = case.name();
-    let floors = Race::run(SECONDS, &mut contenders[..3]);
+    let floors = Race::run_for(SECONDS, &mut contenders[..3]);
     let names = ["candle grouped matmuls", "candle-nn flash attention"];
     let n = contenders.len();
     let mut peers = vec![];
     if with_peers {
         contenders.drain(1..3);
-        let race = Race::run(SECONDS, &mut contenders);
+        let race = Race::run_for(SECONDS, &mut contenders);
         peers = names.iter().zip(3..n).map(|(&peer, at)| (peer, Some(race.ratio(at - 2, 0)))).collect();
     }
     record.raced(&name, floors.time(0), floors.ratio(1, 0), &peers);

@@ -31,7 +31,7 @@ pub(crate) fn prefill(case: &Case, record: &mut Record) -> Result<()> {
             black_box(floor::multiply_adds(chains));
         }),
     ];
-    let race = Race::run(SECONDS, &mut contenders);
+    let race = Race::run_for(SECONDS, &mut contenders);
     drop(contenders);
     let name = format!("prefill {}", case.name());
     record.raced(&name, race.time(0), race.ratio(1, 0), &[]);
