@@ -1,4 +1,6 @@
 //! Scores of a tile: queries times keys.
+// Loops over all registers are unrolled when their bounds are constants, and only then stay registers.
+#![allow(clippy::needless_range_loop)]
 
 use super::{ask, chunks, known};
 use crate::cpu::format::{Number, ROWS};

@@ -1,4 +1,6 @@
 //! Sums of a tile: weights times values.
+// Loops over all registers are unrolled when their bounds are constants, and only then stay registers.
+#![allow(clippy::needless_range_loop)]
 
 use block_pool::{PANEL, STRIP};
 

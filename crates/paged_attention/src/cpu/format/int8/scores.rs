@@ -1,4 +1,6 @@
 //! Scores of a tile: queries times keys, as integers.
+// Loops over all registers are unrolled when their bounds are constants, and only then stay registers.
+#![allow(clippy::needless_range_loop)]
 
 use super::{Q_SHIFT, Quad, Rows, ahead, parts, scales_of};
 use crate::cpu::arch::prefetch::prefetch;
