@@ -120,7 +120,7 @@ pub fn attend_parts(parts: &[Part<'_>], layer: usize, at: usize, q: &Tensor, att
         1 => std::mem::take(&mut outs[0].0),
         _ => merge(&outs, q.dims()[2]),
     };
-    Tensor::from_vec(out, q.shape(), q.device())?.to_dtype(q.dtype())
+    cpu::like(out, q)
 }
 
 impl Part<'_> {

@@ -82,7 +82,11 @@ impl WriteSlots<'_> {
 /// Attends with q `(tokens, heads, head_dim)` to all tokens of each sequence; the result has q's shape and type.
 pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
     let (out, _) = attend_part(layer, q, call)?;
-    // Conversions here and below are by slices: candle's are number by number.
+    like(out, q)
+}
+
+/// Numbers as a tensor of q's shape and type. Conversions here and below are by slices: candle's are number by number.
+pub(crate) fn like(out: Vec<f32>, q: &Tensor) -> Result<Tensor> {
     match q.dtype() {
         DType::F16 => Tensor::from_vec(narrowed::<f16>(&out), q.shape(), q.device()),
         DType::BF16 => Tensor::from_vec(narrowed::<bf16>(&out), q.shape(), q.device()),

@@ -23,7 +23,7 @@ mod wide;
 
 use block_pool::KvLayout;
 
-pub(crate) use boundary::{attend, attend_part, read, write};
+pub(crate) use boundary::{attend, attend_part, like, read, write};
 pub use kernel::Kernel;
 
 use crate::Attention;
