@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use batch_generate::measure::Filled;
-use batch_generate::model::{Gguf, Model, Weights};
+use batch_generate::model::{Gguf, Model};
+use batch_generate::weights::Weights;
 use paged_attention::KvDtype;
 use rayon::ThreadPool;
 
@@ -34,7 +35,7 @@ pub fn generation(
     effort: Effort,
     record: &mut Record,
 ) -> Result<()> {
-    let model = Model::load(&mut Gguf::open(path, Weights::F32)?)?;
+    let model = Model::load(&mut Gguf::open(path, Weights::Int8)?)?;
     let file_bytes = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len() as usize;
     let (batches, contexts): (&[usize], &[usize]) = match effort {
         Effort::Smoke => (&[2], &[32]),
@@ -65,7 +66,7 @@ pub fn generation(
             let bytes = file_bytes + batch * context * each;
             floor.grow(bytes);
             let mut contenders = vec![
-                Contender::new("paged, weights f32", |times| {
+                Contender::new("paged, weights int8", |times| {
                     let mut time = std::time::Duration::ZERO;
                     let mut left = times;
                     while left > 0 {

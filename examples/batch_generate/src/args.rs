@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-use crate::model::Weights;
+use crate::weights::Weights;
 
 /// Answers many prompts at once with a real language model, out of one paged KV cache.
 #[derive(Debug, Parser)]

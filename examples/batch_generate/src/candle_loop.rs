@@ -14,8 +14,9 @@ use candle_transformers::models::quantized_llama::{MAX_SEQ_LEN, ModelWeights};
 use paged_attention::{KvCache, KvDtype};
 
 use crate::engine::{self, Outcome, Request, Settings};
-use crate::model::{Model, Weights};
+use crate::model::Model;
 use crate::sampling::{Random, Sampling};
+use crate::weights::Weights;
 
 /// candle's model, with its weights held in the same way as ours.
 ///
@@ -25,18 +26,18 @@ use crate::sampling::{Random, Sampling};
 pub fn load(path: &Path, weights: Weights) -> Result<ModelWeights> {
     let mut file = File::open(path)?;
     let content = Content::read(&mut file)?;
-    match weights {
-        Weights::Stored => Ok(ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?),
-        Weights::F32 => {
-            // candle's model takes its weights from a file only, so it gets one with the same numbers in f32.
-            let mut file = Cursor::new(converted(&content, &mut file)?);
-            Ok(ModelWeights::from_gguf(Content::read(&mut file)?, &mut file, &Device::Cpu)?)
-        }
-    }
+    let dtype = match weights {
+        Weights::Stored => return Ok(ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?),
+        Weights::F32 => GgmlDType::F32,
+        Weights::Int8 => GgmlDType::Q8_0,
+    };
+    // candle's model takes its weights from a file only.
+    let mut file = Cursor::new(converted(&content, &mut file, dtype)?);
+    Ok(ModelWeights::from_gguf(Content::read(&mut file)?, &mut file, &Device::Cpu)?)
 }
 
-/// The same model as a GGUF file whose tensors are f32.
-fn converted(content: &Content, file: &mut File) -> Result<Vec<u8>> {
+/// The same model as a GGUF file with matrices of another type.
+fn converted(content: &Content, file: &mut File, matrices: GgmlDType) -> Result<Vec<u8>> {
     let metadata: Vec<(&str, &Value)> = content
         .metadata
         .iter()
@@ -48,7 +49,8 @@ fn converted(content: &Content, file: &mut File) -> Result<Vec<u8>> {
         .keys()
         .map(|name| {
             let tensor = content.tensor(file, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
-            Ok((name.as_str(), QTensor::quantize(&tensor, GgmlDType::F32)?))
+            let dtype = if tensor.rank() == 2 { matrices } else { GgmlDType::F32 };
+            Ok((name.as_str(), QTensor::quantize(&tensor, dtype)?))
         })
         .collect::<Result<Vec<_>>>()?;
     let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();

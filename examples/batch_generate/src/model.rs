@@ -5,11 +5,13 @@ use std::io::BufReader;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::quantized::QTensor;
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Embedding, ops, rotary_emb};
 use paged_attention::{Attention, KvShape, Step};
+
+use crate::weights::{Linear, Weights};
 
 /// A GGUF file of the llama architecture, opened.
 #[derive(Debug)]
@@ -18,24 +20,6 @@ pub struct Gguf {
     pub content: Content,
     reader: BufReader<File>,
     weights: Weights,
-}
-
-/// How the weights of a quantized file are held in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Weights {
-    /// Converted to 32-bit floating point: fast in batches, four to eight times the memory
-    F32,
-    /// As in the file, with activations rounded to 8 bits for each product: small, slow without special instructions
-    Stored,
-}
-
-impl Weights {
-    fn hold(self, tensor: QTensor) -> Result<QMatMul> {
-        Ok(match self {
-            Self::F32 => QMatMul::Tensor(tensor.dequantize(&Device::Cpu)?),
-            Self::Stored => QMatMul::from_qtensor(tensor)?,
-        })
-    }
 }
 
 impl Gguf {
@@ -67,9 +51,8 @@ impl Gguf {
         value.map(|v| v.to_f32().with_context(|| format!("`{key}` of the model file is not a number"))).transpose()
     }
 
-    fn matmul(&mut self, name: &str) -> Result<QMatMul> {
-        let tensor = self.tensor(name)?;
-        self.weights.hold(tensor)
+    fn linear(&mut self, name: &str) -> Result<Linear> {
+        Linear::new(self.tensor(name)?, self.weights)
     }
 
     fn tensor(&mut self, name: &str) -> Result<QTensor> {
@@ -89,7 +72,7 @@ pub struct Model {
     embedding: Embedding,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    output: QMatMul,
+    output: Linear,
     /// `(context, head_dim / 2)`
     cos: Tensor,
     sin: Tensor,
@@ -101,14 +84,14 @@ pub struct Model {
 #[derive(Debug)]
 struct Layer {
     attention_norm: RmsNorm,
-    q: QMatMul,
-    k: QMatMul,
-    v: QMatMul,
-    o: QMatMul,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
     mlp_norm: RmsNorm,
-    gate: QMatMul,
-    up: QMatMul,
-    down: QMatMul,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
 }
 
 #[derive(Debug)]
@@ -150,9 +133,9 @@ impl Model {
         let embedding = gguf.tensor("token_embd.weight")?;
         let table = embedding.dequantize(&Device::Cpu)?;
         let output = match gguf.content.tensor_infos.contains_key("output.weight") {
-            true => gguf.matmul("output.weight")?,
+            true => gguf.linear("output.weight")?,
             // Tied: the embedding read the other way round.
-            false => gguf.weights.hold(embedding)?,
+            false => Linear::new(embedding, gguf.weights)?,
         };
         let layers: Vec<_> = (0..layers).map(|i| Layer::load(gguf, i, eps)).collect::<Result<_>>()?;
         let (cos, sin) = rotations(context, head_dim, base)?;
@@ -238,14 +221,14 @@ impl Layer {
         let name = |part: &str| format!("blk.{i}.{part}.weight");
         Ok(Self {
             attention_norm: gguf.norm(&name("attn_norm"), eps)?,
-            q: gguf.matmul(&name("attn_q"))?,
-            k: gguf.matmul(&name("attn_k"))?,
-            v: gguf.matmul(&name("attn_v"))?,
-            o: gguf.matmul(&name("attn_output"))?,
+            q: gguf.linear(&name("attn_q"))?,
+            k: gguf.linear(&name("attn_k"))?,
+            v: gguf.linear(&name("attn_v"))?,
+            o: gguf.linear(&name("attn_output"))?,
             mlp_norm: gguf.norm(&name("ffn_norm"), eps)?,
-            gate: gguf.matmul(&name("ffn_gate"))?,
-            up: gguf.matmul(&name("ffn_up"))?,
-            down: gguf.matmul(&name("ffn_down"))?,
+            gate: gguf.linear(&name("ffn_gate"))?,
+            up: gguf.linear(&name("ffn_up"))?,
+            down: gguf.linear(&name("ffn_down"))?,
         })
     }
 }

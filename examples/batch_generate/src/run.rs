@@ -11,12 +11,13 @@ use crate::args::Args;
 use crate::chat::ChatTemplate;
 use crate::engine::{self, Outcome, Request, Settings};
 use crate::measure::Measured;
-use crate::model::{Gguf, Model, Weights};
+use crate::model::{Gguf, Model};
 use crate::model_file;
 use crate::prompts::{self, Prompt};
 use crate::report::Report;
 use crate::sampling::Sampling;
 use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
 
 /// Does what the command line says.
 ///
@@ -101,6 +102,7 @@ fn measure(args: &Args, model: &Model) -> Result<()> {
     bar.finish_and_clear();
     let weights = match args.weights {
         Weights::F32 => "f32",
+        Weights::Int8 => "int8",
         Weights::Stored => "as stored",
     };
     let threads = candle_core::utils::get_num_threads();

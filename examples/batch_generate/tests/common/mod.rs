@@ -4,7 +4,8 @@
 use std::fs::File;
 use std::path::Path;
 
-use batch_generate::model::{Gguf, Model, Weights};
+use batch_generate::model::{Gguf, Model};
+use batch_generate::weights::Weights;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
