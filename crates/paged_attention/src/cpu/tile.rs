@@ -1,5 +1,6 @@
 //! Where the keys and values of neighbouring tokens lie.
 
+use std::array::from_fn;
 use std::ops::Range;
 
 use block_pool::{KvLayout, Order, PANEL};
@@ -66,17 +67,17 @@ impl<'a, N> Tile<'a, N> {
             let block = if position < positions.end { blocks.block(position)? } else { return None };
             Some((block, position % blocks.layout.block_size / PANEL))
         };
-        Self { panels: std::array::from_fn(panel), layout: blocks.layout }
+        Self { panels: from_fn(panel), layout: blocks.layout }
     }
 
     #[inline(always)]
     pub(super) fn keys(&self, head: usize) -> Panels<'a, N> {
-        self.panels.map(|panel| panel.map_or(&[][..], |(block, panel)| &block[self.layout.key_panel(head, panel)]))
+        from_fn(|i| self.panels[i].map_or(&[][..], |(block, panel)| &block[self.layout.key_panel(head, panel)]))
     }
 
     #[inline(always)]
     pub(super) fn values(&self, head: usize) -> Panels<'a, N> {
-        self.panels.map(|panel| panel.map_or(&[][..], |(block, panel)| &block[self.layout.value_panel(head, panel)]))
+        from_fn(|i| self.panels[i].map_or(&[][..], |(block, panel)| &block[self.layout.value_panel(head, panel)]))
     }
 }
 

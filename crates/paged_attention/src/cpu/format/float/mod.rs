@@ -137,9 +137,15 @@ impl<T: Number> Format for Float<T> {
     fn prepare<'a>(queries: &mut Rows, groups: impl Iterator<Item = Group<'a>>, factor: f32) {
         queries.numbers.clear();
         for group in groups {
-            queries.head_dim = group[0].len();
-            let step = |dim: usize| group.map(|row| row.get(dim).map_or(0.0, |x| x * factor));
-            queries.numbers.extend((0..queries.head_dim).map(step));
+            let [a, b, c, d] = group;
+            queries.head_dim = a.len();
+            if d.len() == a.len() {
+                let rows = a.iter().zip(b).zip(c.iter().zip(d));
+                queries.numbers.extend(rows.map(|((a, b), (c, d))| [a, b, c, d].map(|x| x * factor)));
+            } else {
+                let step = |dim: usize| group.map(|row| row.get(dim).map_or(0.0, |x| x * factor));
+                queries.numbers.extend((0..a.len()).map(step));
+            }
         }
     }
 
@@ -196,6 +202,6 @@ fn ask<T>(at: usize, chunk: &[T; LANES]) {
 
 /// What to ask for: where nothing is known of what comes next, what is here already, which costs least.
 #[inline(always)]
-fn known<'a, T>(next: &Panels<'a, T>, here: &Panels<'a, T>) -> Panels<'a, T> {
-    std::array::from_fn(|panel| if next[panel].is_empty() { here[panel] } else { next[panel] })
+fn known<'a, T>(next: &'a [T], here: &'a [T]) -> &'a [T] {
+    if next.is_empty() { here } else { next }
 }

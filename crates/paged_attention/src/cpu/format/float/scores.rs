@@ -2,6 +2,8 @@
 // Loops over all registers are unrolled when their bounds are constants, and only then stay registers.
 #![allow(clippy::needless_range_loop)]
 
+use std::array::from_fn;
+
 use super::{ask, chunks, known};
 use crate::cpu::format::{Number, ROWS};
 use crate::cpu::kernel::Run;
@@ -17,8 +19,8 @@ pub(super) fn tile<V: Wide, T: Number, const R: usize>(
     scores: &mut [Scores],
 ) {
     let Some(scores) = scores.first_chunk_mut::<R>() else { return };
-    let panels = keys.map(chunks);
-    let next = next.map(|next| known(next, keys).map(chunks));
+    let panels: [_; TILE_PANELS] = from_fn(|panel| chunks(keys[panel]));
+    let next: Option<[_; TILE_PANELS]> = next.map(|next| from_fn(|panel| chunks(known(next[panel], keys[panel]))));
     if V::COLUMNS == TILE_PANELS && panels.iter().all(|panel| !panel.is_empty()) {
         match next {
             Some(next) => V::apart(Product::<T, R, TILE_PANELS, true> { q, keys: panels, next, first: 0, scores }),

@@ -2,6 +2,8 @@
 // Loops over all registers are unrolled when their bounds are constants, and only then stay registers.
 #![allow(clippy::needless_range_loop)]
 
+use std::array::from_fn;
+
 use block_pool::{PANEL, STRIP};
 
 use super::{ask, chunks, known};
@@ -29,11 +31,11 @@ pub(super) fn tile<V: Wide, T: Number, const R: usize>(
     let stride = sums.len() / R;
     // Slots behind the last token hold anything, NaN included: they are not read. Nor are blocks that were given back.
     let count = |panel: usize| PANEL.min(tokens.saturating_sub(panel * PANEL));
-    let tokens = std::array::from_fn(|panel| if values[panel].is_empty() { 0 } else { count(panel) });
+    let tokens = from_fn(|panel| if values[panel].is_empty() { 0 } else { count(panel) });
     for first in (0..stride).step_by(STRIP_CHUNKS) {
         let width = STRIP_CHUNKS.min(stride - first);
-        let strips = values.map(|panel| strip(panel, first, width));
-        let next = next.map(|next| known(next, values).map(|panel| strip(panel, first, width)));
+        let strips = from_fn(|panel| strip(values[panel], first, width));
+        let next = next.map(|next| from_fn(|panel| strip(known(next[panel], values[panel]), first, width)));
         let part = Part { weights, tokens, strips, stride };
         if V::COLUMNS == STRIP_CHUNKS && width == STRIP_CHUNKS {
             part.sum::<V, STRIP_CHUNKS>(next, STRIP_CHUNKS, 0, &mut sums[first..]);
@@ -99,11 +101,15 @@ impl<T: Number, const R: usize, const C: usize, const WHOLE: bool, const ASK: bo
     #[inline(always)]
     fn run<V: Wide>(self) {
         let Part { weights, tokens, mut strips, stride } = self.part;
-        let (mut next, width, column) = (self.next, if C == STRIP_CHUNKS { C } else { self.width }, self.column);
+        // Known when this is compiled, where all of a strip is summed at once.
+        let (width, column) = if C == STRIP_CHUNKS { (C, 0) } else { (self.width, self.column) };
+        let mut next = self.next;
         if WHOLE {
             // Cut to one length, which the compiler then knows.
-            strips = strips.map(|strip| &strip[..PANEL * width]);
-            next = next.map(|strip| &strip[..PANEL * width]);
+            for panel in 0..TILE_PANELS {
+                strips[panel] = &strips[panel][..PANEL * width];
+                next[panel] = &next[panel][..PANEL * width];
+            }
         }
         let mut sums = [[V::splat(0.0); C]; R];
         for r in 0..R {
