@@ -26,7 +26,7 @@ impl Turn {
 }
 
 /// Calls `read` with a layer's numbers, one, two or four bytes each, as words of four.
-fn with_words<R>(layer: &Tensor, read: impl FnOnce(&[u32]) -> R) -> Result<R> {
+pub(crate) fn with_words<R>(layer: &Tensor, read: impl FnOnce(&[u32]) -> R) -> Result<R> {
     let (guard, place) = layer.storage_and_layout();
     let own = place.start_offset()..place.start_offset() + layer.elem_count();
     Ok(match &*guard {

@@ -6,12 +6,14 @@
 //!
 //! - `plain` reads the same blocks in the same order once through; `four streams` reads the same bytes as four
 //!   interleaved streams, the most that this memory gives.
+//! - Two callers, each with a thread and a sequence of its own in one cache, stand beside one of them.
 //! - candle's grouped matrix products and its flash attention read a contiguous cache that is there already.
 
 mod case;
 mod decode;
 mod floor;
 mod prefill;
+mod together;
 
 use anyhow::Result;
 use benches::{Record, is_smoke_test};
@@ -42,6 +44,7 @@ fn main() -> Result<()> {
                             threads,
                             block_size: 16,
                             shuffled: false,
+                            cached: false,
                         };
                         let mut cases = vec![paged];
                         if heads == 32 && batch == 1 && dtype != KvDtype::Bf16 {
@@ -61,11 +64,23 @@ fn main() -> Result<()> {
         for threads in [1, 2] {
             let (heads, kv_heads, head_dim, batch) = (32, 8, 128, 1);
             let context = if is_smoke_test() { 64 } else { 2048 };
-            let (block_size, shuffled) = (16, false);
-            let case = Case { heads, kv_heads, head_dim, batch, context, dtype, threads, block_size, shuffled };
+            let (block_size, shuffled, cached) = (16, false, false);
+            let case = Case { heads, kv_heads, head_dim, batch, context, dtype, threads, block_size, shuffled, cached };
             if format!("prefill {}", case.name()).contains(&filter) {
                 eprintln!("prefill {}", case.name());
                 on_its_threads(&case, &mut record, prefill::prefill)?;
+            }
+        }
+    }
+    for dtype in KvDtype::ALL {
+        for cached in [true, false] {
+            let (heads, kv_heads, head_dim, batch, threads) = (32, 8, 128, 2, 1);
+            let context = if is_smoke_test() { 64 } else { 256 };
+            let (block_size, shuffled) = (16, false);
+            let case = Case { heads, kv_heads, head_dim, batch, context, dtype, threads, block_size, shuffled, cached };
+            if format!("two callers {}", case.name()).contains(&filter) {
+                eprintln!("two callers {}", case.name());
+                together::together(&case, &mut record)?;
             }
         }
     }

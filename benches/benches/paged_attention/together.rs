@@ -1,0 +1,81 @@
+//! Two callers at once, each with a sequence of its own in one cache and a thread of its own: how much more they get done than
+//! one of them alone, and how much more two get done who only read.
+
+use std::cell::RefCell;
+use std::hint::black_box;
+use std::thread;
+
+use anyhow::Result;
+use benches::{Contender, Race, Record};
+use paged_attention::{Attention, Step};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::case::Case;
+use crate::{SECONDS, decode, floor};
+
+/// Layers that a caller attends over in a turn: enough that starting its thread does not count.
+const LAYERS: usize = 32;
+
+/// Who works on a thread of its own.
+struct Caller<'a> {
+    pool: ThreadPool,
+    step: Step<'a>,
+    /// Its sequence's blocks.
+    order: Vec<u32>,
+    /// The layer whose turn it is.
+    next: usize,
+}
+
+/// Each caller does `work` for some layers, one after the other; all at once.
+fn run(callers: &mut [Caller<'_>], layers: usize, work: &(impl Fn(&Step<'_>, &[u32], usize) + Sync)) {
+    thread::scope(|scope| {
+        for Caller { pool, step, order, next } in callers {
+            scope.spawn(move || {
+                pool.install(|| {
+                    for _ in 0..LAYERS {
+                        *next = (*next + 1) % layers;
+                        work(step, order, *next);
+                    }
+                });
+            });
+        }
+    });
+}
+
+/// Measures the new token of one sequence and of two at once, and one and two readers of the same blocks.
+pub(crate) fn together(case: &Case, record: &mut Record) -> Result<()> {
+    let (cache, mut tables) = case.filled()?;
+    let layers = case.layers();
+    let block = cache.bytes_per_block() / layers / 4;
+    let q = case.random(&[1, case.heads, case.head_dim])?;
+    let k = case.random(&[1, case.kv_heads, case.head_dim])?;
+    let attention = Attention::new(case.scale());
+    let pool = || ThreadPoolBuilder::new().num_threads(1).build();
+    let mut callers = Vec::new();
+    for (i, table) in tables.iter_mut().enumerate() {
+        let order = table.blocks().iter().map(|id| id.index() as u32).collect();
+        let mut step = cache.step();
+        step.push(table, &[0])?;
+        callers.push(Caller { pool: pool()?, step, order, next: i * layers / 2 });
+    }
+    let attend = |step: &Step<'_>, _: &[u32], layer: usize| {
+        black_box(step.attend(layer, &q, &k, &k, &attention).expect("the shapes fit"));
+    };
+    let read = |_: &Step<'_>, order: &[u32], layer: usize| {
+        let layer = cache.tensor(layer).expect("the layer exists");
+        black_box(decode::with_words(layer, |words| floor::plain(words, block, order)).expect("it is on a CPU"));
+    };
+    let callers = RefCell::new(callers);
+    let mut contenders: Vec<Contender<'_>> = vec![
+        Box::new(|| run(&mut callers.borrow_mut()[..1], layers, &attend)),
+        Box::new(|| run(&mut callers.borrow_mut(), layers, &attend)),
+        Box::new(|| run(&mut callers.borrow_mut()[..1], layers, &read)),
+        Box::new(|| run(&mut callers.borrow_mut(), layers, &read)),
+    ];
+    let race = Race::run_for(SECONDS, &mut contenders);
+    drop(contenders);
+    let name = format!("two callers {}", case.name());
+    record.value(&name, "work of one", 2.0 * race.ratio(0, 1), "x");
+    record.value(&name, "reading of one", 2.0 * race.ratio(2, 3), "x");
+    Ok(())
+}
