@@ -6,12 +6,14 @@
 //!
 //! - `plain` reads the same blocks in the same order once through; `four streams` reads the same bytes as four
 //!   interleaved streams, the most that this memory gives.
+//! - Sequences in one block, and in blocks in random order, stand beside those in order.
 //! - Two callers, each with a thread and a sequence of its own in one cache, stand beside one of them.
 //! - candle's grouped matrix products and its flash attention read a contiguous cache that is there already.
 
 mod case;
 mod decode;
 mod floor;
+mod orders;
 mod prefill;
 mod together;
 
@@ -24,69 +26,62 @@ use case::Case;
 /// Seconds for which contenders take turns.
 const SECONDS: f64 = 0.8;
 
+/// What is measured of a case, on as many threads as it says.
+type Measure = fn(&Case, &mut Record) -> Result<()>;
+
 fn main() -> Result<()> {
     let mut record = Record::default();
     // `cargo bench -p benches --bench paged_attention -- f16` runs the cases whose name has `f16` in it.
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
+    for (kind, case, measure) in cases() {
+        let name = format!("{kind}{}", case.name());
+        if name.contains(&filter) {
+            eprintln!("{name}");
+            let threads = rayon::ThreadPoolBuilder::new().num_threads(case.threads).build()?;
+            threads.install(|| measure(&case, &mut record))?;
+        }
+    }
+    record.write("paged_attention")
+}
+
+/// All cases, each with the beginning of its name.
+fn cases() -> Vec<(&'static str, Case, Measure)> {
     let contexts: &[usize] = if is_smoke_test() { &[64] } else { &[4096, 16_384] };
+    let (prompt, short) = if is_smoke_test() { (64, 64) } else { (2048, 256) };
+    let any = Case {
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        batch: 1,
+        context: prompt,
+        dtype: KvDtype::F32,
+        threads: 1,
+        block_size: 16,
+        shuffled: false,
+        cached: false,
+    };
+    let mut all: Vec<(&str, Case, Measure)> = Vec::new();
     for (heads, kv_heads, head_dim) in [(32, 8, 128), (9, 3, 64)] {
-        for &context in contexts {
-            for batch in [1, 8] {
-                for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
-                    for threads in [1, 2] {
-                        let paged = Case {
-                            heads,
-                            kv_heads,
-                            head_dim,
-                            batch,
-                            context,
-                            dtype,
-                            threads,
-                            block_size: 16,
-                            shuffled: false,
-                            cached: false,
-                        };
-                        let mut cases = vec![paged];
-                        if heads == 32 && batch == 1 && dtype != KvDtype::Bf16 {
-                            cases.push(Case { block_size: paged.capacity(), ..paged });
-                            cases.push(Case { shuffled: true, ..paged });
-                        }
-                        for case in cases.iter().filter(|case| case.name().contains(&filter)) {
-                            eprintln!("{}", case.name());
-                            on_its_threads(case, &mut record, decode::decode)?;
-                        }
-                    }
+        for (&context, batch) in contexts.iter().flat_map(|context| [(context, 1), (context, 8)]) {
+            for (dtype, threads) in KvDtype::ALL.into_iter().flat_map(|dtype| [(dtype, 1), (dtype, 2)]) {
+                let paged = Case { heads, kv_heads, head_dim, batch, context, dtype, threads, ..any };
+                all.push(("", paged, decode::decode));
+                if heads == 32 && batch == 1 && dtype != KvDtype::Bf16 {
+                    all.push(("", Case { block_size: paged.capacity(), ..paged }, decode::decode));
+                    all.push(("", Case { shuffled: true, ..paged }, decode::decode));
+                    all.push(("orders ", paged, orders::orders));
                 }
             }
         }
     }
     for dtype in KvDtype::ALL {
         for threads in [1, 2] {
-            let (heads, kv_heads, head_dim, batch) = (32, 8, 128, 1);
-            let context = if is_smoke_test() { 64 } else { 2048 };
-            let (block_size, shuffled, cached) = (16, false, false);
-            let case = Case { heads, kv_heads, head_dim, batch, context, dtype, threads, block_size, shuffled, cached };
-            if format!("prefill {}", case.name()).contains(&filter) {
-                eprintln!("prefill {}", case.name());
-                on_its_threads(&case, &mut record, prefill::prefill)?;
-            }
+            all.push(("prefill ", Case { dtype, threads, ..any }, prefill::prefill));
         }
-    }
-    for dtype in KvDtype::ALL {
         for cached in [true, false] {
-            let (heads, kv_heads, head_dim, batch, threads) = (32, 8, 128, 2, 1);
-            let context = if is_smoke_test() { 64 } else { 256 };
-            let (block_size, shuffled) = (16, false);
-            let case = Case { heads, kv_heads, head_dim, batch, context, dtype, threads, block_size, shuffled, cached };
-            if format!("two callers {}", case.name()).contains(&filter) {
-                eprintln!("two callers {}", case.name());
-                together::together(&case, &mut record)?;
-            }
+            let case = Case { batch: 2, context: short, dtype, cached, ..any };
+            all.push(("two callers ", case, together::together));
         }
     }
-    record.write("paged_attention")
-}
-
-fn on_its_threads(case: &Case, record: &mut Record, measure: fn(&Case, &mut Record) -> Result<()>) -> Result<()> {
-    rayon::ThreadPoolBuilder::new().num_threads(case.threads).build()?.install(|| measure(case, record))
+    all
 }

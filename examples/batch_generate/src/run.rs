@@ -36,6 +36,11 @@ pub fn run(args: &Args) -> Result<()> {
         !args.verify || args.temperature == 0.0,
         "only the most likely tokens can be verified: use --temperature 0"
     );
+    #[cfg(feature = "verify")]
+    ensure!(
+        !args.verify || args.weights != Weights::Int8,
+        "candle's own model rounds activations in other pieces, so that tokens may differ: use --weights f32"
+    );
 
     let file = model_file::obtain(args.model.as_deref(), &|line| eprintln!("{line}"))?;
     eprintln!("model: {} ({})", file.path.display(), file.origin);

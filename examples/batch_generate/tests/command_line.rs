@@ -83,6 +83,17 @@ fn batches_and_contexts_are_measured() {
 }
 
 #[test]
+fn weights_can_be_held_in_several_ways() {
+    let world = World::new();
+    let prompts = world.file("prompts.txt", "Hello\nAnd you?\n");
+    for weights in ["f32", "int8", "stored"] {
+        let args = ["--weights", weights, "--max-tokens", "4", "--prompts", prompts.to_str().unwrap()];
+        command(&world.model, &args).assert().success().stdout(contains("And you?"));
+    }
+    refused(&world.model, &["--weights", "int4"], "int4");
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     for flag in ["--help", "--version"] {
         Command::cargo_bin("batch_generate").unwrap().arg(flag).assert().success();
@@ -159,4 +170,5 @@ fn answers_equal_candle_s_own() {
         command(&world.model, &args).assert().success().stderr(contains("verified: 3 of 3 sequences"));
     }
     refused(&world.model, &["--verify", "--temperature", "1"], "use --temperature 0");
+    refused(&world.model, &["--verify", "--weights", "int8"], "use --weights f32");
 }
