@@ -7,7 +7,8 @@ use crate::is_smoke_test;
 /// One contender: does its work once and returns nothing; what it leaves behind is its own business.
 pub type Contender<'a> = Box<dyn FnMut() + 'a>;
 
-/// Times each contender once per round, in turn, so that what else the machine does hits all alike.
+/// Times each contender once per round, in turn, so that what else the machine does hits all alike. Each round begins with
+/// another one: who comes first is not always the same.
 #[derive(Debug)]
 pub struct Race {
     /// Nanoseconds: round after round, contender after contender.
@@ -17,8 +18,8 @@ pub struct Race {
 impl Race {
     /// Runs `rounds` rounds, and one before them that does not count.
     pub fn run(rounds: usize, contenders: &mut [Contender<'_>]) -> Self {
-        round(contenders);
-        Self { rounds: (0..rounds).map(|_| round(contenders)).collect() }
+        round(contenders, 0);
+        Self { rounds: (0..rounds).map(|first| round(contenders, first)).collect() }
     }
 
     /// Runs rounds for some seconds, five at least, and one before them that does not count. In a smoke test one is enough.
@@ -29,7 +30,7 @@ impl Race {
         let mut race = Self::run(5, contenders);
         let started = Instant::now();
         while started.elapsed().as_secs_f64() < seconds {
-            race.rounds.push(round(contenders));
+            race.rounds.push(round(contenders, race.rounds.len()));
         }
         race
     }
@@ -45,14 +46,16 @@ impl Race {
     }
 }
 
-/// Nanoseconds of each contender, one after the other.
-fn round(contenders: &mut [Contender<'_>]) -> Vec<f64> {
-    let time = |contender: &mut Contender<'_>| {
+/// Nanoseconds of each contender, one after the other; the one after the last is the first.
+fn round(contenders: &mut [Contender<'_>], first: usize) -> Vec<f64> {
+    let mut times = vec![0.0; contenders.len()];
+    for turn in 0..contenders.len() {
+        let at = (first + turn) % contenders.len();
         let started = Instant::now();
-        contender();
-        started.elapsed().as_nanos() as f64
-    };
-    contenders.iter_mut().map(time).collect()
+        contenders[at]();
+        times[at] = started.elapsed().as_nanos() as f64;
+    }
+    times
 }
 
 /// The middle number; not a number if there is none.
@@ -63,6 +66,8 @@ fn median(mut numbers: Vec<f64>) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
 
     #[test]
@@ -72,5 +77,12 @@ mod tests {
         let mut calls = 0;
         Race::run(3, &mut [Box::new(|| calls += 1)]);
         assert_eq!(calls, 4);
+    }
+
+    #[test]
+    fn each_round_begins_with_another_contender() {
+        let order = RefCell::new(String::new());
+        Race::run(3, &mut [Box::new(|| order.borrow_mut().push('a')), Box::new(|| order.borrow_mut().push('b'))]);
+        assert_eq!(*order.borrow(), ["ab", "ab", "ba", "ab"].concat());
     }
 }
