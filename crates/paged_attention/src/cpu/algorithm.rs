@@ -53,7 +53,9 @@ pub(super) struct Task<'a, F: Format> {
 /// Memory that a thread uses again from task to task.
 pub(super) struct Scratch<F: Format> {
     scores: Vec<Scores>,
-    /// What each new token sees of a tile, counted from its start.
+    /// What each new token sees.
+    sights: Vec<Sight>,
+    /// What it sees of a tile, counted from its start.
     seen: Vec<Sight>,
     copied: Copied<F::Number>,
     space: Space,
@@ -61,7 +63,20 @@ pub(super) struct Scratch<F: Format> {
 
 impl<F: Format> Default for Scratch<F> {
     fn default() -> Self {
-        Self { scores: Vec::new(), seen: Vec::new(), copied: Copied::default(), space: Space::default() }
+        Self {
+            scores: Vec::new(),
+            sights: Vec::new(),
+            seen: Vec::new(),
+            copied: Copied::default(),
+            space: Space::default(),
+        }
+    }
+}
+
+impl<F: Format> Scratch<F> {
+    /// How many of a sequence's tokens the new ones see, or are behind.
+    fn seen(&self) -> usize {
+        self.sights.last().map_or(0, |sight| sight.recent.end)
     }
 }
 
@@ -82,93 +97,89 @@ impl<F: Format> Run for Attend<'_, '_, F> {
 fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>) -> State {
     let rows = task.tokens.len() * task.group;
     scratch.scores.resize(rows, [[0.0; LANES]; TILE_PANELS]);
+    scratch.sights.clear();
+    scratch.sights.extend(task.tokens.clone().map(|token| task.blocks.span.sight(token, task.attention)));
 
     let mut total = State::new(task.heads.len() * rows, task.blocks.dims());
     let mut further = None;
+    let mut tiles = [Vec::new(), Vec::new()];
     for (i, chunk) in task.chunks.clone().enumerate() {
-        let seen = seen_by(task, task.tokens.end - 1).recent.end;
-        let positions = chunk * CHUNK..seen.min((chunk + 1) * CHUNK);
+        let positions = chunk * CHUNK..scratch.seen().min((chunk + 1) * CHUNK);
         if i == 0 {
-            attend_chunk::<V, F>(task, positions, &mut total, scratch);
+            attend_chunk::<V, F>(task, positions, &mut total, scratch, &mut tiles);
         } else {
             let state = further.get_or_insert_with(|| State::new(task.heads.len() * rows, task.blocks.dims()));
             state.clear();
-            attend_chunk::<V, F>(task, positions, state, scratch);
+            attend_chunk::<V, F>(task, positions, state, scratch, &mut tiles);
             total.merge(state);
         }
     }
     total
 }
 
-fn seen_by<F: Format>(task: &Task<'_, F>, token: usize) -> Sight {
-    task.blocks.span.sight(token, task.attention)
-}
-
 #[inline(always)]
-fn attend_chunk<V: Wide, F: Format>(
-    task: &Task<'_, F>,
+fn attend_chunk<'a, V: Wide, F: Format>(
+    task: &Task<'a, F>,
     positions: Range<usize>,
     state: &mut State,
     scratch: &mut Scratch<F>,
+    [here, ahead]: &mut [Vec<Tile<'a, F::Number>>; 2],
 ) {
     let rows = task.tokens.len() * task.group;
-    let in_place = task.blocks.in_place();
-    let seen = seen_by(task, task.tokens.end - 1).recent.end;
-    let tile_at = |start: usize| start..seen.min(start + TILE);
-    // The first of the new tokens that sees something of a tile: they see further and further. Those behind it look back
-    // less and less far.
-    let first_of = |tile: &Range<usize>| {
-        let token = task.tokens.clone().find(|&token| seen_by(task, token).recent.end > tile.start)?;
-        let Sight { sinks, recent } = seen_by(task, token);
-        (sinks > tile.start || recent.start < tile.end).then_some(token - task.tokens.start)
-    };
+    let end = scratch.seen();
+    let Scratch { scores, sights, seen, copied, space } = scratch;
+    let tile_at = |start: usize| start..end.min(start + TILE);
     let (queries, first_group) = task.queries;
     let groups = rows.div_ceil(ROWS);
-    let mut ahead = None;
-    for start in positions.clone().step_by(TILE) {
+    let adjusted = task.attention.soft_cap.is_some() || task.attention.slopes.is_some();
+    task.blocks.find(&tile_at(positions.start), &task.heads, ahead);
+    for start in positions.step_by(TILE) {
         let within = tile_at(start);
-        let tile = ahead.take().unwrap_or_else(|| Tile::new(&task.blocks, &within));
+        std::mem::swap(here, ahead);
         // Behind the chunk, too: more often than not the same thread computes the next one.
-        let after = tile_at(start + TILE);
-        ahead = (in_place && !after.is_empty()).then(|| Tile::new(&task.blocks, &after));
-        let Some(first) = first_of(&within) else { continue };
-        scratch.seen.clear();
-        scratch.seen.extend(task.tokens.clone().map(|token| seen_by(task, token).within(&within)));
+        task.blocks.find(&tile_at(start + TILE), &task.heads, ahead);
+        // The new tokens see further and further: none before this one sees the tile. Those behind it look back less and
+        // less far.
+        let Some(first) = sights.iter().position(|sight| sight.recent.end > start) else { continue };
+        if sights[first].sinks <= start && sights[first].recent.start >= within.end {
+            continue;
+        }
+        seen.clear();
+        seen.extend(sights.iter().map(|sight| sight.within(&within)));
+        let masked = seen.iter().any(|seen| !sees_all(seen));
 
         // Whole groups: rows that see nothing stay as they are.
         let first = first * task.group / ROWS * ROWS;
         for (h, head) in task.heads.clone().enumerate() {
-            let keys_and_values = if in_place {
-                (tile.keys(head), tile.values(head))
-            } else {
-                scratch.copied.fill::<F>(&task.blocks, head, &within);
-                (scratch.copied.keys(), scratch.copied.values())
+            let own;
+            let tile = match here.get(h) {
+                Some(tile) => tile,
+                None => {
+                    copied.fill::<F>(&task.blocks, head, &within);
+                    own = copied.tile();
+                    &own
+                }
             };
-            let (keys, values) = keys_and_values;
-            let next = match &ahead {
-                _ if !in_place => None,
-                _ if head + 1 < task.heads.end => Some((tile.keys(head + 1), tile.values(head + 1))),
-                Some(ahead) => Some((ahead.keys(task.heads.start), ahead.values(task.heads.start))),
-                None => None,
-            };
+            let next = here.get(h + 1).or(ahead.first());
             for row in (first..rows).step_by(ROWS) {
-                let scores = &mut scratch.scores[row..rows.min(row + ROWS)];
-                let next = next.as_ref().filter(|_| row == first).map(|(keys, _)| keys);
-                F::scores::<V>(queries, first_group + h * groups + row / ROWS, &keys, next, scores);
+                let scores = &mut scores[row..rows.min(row + ROWS)];
+                let next = next.filter(|_| row == first).map(|next| &next.keys);
+                F::scores::<V>(queries, first_group + h * groups + row / ROWS, &tile.keys, next, scores);
             }
-            for row in first..rows {
-                let position = task.blocks.span.start + task.tokens.start + row / task.group;
-                let scores = &mut scratch.scores[row];
-                adjust::<V>(scores, task.attention, head * task.group + row % task.group, start, position);
-                mask(scores, &scratch.seen[row / task.group]);
+            for row in (first..rows).filter(|_| adjusted || masked) {
+                let token = row / task.group;
+                let position = task.blocks.span.start + task.tokens.start + token;
+                let head = head * task.group + row % task.group;
+                adjust::<V>(&mut scores[row], task.attention, head, start, position);
+                mask(&mut scores[row], &seen[token]);
             }
             for row in (first..rows).step_by(ROWS) {
                 let end = rows.min(row + ROWS);
+                let weights = &mut scores[row..end];
                 let states = h * rows + row..h * rows + end;
-                V::apart(Soften(&mut scratch.scores[row..end], states.start, state));
-                let next = next.as_ref().filter(|_| row == first).map(|(_, values)| values);
-                let weights = &scratch.scores[row..end];
-                F::weigh::<V>(weights, within.len(), &values, next, state.sums(states), &mut scratch.space);
+                soften::<V>(weights, states.start, state);
+                let next = next.filter(|_| row == first).map(|next| &next.values);
+                F::weigh::<V>(weights, within.len(), &tile.values, next, state.sums(states), space);
             }
         }
     }
@@ -196,53 +207,71 @@ fn adjust<V: Wide>(scores: &mut Scores, attention: &Attention, head: usize, star
     }
 }
 
+/// Whether a tile is seen from its beginning to its end.
+#[inline(always)]
+fn sees_all(Sight { sinks, recent }: &Sight) -> bool {
+    *sinks >= recent.start && recent.end >= TILE
+}
+
 /// Takes out the scores of tokens that a row does not see.
 #[inline(always)]
 fn mask(scores: &mut Scores, seen: &Sight) {
-    let Sight { sinks, recent } = seen;
-    if *sinks < recent.start || recent.end < TILE {
+    if !sees_all(seen) {
         let flat = scores.as_flattened_mut();
-        flat[*sinks..recent.start].fill(f32::NEG_INFINITY);
-        flat[recent.end..].fill(f32::NEG_INFINITY);
+        flat[seen.sinks..seen.recent.start].fill(f32::NEG_INFINITY);
+        flat[seen.recent.end..].fill(f32::NEG_INFINITY);
     }
 }
 
-/// Turns the scores of up to four rows into weights and takes these into their states, of which the second number is the
-/// first.
-struct Soften<'a>(&'a mut [Scores], usize, &'a mut State);
+/// Turns the scores of up to four rows into weights and takes these into their states, of which number `first` is the first.
+#[inline(always)]
+fn soften<V: Wide>(rows: &mut [Scores], first: usize, state: &mut State) {
+    match rows.len() {
+        1 => soften_rows::<V, 1>(rows, first, state),
+        2 => soften_rows::<V, 2>(rows, first, state),
+        3 => soften_rows::<V, 3>(rows, first, state),
+        _ => soften_rows::<V, ROWS>(rows, first, state),
+    }
+}
 
-impl Run for Soften<'_> {
+#[inline(always)]
+fn soften_rows<V: Wide, const R: usize>(rows: &mut [Scores], first: usize, state: &mut State) {
+    if let Some(rows) = rows.first_chunk_mut::<R>() {
+        V::apart(Soften(rows, first, state));
+    }
+}
+
+/// R rows, the state of the first of them, and all states.
+struct Soften<'a, const R: usize>(&'a mut [Scores; R], usize, &'a mut State);
+
+impl<const R: usize> Run for Soften<'_, R> {
     type Output = ();
 
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // with constant bounds it is unrolled
     fn run<V: Wide>(self) {
         let Self(rows, first, state) = self;
         // A score that is too large for f32 counts as the largest number there is: infinity minus itself is not a number.
         let most = V::splat(f32::MAX);
-        let (mut highest, mut shrink, mut weight) = ([0f32; ROWS], [0f32; LANES], [0f32; ROWS]);
-        for (r, scores) in rows.iter_mut().enumerate().take(ROWS) {
+        let (mut highest, mut shrink) = ([0f32; R], [0f32; LANES]);
+        for r in 0..R {
             let mut high = V::splat(state.largest(first + r));
-            for scores in scores.iter_mut() {
-                let clipped = most.smaller(V::load(scores));
-                clipped.store(scores);
-                high = clipped.larger(high);
+            for panel in 0..TILE_PANELS {
+                high = most.smaller(V::load(&rows[r][panel])).larger(high);
             }
             highest[r] = largest(high);
             shrink[r] = state.largest(first + r) - finite(highest[r]);
         }
         exp2_wide(V::load(&shrink)).store(&mut shrink);
-        for (r, scores) in rows.iter_mut().enumerate().take(ROWS) {
+        for r in 0..R {
             let reference = V::splat(finite(highest[r]));
             let mut sums = V::splat(0.0);
-            for scores in scores.iter_mut() {
-                let p = exp2_wide(V::load(scores).sub(reference));
-                p.store(scores);
+            for panel in 0..TILE_PANELS {
+                let p = exp2_wide(most.smaller(V::load(&rows[r][panel])).sub(reference));
+                p.store(&mut rows[r][panel]);
                 sums = sums.add(p);
             }
-            weight[r] = sum(sums);
-        }
-        for r in 0..rows.len().min(ROWS) {
-            state.grow::<V>(first + r, highest[r], shrink[r], weight[r]);
+            state.grow::<V>(first + r, highest[r], shrink[r], sum(sums));
         }
     }
 }

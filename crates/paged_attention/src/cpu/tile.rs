@@ -36,9 +36,34 @@ impl<'a, N> Blocks<'a, N> {
 
     /// Whether panels can be read where they lie. Otherwise tiles are copied together: blocks that are no multiple of a
     /// panel, heads that are no multiple of a register.
-    pub(super) fn in_place(&self) -> bool {
+    fn in_place(&self) -> bool {
         debug_assert_ne!(self.layout.order, Order::TokenMajor);
         self.layout.block_size.is_multiple_of(PANEL) && self.layout.head_dim.is_multiple_of(LANES)
+    }
+
+    /// Finds the tile of these positions in some heads, one after the other; in none if there are no positions, or if panels
+    /// cannot be read where they lie.
+    pub(super) fn find(&self, positions: &Range<usize>, heads: &Range<usize>, tiles: &mut Vec<Tile<'a, N>>)
+    where
+        N: Copy,
+    {
+        tiles.clear();
+        if positions.is_empty() || !self.in_place() {
+            return;
+        }
+        tiles.resize(heads.len(), Tile { keys: [&[]; TILE_PANELS], values: [&[]; TILE_PANELS] });
+        for (i, position) in positions.clone().step_by(PANEL).enumerate() {
+            let Some(block) = self.block(position) else { continue };
+            let panel = position % self.layout.block_size / PANEL;
+            // Behind a head's keys lie its values, and behind these the keys of the next one.
+            let keys = self.layout.key_panel(heads.start, panel);
+            let values = self.layout.value_panel(heads.start, panel);
+            let mut rest = &block[keys.start..];
+            for tile in tiles.iter_mut() {
+                (tile.keys[i], rest) = rest.split_at(keys.len());
+                (tile.values[i], rest) = rest.split_at(values.len());
+            }
+        }
     }
 
     /// The block of the token at `position`, unless it has been given back.
@@ -51,34 +76,11 @@ impl<'a, N> Blocks<'a, N> {
     }
 }
 
-/// A tile of tokens in all heads.
+/// A tile of tokens in one head.
+#[derive(Clone, Copy)]
 pub(super) struct Tile<'a, N> {
-    /// For each panel its block, and which of the block's panels it is.
-    panels: [Option<(&'a [N], usize)>; TILE_PANELS],
-    layout: &'a KvLayout,
-}
-
-impl<'a, N> Tile<'a, N> {
-    /// The tile of these positions, to be read in place.
-    #[inline(always)]
-    pub(super) fn new(blocks: &Blocks<'a, N>, positions: &Range<usize>) -> Self {
-        let panel = |panel: usize| {
-            let position = positions.start + panel * PANEL;
-            let block = if position < positions.end { blocks.block(position)? } else { return None };
-            Some((block, position % blocks.layout.block_size / PANEL))
-        };
-        Self { panels: from_fn(panel), layout: blocks.layout }
-    }
-
-    #[inline(always)]
-    pub(super) fn keys(&self, head: usize) -> Panels<'a, N> {
-        from_fn(|i| self.panels[i].map_or(&[][..], |(block, panel)| &block[self.layout.key_panel(head, panel)]))
-    }
-
-    #[inline(always)]
-    pub(super) fn values(&self, head: usize) -> Panels<'a, N> {
-        from_fn(|i| self.panels[i].map_or(&[][..], |(block, panel)| &block[self.layout.value_panel(head, panel)]))
-    }
+    pub(super) keys: Panels<'a, N>,
+    pub(super) values: Panels<'a, N>,
 }
 
 /// A tile of one head, copied together.
@@ -118,15 +120,11 @@ impl<N: Copy + Default> Copied<N> {
         }
     }
 
-    pub(super) fn keys(&self) -> Panels<'_, N> {
-        self.panels(&self.keys, self.sizes[0])
-    }
-
-    pub(super) fn values(&self) -> Panels<'_, N> {
-        self.panels(&self.values, self.sizes[1])
+    pub(super) fn tile(&self) -> Tile<'_, N> {
+        Tile { keys: self.panels(&self.keys, self.sizes[0]), values: self.panels(&self.values, self.sizes[1]) }
     }
 
     fn panels<'a>(&self, numbers: &'a [N], size: usize) -> Panels<'a, N> {
-        std::array::from_fn(|panel| if self.present[panel] { &numbers[panel * size..][..size] } else { &[] })
+        from_fn(|panel| if self.present[panel] { &numbers[panel * size..][..size] } else { &[] })
     }
 }

@@ -2,8 +2,6 @@
 // Loops over all registers are unrolled when their bounds are constants, and only then stay registers.
 #![allow(clippy::needless_range_loop)]
 
-use std::array::from_fn;
-
 use super::{ask, chunks, known};
 use crate::cpu::format::{Number, ROWS};
 use crate::cpu::kernel::Run;
@@ -19,21 +17,26 @@ pub(super) fn tile<V: Wide, T: Number, const R: usize>(
     scores: &mut [Scores],
 ) {
     let Some(scores) = scores.first_chunk_mut::<R>() else { return };
-    let panels: [_; TILE_PANELS] = from_fn(|panel| chunks(keys[panel]));
-    let next: Option<[_; TILE_PANELS]> = next.map(|next| from_fn(|panel| chunks(known(next[panel], keys[panel]))));
-    if V::COLUMNS == TILE_PANELS && panels.iter().all(|panel| !panel.is_empty()) {
-        match next {
-            Some(next) => V::apart(Product::<T, R, TILE_PANELS, true> { q, keys: panels, next, first: 0, scores }),
-            None => V::apart(Product::<T, R, TILE_PANELS, false> { q, keys: panels, next: panels, first: 0, scores }),
+    if V::COLUMNS == TILE_PANELS && keys.iter().all(|panel| !panel.is_empty()) {
+        product::<V, T, R, TILE_PANELS>(q, keys, next, 0, scores);
+    } else {
+        for first in (0..TILE_PANELS).filter(|&panel| !keys[panel].is_empty()) {
+            product::<V, T, R, 1>(q, keys, next, first, scores);
         }
-        return;
     }
-    for first in (0..TILE_PANELS).filter(|&panel| !panels[panel].is_empty()) {
-        let keys = [panels[first]];
-        match next {
-            Some(next) => V::apart(Product::<T, R, 1, true> { q, keys, next: [next[first]], first, scores }),
-            None => V::apart(Product::<T, R, 1, false> { q, keys, next: keys, first, scores }),
-        }
+}
+
+#[inline(always)]
+fn product<V: Wide, T: Number, const R: usize, const C: usize>(
+    q: &[[f32; ROWS]],
+    keys: &Panels<'_, T>,
+    next: Option<&Panels<'_, T>>,
+    first: usize,
+    scores: &mut [Scores; R],
+) {
+    match next {
+        Some(next) => V::apart(Product::<T, R, C, true> { q, keys, next, first, scores }),
+        None => V::apart(Product::<T, R, C, false> { q, keys, next: keys, first, scores }),
     }
 }
 
@@ -41,9 +44,9 @@ pub(super) fn tile<V: Wide, T: Number, const R: usize>(
 /// are. Asks for `next`, as large as `keys`, at a steady pace: requests in bursts are dropped.
 struct Product<'a, 's, T, const R: usize, const C: usize, const ASK: bool> {
     q: &'a [[f32; ROWS]],
-    keys: [&'a [[T; LANES]]; C],
-    next: [&'a [[T; LANES]]; C],
-    /// The panel whose scores come first.
+    keys: &'a Panels<'a, T>,
+    next: &'a Panels<'a, T>,
+    /// The first of C panels.
     first: usize,
     scores: &'s mut [Scores; R],
 }
@@ -59,8 +62,9 @@ impl<T: Number, const R: usize, const C: usize, const ASK: bool> Run for Product
         let (pairs, last) = self.q.as_chunks::<2>();
         let (mut keys, mut next) = ([&[][..]; C], [&[][..]; C]);
         for c in 0..C {
-            keys[c] = &self.keys[c].as_chunks::<2>().0[..pairs.len()];
-            next[c] = &self.next[c].as_chunks::<2>().0[..pairs.len()];
+            let here = self.keys[self.first + c];
+            keys[c] = &pairs_of(here)[..pairs.len()];
+            next[c] = &pairs_of(known(self.next[self.first + c], here))[..pairs.len()];
         }
         for pair in 0..pairs.len() {
             for half in 0..2 {
@@ -75,7 +79,11 @@ impl<T: Number, const R: usize, const C: usize, const ASK: bool> Run for Product
             }
         }
         if let [q] = last {
-            add(&mut sums, q, self.keys.map(|keys| T::load(&keys[self.q.len() - 1])));
+            let mut row = [V::splat(0.0); C];
+            for c in 0..C {
+                row[c] = T::load(&chunks(self.keys[self.first + c])[self.q.len() - 1]);
+            }
+            add(&mut sums, q, row);
         }
         for r in 0..R {
             for c in 0..C {
@@ -83,6 +91,12 @@ impl<T: Number, const R: usize, const C: usize, const ASK: bool> Run for Product
             }
         }
     }
+}
+
+/// A panel's keys, dimension after dimension, two by two.
+#[inline(always)]
+fn pairs_of<T>(panel: &[T]) -> &[[[T; LANES]; 2]] {
+    chunks(panel).as_chunks().0
 }
 
 /// Adds to each row's sums the products of its number and all of `row`.

@@ -15,9 +15,6 @@ use crate::cpu::wide::{LANES, Wide};
 /// Chunks of a whole strip.
 const STRIP_CHUNKS: usize = STRIP / LANES;
 
-/// The same strip of each panel, `(panels, tokens, chunks of a strip)`; empty where there is no token.
-type Strips<'a, T> = [&'a [[T; LANES]]; TILE_PANELS];
-
 /// `sums (R, dims) += weights (R, tokens) values (tokens, dims)` for the first `tokens` of a tile, strip after strip.
 #[inline(always)]
 pub(super) fn tile<V: Wide, T: Number, const R: usize>(
@@ -31,68 +28,73 @@ pub(super) fn tile<V: Wide, T: Number, const R: usize>(
     let stride = sums.len() / R;
     // Slots behind the last token hold anything, NaN included: they are not read. Nor are blocks that were given back.
     let count = |panel: usize| PANEL.min(tokens.saturating_sub(panel * PANEL));
-    let tokens = from_fn(|panel| if values[panel].is_empty() { 0 } else { count(panel) });
+    let tokens: [_; TILE_PANELS] = from_fn(|panel| if values[panel].is_empty() { 0 } else { count(panel) });
+    let tile = Weighed { weights, values, tokens, next: next.unwrap_or(values), stride };
+    let whole = tokens.iter().all(|&tokens| tokens == PANEL);
     for first in (0..stride).step_by(STRIP_CHUNKS) {
         let width = STRIP_CHUNKS.min(stride - first);
-        let strips = from_fn(|panel| strip(values[panel], first, width));
-        let next = next.map(|next| from_fn(|panel| strip(known(next[panel], values[panel]), first, width)));
-        let part = Part { weights, tokens, strips, stride };
+        let strip = Strip { first, width, column: 0 };
         if V::COLUMNS == STRIP_CHUNKS && width == STRIP_CHUNKS {
-            part.sum::<V, STRIP_CHUNKS>(next, STRIP_CHUNKS, 0, &mut sums[first..]);
+            sum::<V, T, R, STRIP_CHUNKS>(&tile, strip, whole, next.is_some(), sums);
         } else {
-            (0..width).for_each(|column| part.sum::<V, 1>(next, width, column, &mut sums[first + column..]));
+            (0..width)
+                .for_each(|column| sum::<V, T, R, 1>(&tile, Strip { column, ..strip }, whole, next.is_some(), sums));
         }
     }
 }
 
-/// The chunks from `first` on of each value in a panel, `width` of them: one strip, or nothing where there is no token.
-#[inline(always)]
-fn strip<T>(panel: &[T], first: usize, width: usize) -> &[[T; LANES]] {
-    chunks(panel).get(first * PANEL..(first + width) * PANEL).unwrap_or_default()
-}
-
-/// One strip of a tile's values, and their weights.
-#[derive(Clone, Copy)]
-struct Part<'a, T, const R: usize> {
+/// A tile's values and their weights, and the values to ask for.
+struct Weighed<'a, T, const R: usize> {
     weights: &'a [Scores; R],
+    values: &'a Panels<'a, T>,
     /// How many of each panel's tokens there are.
     tokens: [usize; TILE_PANELS],
-    strips: Strips<'a, T>,
+    next: &'a Panels<'a, T>,
     /// Chunks of a row of sums.
     stride: usize,
 }
 
-impl<'a, T: Number, const R: usize> Part<'a, T, R> {
-    /// Adds C of the strip's `width` chunks, from `column` on, to the first C of each row of sums. Asks for `next`.
+/// A strip: the chunks of each value from `first` on, `width` of them; and one of these.
+#[derive(Clone, Copy)]
+struct Strip {
+    first: usize,
+    width: usize,
+    column: usize,
+}
+
+impl Strip {
+    /// This strip of a panel; nothing where there is no token.
     #[inline(always)]
-    fn sum<V: Wide, const C: usize>(
-        self,
-        next: Option<Strips<'a, T>>,
-        width: usize,
-        column: usize,
-        sums: &mut [[f32; LANES]],
-    ) {
-        let (part, ahead) = (self, next.unwrap_or(self.strips));
-        let whole = self.tokens.iter().all(|&tokens| tokens == PANEL);
-        match (whole, next) {
-            (true, Some(_)) => V::apart(Sum::<T, R, C, true, true> { part, next: ahead, width, column, sums }),
-            (true, None) => V::apart(Sum::<T, R, C, true, false> { part, next: ahead, width, column, sums }),
-            (false, _) => V::apart(Sum::<T, R, C, false, false> { part, next: ahead, width, column, sums }),
-        }
+    fn of<'a, T>(&self, panel: &'a [T]) -> &'a [[T; LANES]] {
+        chunks(panel).get(self.first * PANEL..(self.first + self.width) * PANEL).unwrap_or_default()
     }
 }
 
-/// Some columns of a strip; whether its panels are whole and there is something to ask for is known beforehand.
-struct Sum<'a, 's, T, const R: usize, const C: usize, const WHOLE: bool, const ASK: bool> {
-    part: Part<'a, T, R>,
-    next: Strips<'a, T>,
-    width: usize,
-    column: usize,
-    sums: &'s mut [[f32; LANES]],
+#[inline(always)]
+fn sum<V: Wide, T: Number, const R: usize, const C: usize>(
+    tile: &Weighed<'_, T, R>,
+    strip: Strip,
+    whole: bool,
+    ask: bool,
+    sums: &mut [[f32; LANES]],
+) {
+    match (whole, ask) {
+        (true, true) => V::apart(Sum::<T, R, C, true, true> { tile, strip, sums }),
+        (true, false) => V::apart(Sum::<T, R, C, true, false> { tile, strip, sums }),
+        (false, _) => V::apart(Sum::<T, R, C, false, false> { tile, strip, sums }),
+    }
+}
+
+/// Adds C of a strip's chunks, from its `column` on, to each row's sums. Whether panels are whole and there is something to
+/// ask for is known beforehand.
+struct Sum<'a, T, const R: usize, const C: usize, const WHOLE: bool, const ASK: bool> {
+    tile: &'a Weighed<'a, T, R>,
+    strip: Strip,
+    sums: &'a mut [[f32; LANES]],
 }
 
 impl<T: Number, const R: usize, const C: usize, const WHOLE: bool, const ASK: bool> Run
-    for Sum<'_, '_, T, R, C, WHOLE, ASK>
+    for Sum<'_, T, R, C, WHOLE, ASK>
 {
     type Output = ();
 
@@ -100,21 +102,27 @@ impl<T: Number, const R: usize, const C: usize, const WHOLE: bool, const ASK: bo
     /// several keep more of it under way than one.
     #[inline(always)]
     fn run<V: Wide>(self) {
-        let Part { weights, tokens, mut strips, stride } = self.part;
-        // Known when this is compiled, where all of a strip is summed at once.
-        let (width, column) = if C == STRIP_CHUNKS { (C, 0) } else { (self.width, self.column) };
-        let mut next = self.next;
-        if WHOLE {
-            // Cut to one length, which the compiler then knows.
-            for panel in 0..TILE_PANELS {
+        let Self { tile: &Weighed { weights, values, ref tokens, next, stride }, mut strip, sums: rows } = self;
+        if C == STRIP_CHUNKS {
+            // Known when this is compiled, where all of a strip is summed at once.
+            (strip.width, strip.column) = (C, 0);
+        }
+        let Strip { first, width, column } = strip;
+        let (mut strips, mut ahead) = ([&[][..]; TILE_PANELS], [&[][..]; TILE_PANELS]);
+        for panel in 0..TILE_PANELS {
+            strips[panel] = strip.of(values[panel]);
+            ahead[panel] = strip.of(known(next[panel], values[panel]));
+            if WHOLE {
+                // Cut to one length, which the compiler then knows.
                 strips[panel] = &strips[panel][..PANEL * width];
-                next[panel] = &next[panel][..PANEL * width];
+                ahead[panel] = &ahead[panel][..PANEL * width];
             }
         }
         let mut sums = [[V::splat(0.0); C]; R];
         for r in 0..R {
+            let Some(row) = rows[r * stride + first + column..].first_chunk::<C>() else { return };
             for c in 0..C {
-                sums[r][c] = V::load(&self.sums[r * stride + c]);
+                sums[r][c] = V::load(&row[c]);
             }
         }
         for token in 0..PANEL {
@@ -127,7 +135,7 @@ impl<T: Number, const R: usize, const C: usize, const WHOLE: bool, const ASK: bo
                 for c in 0..C {
                     row[c] = T::load(&strips[panel][at + c]);
                     if ASK {
-                        ask(at + c, &next[panel][at + c]);
+                        ask(at + c, &ahead[panel][at + c]);
                     }
                 }
                 for r in 0..R {
@@ -139,8 +147,9 @@ impl<T: Number, const R: usize, const C: usize, const WHOLE: bool, const ASK: bo
             }
         }
         for r in 0..R {
+            let Some(row) = rows[r * stride + first + column..].first_chunk_mut::<C>() else { return };
             for c in 0..C {
-                sums[r][c].store(&mut self.sums[r * stride + c]);
+                sums[r][c].store(&mut row[c]);
             }
         }
     }
