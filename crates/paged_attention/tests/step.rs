@@ -252,3 +252,32 @@ fn threads_step_their_own_sequences_on_one_cache() {
     });
     assert_eq!(cache.pool().available(), 64);
 }
+
+/// candle's guards wait for a writer that waits for them: a layer's may be taken once only.
+#[test]
+fn queries_may_lie_in_the_layer_itself_while_others_write() {
+    let cache = cache(16);
+    let (mut a, mut b) = (cache.table(), cache.table());
+    forward(&cache, &mut a, 9, 1);
+    let first = a.blocks()[0].index() * 2 * 4 * SHAPE.head_dim;
+    let view = cache.tensor(0).unwrap().flatten_all().unwrap().narrow(0, first, 4).unwrap().reshape((1, 1, 4)).unwrap();
+    let copy = view.copy().unwrap();
+    let x = rows(1, 5);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for seed in 0..300 {
+                forward(&cache, &mut b, 4, seed);
+                b.truncate(0).unwrap();
+            }
+        });
+        for _ in 0..300 {
+            let mut step = cache.step();
+            step.push(&mut a, &[3]).unwrap();
+            let [of_view, of_copy] = [&view, &copy].map(|q| {
+                let out = step.attend(0, q, &x, &x, &Attention::new(1.0)).unwrap();
+                out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            });
+            assert_eq!(of_view, of_copy);
+        }
+    });
+}

@@ -38,8 +38,8 @@ pub(super) const CHUNK: usize = 8 * TILE;
 pub(super) struct Task<'a, F: Format> {
     pub(super) blocks: Blocks<'a, F::Number>,
     pub(super) attention: &'a Attention,
-    /// Its rows, and the group of them that is its first.
-    pub(super) queries: (&'a F::Queries, usize),
+    /// The rows of its tokens in all heads.
+    pub(super) queries: &'a F::Queries,
     /// Query heads of a key head.
     pub(super) group: usize,
     /// Its key heads.
@@ -129,7 +129,6 @@ fn attend_chunk<'a, V: Wide, F: Format>(
     let end = scratch.seen();
     let Scratch { scores, sights, seen, copied, space } = scratch;
     let tile_at = |start: usize| start..end.min(start + TILE);
-    let (queries, first_group) = task.queries;
     let groups = rows.div_ceil(ROWS);
     let adjusted = task.attention.soft_cap.is_some() || task.attention.slopes.is_some();
     task.blocks.find(&tile_at(positions.start), &task.heads, ahead);
@@ -164,7 +163,7 @@ fn attend_chunk<'a, V: Wide, F: Format>(
             for row in (first..rows).step_by(ROWS) {
                 let scores = &mut scores[row..rows.min(row + ROWS)];
                 let next = next.filter(|_| row == first).map(|next| &next.keys);
-                F::scores::<V>(queries, first_group + h * groups + row / ROWS, &tile.keys, next, scores);
+                F::scores::<V>(task.queries, head * groups + row / ROWS, &tile.keys, next, scores);
             }
             for row in (first..rows).filter(|_| adjusted || masked) {
                 let token = row / task.group;
@@ -175,11 +174,10 @@ fn attend_chunk<'a, V: Wide, F: Format>(
             }
             for row in (first..rows).step_by(ROWS) {
                 let end = rows.min(row + ROWS);
-                let weights = &mut scores[row..end];
                 let states = h * rows + row..h * rows + end;
-                soften::<V>(weights, states.start, state);
+                soften::<V>(&mut scores[row..end], states.start, state);
                 let next = next.filter(|_| row == first).map(|next| &next.values);
-                F::weigh::<V>(weights, within.len(), &tile.values, next, state.sums(states), space);
+                F::weigh::<V>(&scores[row..end], within.len(), &tile.values, next, state.sums(states), space);
             }
         }
     }
@@ -251,23 +249,29 @@ impl<const R: usize> Run for Soften<'_, R> {
     #[allow(clippy::needless_range_loop)] // with constant bounds it is unrolled
     fn run<V: Wide>(self) {
         let Self(rows, first, state) = self;
-        // A score that is too large for f32 counts as the largest number there is: infinity minus itself is not a number.
-        let most = V::splat(f32::MAX);
-        let (mut highest, mut shrink) = ([0f32; R], [0f32; LANES]);
+        let (mut highest, mut shrink, mut grown) = ([0f32; R], [0f32; LANES], false);
         for r in 0..R {
-            let mut high = V::splat(state.largest(first + r));
+            let before = state.largest(first + r);
+            let mut high = V::splat(before);
             for panel in 0..TILE_PANELS {
-                high = most.smaller(V::load(&rows[r][panel])).larger(high);
+                high = V::load(&rows[r][panel]).larger(high);
             }
-            highest[r] = largest(high);
-            shrink[r] = state.largest(first + r) - finite(highest[r]);
+            // A score that is too large for f32 counts as the largest number there is: infinity minus itself is not a number.
+            highest[r] = largest(high).min(f32::MAX);
+            shrink[r] = before - finite(highest[r]);
+            grown |= highest[r] != before;
         }
-        exp2_wide(V::load(&shrink)).store(&mut shrink);
+        if grown {
+            exp2_wide(V::load(&shrink)).store(&mut shrink);
+        } else {
+            shrink = [1.0; LANES];
+        }
+        let zero = V::splat(0.0);
         for r in 0..R {
             let reference = V::splat(finite(highest[r]));
             let mut sums = V::splat(0.0);
             for panel in 0..TILE_PANELS {
-                let p = exp2_wide(most.smaller(V::load(&rows[r][panel])).sub(reference));
+                let p = exp2_wide(zero.smaller(V::load(&rows[r][panel]).sub(reference)));
                 p.store(&mut rows[r][panel]);
                 sums = sums.add(p);
             }

@@ -81,45 +81,61 @@ impl WriteSlots<'_> {
 
 /// Attends with q `(tokens, heads, head_dim)` to all tokens of each sequence; the result has q's shape and type.
 pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
-    let (out, _) = attend_part(layer, q, call)?;
-    like(out, q)
-}
-
-/// Numbers as a tensor of q's shape and type. Conversions here and below are by slices: candle's are number by number.
-pub(crate) fn like(out: Vec<f32>, q: &Tensor) -> Result<Tensor> {
+    let q = &q.contiguous()?;
     match q.dtype() {
-        DType::F16 => Tensor::from_vec(narrowed::<f16>(&out), q.shape(), q.device()),
-        DType::BF16 => Tensor::from_vec(narrowed::<bf16>(&out), q.shape(), q.device()),
-        _ => Tensor::from_vec(out, q.shape(), q.device()),
+        DType::F32 => Tensor::from_vec(attend_as::<f32>(layer, q, call)?.0, q.shape(), q.device()),
+        DType::F16 => Tensor::from_vec(attend_as::<f16>(layer, q, call)?.0, q.shape(), q.device()),
+        DType::BF16 => Tensor::from_vec(attend_as::<bf16>(layer, q, call)?.0, q.shape(), q.device()),
+        _ => unsupported(),
     }
 }
 
 /// Attends with q to the tokens of a plan, which may be a part of those that there are; returns as much, and the logarithm,
 /// to base two, of the weight that each row and head has seen.
 pub(crate) fn attend_part(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
-    let queries = match q.dtype() {
-        DType::F32 => widened::<f32>(q)?,
-        DType::F16 => widened::<f16>(q)?,
-        DType::BF16 => widened::<bf16>(q)?,
-        _ => return unsupported(),
-    };
-    let (guard, place) = layer.storage_and_layout();
-    let start = place.start_offset();
-    match layer.dtype() {
-        DType::F32 => Ok(jobs::attend::<Float<f32>>(&slice(&guard)?[start..], &queries, call)),
-        DType::F16 => Ok(jobs::attend::<Float<f16>>(&slice(&guard)?[start..], &queries, call)),
-        DType::BF16 => Ok(jobs::attend::<Float<bf16>>(&slice(&guard)?[start..], &queries, call)),
-        DType::U8 => Ok(jobs::attend::<Int8>(&slice(&guard)?[start..], &queries, call)),
+    let q = &q.contiguous()?;
+    match q.dtype() {
+        DType::F32 => attend_as(layer, q, call),
+        DType::F16 => attend_as(layer, &widened::<f16>(q)?, call),
+        DType::BF16 => attend_as(layer, &widened::<bf16>(q)?, call),
         _ => unsupported(),
     }
 }
 
-fn widened<S: Number + WithDType>(q: &Tensor) -> Result<Vec<f32>> {
-    let q = q.contiguous()?;
+/// Attends with contiguous queries of type S, and returns as much.
+fn attend_as<S: Number + WithDType>(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<S>, Vec<f32>)> {
+    let address = std::ptr::from_ref(&*q.storage_and_layout().0);
+    let (guard, place) = layer.storage_and_layout();
+    // Queries that are a view of the layer are under its guard already.
+    let own = (!std::ptr::addr_eq(address, &*guard)).then(|| q.storage_and_layout().0);
+    let q = &slice(own.as_deref().unwrap_or(&guard))?[q.layout().start_offset()..][..q.elem_count()];
+    let start = place.start_offset();
+    match layer.dtype() {
+        DType::F32 => Ok(jobs::attend::<Float<f32>, S>(&slice(&guard)?[start..], q, call)),
+        DType::F16 => Ok(jobs::attend::<Float<f16>, S>(&slice(&guard)?[start..], q, call)),
+        DType::BF16 => Ok(jobs::attend::<Float<bf16>, S>(&slice(&guard)?[start..], q, call)),
+        DType::U8 => Ok(jobs::attend::<Int8, S>(&slice(&guard)?[start..], q, call)),
+        _ => unsupported(),
+    }
+}
+
+/// A contiguous tensor as f32. Conversions here are by slices: candle's are number by number.
+fn widened<S: Number + WithDType>(q: &Tensor) -> Result<Tensor> {
     let mut to = vec![0f32; q.elem_count()];
-    let (guard, place) = q.storage_and_layout();
-    S::widen(&slice::<S>(&guard)?[place.start_offset()..][..to.len()], &mut to);
-    Ok(to)
+    {
+        let (guard, place) = q.storage_and_layout();
+        S::widen(&slice::<S>(&guard)?[place.start_offset()..][..to.len()], &mut to);
+    }
+    Tensor::from_vec(to, q.shape(), q.device())
+}
+
+/// Numbers as a tensor of q's shape and type.
+pub(crate) fn like(out: Vec<f32>, q: &Tensor) -> Result<Tensor> {
+    match q.dtype() {
+        DType::F16 => Tensor::from_vec(narrowed::<f16>(&out), q.shape(), q.device()),
+        DType::BF16 => Tensor::from_vec(narrowed::<bf16>(&out), q.shape(), q.device()),
+        _ => Tensor::from_vec(out, q.shape(), q.device()),
+    }
 }
 
 fn narrowed<S: Number>(from: &[f32]) -> Vec<S> {

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::Call;
 use super::algorithm::{Attend, CHUNK, Scratch, Task};
-use super::format::Format;
+use super::format::{Format, Number};
 use super::queries::Queries;
 use super::state::State;
 use super::tile::Blocks;
@@ -52,74 +52,59 @@ impl Part<'_> {
 
 /// Attends with `q (tokens, heads, head_dim)` over a layer's blocks; returns as much, and the logarithm, to base two, of the
 /// weight that each row has seen: `(tokens, heads)`.
-pub(super) fn attend<F: Format>(layer: &[F::Number], q: &[f32], call: &Call<'_>) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn attend<F: Format, S: Number>(layer: &[F::Number], q: &[S], call: &Call<'_>) -> (Vec<S>, Vec<f32>) {
     let KvLayout { kv_heads, head_dim, .. } = *call.layout;
     let parts = parts(call);
-    let group = call.heads / kv_heads;
-    let queries = Queries { numbers: q, heads: call.heads, head_dim, group, factor: call.attention.factor() };
-    // A part whose chunks are shared out makes its rows ready once for all of them.
-    let shared = |part: &Part<'_>| {
-        let mut shared = F::Queries::default();
-        queries.prepare::<F>(part.span, &part.tokens, 0..kv_heads, &mut shared);
-        shared
-    };
-    let shared: Vec<_> = parts.iter().map(|part| part.by_chunk.then(|| shared(part))).collect();
-    let parts_and_shared = parts.iter().zip(&shared);
-    let tasks: Vec<_> =
-        parts_and_shared.flat_map(|part| part.0.tasks(kv_heads).map(move |task| (part, task))).collect();
-    let one = |(scratch, own): &mut (Scratch<F>, F::Queries), (part, task): &((&Part<'_>, &Option<F::Queries>), _)| {
-        let ((part, shared), (heads, chunks)): (_, &(Range<usize>, Range<usize>)) = (part, task);
-        let queries = match shared {
-            Some(shared) => (shared, heads.start * queries.groups(part.tokens.len())),
-            None => {
-                queries.prepare::<F>(part.span, &part.tokens, heads.clone(), own);
-                (&*own, 0)
-            }
-        };
-        let ids = &call.plan.blocks[part.span.blocks.clone()];
-        let task = Task {
-            blocks: Blocks { layer, layout: call.layout, ids, span: part.span },
-            attention: call.attention,
-            queries,
-            group,
-            heads: heads.clone(),
-            tokens: part.tokens.clone(),
-            chunks: chunks.clone(),
-        };
-        call.kernel.run(Attend(&task, scratch))
-    };
     let work: usize = parts.iter().map(|part| part.tokens.len() * part.chunks).sum::<usize>() * CHUNK * call.heads;
     let alone = work * head_dim < WORTH_A_THREAD;
-    let states: Vec<State> = if alone {
-        let mut memory = Default::default();
-        tasks.iter().map(|task| one(&mut memory, task)).collect()
-    } else {
-        tasks.par_iter().map_init(Default::default, one).collect()
-    };
 
-    let mut out = vec![0f32; q.len()];
+    let mut out = vec![S::default(); q.len()];
     let mut log_weights = vec![f32::NEG_INFINITY; q.len() / head_dim];
-    let mut rest = (&mut out[..], &mut log_weights[..], states.into_iter());
-    let outputs = parts.iter().map(|part| {
+    let mut rest = (&mut out[..], &mut log_weights[..]);
+    let with_rows = parts.into_iter().map(|part| {
         let rows = part.tokens.len() * call.heads;
         let (own, others) = std::mem::take(&mut rest.0).split_at_mut(rows * head_dim);
         let (own_weights, other_weights) = std::mem::take(&mut rest.1).split_at_mut(rows);
-        (rest.0, rest.1) = (others, other_weights);
-        let states: Vec<_> = rest.2.by_ref().take(part.tasks(kv_heads).count()).collect();
-        (part, (own, own_weights), states)
+        rest = (others, other_weights);
+        (part, (own, own_weights))
     });
-    let outputs: Vec<_> = outputs.collect();
-    let put = |(part, out, states): (&Part<'_>, Rows<'_>, Vec<State>)| put_together(part, states, out, call);
+    let all = Queries { numbers: q, heads: call.heads, head_dim, factor: call.attention.factor() };
+    let attend = |queries: &mut F::Queries, (part, rows): (Part<'_>, Rows<'_, S>)| {
+        all.prepare::<F>(part.span, &part.tokens, kv_heads, queries);
+        let queries = &*queries;
+        let run = |scratch: &mut Scratch<F>, (heads, chunks): (Range<usize>, Range<usize>)| {
+            let ids = &call.plan.blocks[part.span.blocks.clone()];
+            let task = Task {
+                blocks: Blocks { layer, layout: call.layout, ids, span: part.span },
+                attention: call.attention,
+                queries,
+                group: call.heads / kv_heads,
+                heads,
+                tokens: part.tokens.clone(),
+                chunks,
+            };
+            call.kernel.run(Attend(&task, scratch))
+        };
+        let tasks: Vec<_> = part.tasks(kv_heads).collect();
+        let states: Vec<State> = if alone {
+            let mut scratch = Scratch::default();
+            tasks.into_iter().map(|task| run(&mut scratch, task)).collect()
+        } else {
+            tasks.into_par_iter().map_init(Scratch::default, run).collect()
+        };
+        put_together(&part, states, rows, call);
+    };
     if alone {
-        outputs.into_iter().for_each(put)
+        let mut queries = F::Queries::default();
+        with_rows.for_each(|part| attend(&mut queries, part));
     } else {
-        outputs.into_par_iter().for_each(put)
+        with_rows.collect::<Vec<_>>().into_par_iter().for_each_init(F::Queries::default, attend);
     }
     (out, log_weights)
 }
 
 /// Some rows of the result, and of the logarithms of their weights.
-type Rows<'a> = (&'a mut [f32], &'a mut [f32]);
+type Rows<'a, S> = (&'a mut [S], &'a mut [f32]);
 
 /// Cuts a step into parts, in the order of their rows.
 fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
@@ -144,9 +129,10 @@ fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
 }
 
 /// Merges the states of a part's tasks, chunk after chunk, and writes its rows of the result.
-fn put_together(part: &Part<'_>, states: Vec<State>, (out, log_weights): Rows<'_>, call: &Call<'_>) {
+fn put_together<S: Number>(part: &Part<'_>, states: Vec<State>, (out, log_weights): Rows<'_, S>, call: &Call<'_>) {
     let KvLayout { kv_heads, head_dim, .. } = *call.layout;
     let group = call.heads / kv_heads;
+    let mut mean = vec![0f32; head_dim];
     let mut states = part.tasks(kv_heads).zip(states).peekable();
     while let Some(((heads, _), mut total)) = states.next() {
         while let Some((_, state)) = states.next_if(|((others, _), _)| *others == heads) {
@@ -157,7 +143,8 @@ fn put_together(part: &Part<'_>, states: Vec<State>, (out, log_weights): Rows<'_
             for token in 0..part.tokens.len() {
                 for member in 0..group {
                     let at = token * call.heads + head * group + member;
-                    total.mean(row, &mut out[at * head_dim..][..head_dim]);
+                    total.mean(row, &mut mean);
+                    S::narrow(&mean, &mut out[at * head_dim..][..head_dim]);
                     log_weights[at] = total.log_weight(row);
                     row += 1;
                 }

@@ -15,9 +15,6 @@ use super::wide::{LANES, Wide};
 /// Rows that a product takes at a time.
 pub(super) const ROWS: usize = 4;
 
-/// The query rows of a product; empty where there are fewer.
-pub(super) type Group<'a> = [&'a [f32]; ROWS];
-
 /// A way to store keys and values.
 ///
 /// Panels are runs of sixteen tokens in the order of a [`KvLayout`], or empty where no token is seen. Rows are query heads
@@ -48,8 +45,11 @@ pub(super) trait Format: 'static {
         dims: usize,
     );
 
-    /// Takes in query rows, each times `factor`, in the place of those that were there.
-    fn prepare<'a>(queries: &mut Self::Queries, groups: impl Iterator<Item = Group<'a>>, factor: f32);
+    /// Takes out all query rows.
+    fn clear(queries: &mut Self::Queries);
+
+    /// Adds a group of query rows `(rows, head_dim)`, each times `factor`.
+    fn prepare(queries: &mut Self::Queries, rows: &[f32], head_dim: usize, factor: f32);
 
     /// `scores (rows, panels, sixteen) = q (rows, head_dim) kᵀ` for the rows of a group. Asks for the keys in `next`
     /// meanwhile.

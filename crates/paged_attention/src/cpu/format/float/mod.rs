@@ -9,7 +9,7 @@ use block_pool::{KvLayout, PANEL, STRIP};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::{Format, Group, ROWS, Space};
+use super::{Format, ROWS, Space};
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::tile::{Panels, Scores};
 use crate::cpu::wide::{LANES, Wide};
@@ -134,18 +134,20 @@ impl<T: Number> Format for Float<T> {
         }
     }
 
-    fn prepare<'a>(queries: &mut Rows, groups: impl Iterator<Item = Group<'a>>, factor: f32) {
+    fn clear(queries: &mut Rows) {
         queries.numbers.clear();
-        for group in groups {
-            let [a, b, c, d] = group;
-            queries.head_dim = a.len();
-            if d.len() == a.len() {
-                let rows = a.iter().zip(b).zip(c.iter().zip(d));
-                queries.numbers.extend(rows.map(|((a, b), (c, d))| [a, b, c, d].map(|x| x * factor)));
-            } else {
-                let step = |dim: usize| group.map(|row| row.get(dim).map_or(0.0, |x| x * factor));
-                queries.numbers.extend((0..a.len()).map(step));
-            }
+    }
+
+    fn prepare(queries: &mut Rows, rows: &[f32], head_dim: usize, factor: f32) {
+        queries.head_dim = head_dim;
+        let mut rows = rows.chunks_exact(head_dim);
+        let [a, b, c, d] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+        if d.len() == head_dim {
+            let rows = a.iter().zip(b).zip(c.iter().zip(d));
+            queries.numbers.extend(rows.map(|((a, b), (c, d))| [a, b, c, d].map(|x| x * factor)));
+        } else {
+            let step = |dim: usize| [a, b, c, d].map(|row| row.get(dim).map_or(0.0, |x| x * factor));
+            queries.numbers.extend((0..head_dim).map(step));
         }
     }
 
@@ -190,12 +192,13 @@ fn chunks<T>(run: &[T]) -> &[[T; LANES]] {
     run.as_chunks().0
 }
 
-/// Asks for a chunk, if it is the first of its line of memory.
+/// Asks for chunk number `at` of a run, if it is the first of a line of memory; of f32 only if it is the first of a page:
+/// these the processor reads ahead in by itself, and further requests are in its way. 16-bit numbers are used up too slowly
+/// for it to go on reading.
 #[inline(always)]
 fn ask<T>(at: usize, chunk: &[T; LANES]) {
-    const LINE: usize = 64;
-    let chunks_per_line = LINE / size_of::<[T; LANES]>();
-    if at.is_multiple_of(chunks_per_line) {
+    let bytes = if size_of::<T>() == size_of::<f32>() { 4096 } else { 64 };
+    if at.is_multiple_of(bytes / size_of::<[T; LANES]>()) {
         prefetch(chunk);
     }
 }

@@ -72,7 +72,7 @@ impl<T: Number, const R: usize, const C: usize, const ASK: bool> Run for Product
                 for c in 0..C {
                     row[c] = T::load(&keys[c][pair][half]);
                     if ASK {
-                        ask(half, &next[c][pair][half]);
+                        ask(2 * pair + half, &next[c][pair][half]);
                     }
                 }
                 add(&mut sums, &pairs[pair][half], row);

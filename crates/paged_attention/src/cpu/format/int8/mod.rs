@@ -17,7 +17,7 @@ mod sums;
 
 use block_pool::{KvLayout, PANEL};
 
-use super::{Format, Group, ROWS, Space};
+use super::{Format, ROWS, Space};
 use crate::cpu::tile::{Panels, Scores, TILE_PANELS};
 use crate::cpu::wide::{LANES, Wide};
 
@@ -128,31 +128,32 @@ impl Format for Int8 {
         values[PANEL * dims + at * 4..][..4].copy_from_slice(&block[layout.value_scale(offset, head)]);
     }
 
-    fn prepare<'a>(queries: &mut Rows, groups: impl Iterator<Item = Group<'a>>, factor: f32) {
+    fn clear(queries: &mut Rows) {
+        queries.quads.clear();
+        queries.scales.clear();
+        queries.offsets.clear();
+    }
+
+    fn prepare(queries: &mut Rows, rows: &[f32], head_dim: usize, factor: f32) {
         let Rows { quads, scales, offsets } = queries;
-        quads.clear();
-        scales.clear();
-        offsets.clear();
-        for group in groups {
-            let start = quads.len();
-            quads.resize(start + group[0].len().div_ceil(4), [[[0; 4]; 2]; ROWS]);
-            let (mut row_scales, mut row_offsets) = ([0f32; ROWS], [0i32; ROWS]);
-            for (r, row) in group.into_iter().enumerate() {
-                let [scale, inverse] = scale(row, Q_LARGEST);
-                let mut sum = 0;
-                for (dim, x) in row.iter().enumerate() {
-                    let x = whole(*x, inverse, Q_LARGEST);
-                    let high = (x + (1 << (Q_SHIFT - 1))) >> Q_SHIFT;
-                    let [highs, lows] = &mut quads[start + dim / 4][r];
-                    (highs[dim % 4], lows[dim % 4]) = (high as i8, (x - (high << Q_SHIFT)) as i8);
-                    sum += x;
-                }
-                row_scales[r] = scale * factor;
-                row_offsets[r] = sum * OFFSET;
+        let start = quads.len();
+        quads.resize(start + head_dim.div_ceil(4), [[[0; 4]; 2]; ROWS]);
+        let (mut row_scales, mut row_offsets) = ([0f32; ROWS], [0i32; ROWS]);
+        for (r, row) in rows.chunks_exact(head_dim).enumerate() {
+            let [scale, inverse] = scale(row, Q_LARGEST);
+            let mut sum = 0;
+            for (dim, x) in row.iter().enumerate() {
+                let x = whole(*x, inverse, Q_LARGEST);
+                let high = (x + (1 << (Q_SHIFT - 1))) >> Q_SHIFT;
+                let [highs, lows] = &mut quads[start + dim / 4][r];
+                (highs[dim % 4], lows[dim % 4]) = (high as i8, (x - (high << Q_SHIFT)) as i8);
+                sum += x;
             }
-            scales.push(row_scales);
-            offsets.push(row_offsets);
+            row_scales[r] = scale * factor;
+            row_offsets[r] = sum * OFFSET;
         }
+        scales.push(row_scales);
+        offsets.push(row_offsets);
     }
 
     #[inline(always)]
