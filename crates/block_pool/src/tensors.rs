@@ -10,8 +10,9 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage
 use crate::pool::check_size;
 use crate::{BlockId, BlockStorage, KvDtype, KvLayout, KvShape, Order, PoolError, StorageError};
 
-/// Bytes in a cache line. Blocks begin at one, so that a register of that size is never read from two.
-const LINE: usize = 64;
+/// Bytes in a page of memory, as most machines have them. The first block begins at one: then no register is read from two
+/// cache lines, and who asks for memory ahead of its use, page after page, asks for where these begin.
+const PAGE: usize = 4096;
 
 /// Keys and values of all blocks: per layer one tensor `(blocks, elements of a block)`. Cloning shares them.
 #[derive(Debug, Clone)]
@@ -152,16 +153,16 @@ impl BlockStorage for KvTensors {
     }
 }
 
-/// Zeros `(blocks, elements)` that begin at a cache line, on a CPU: an allocator promises a few bytes only, so the tensor
+/// Zeros `(blocks, elements)` that begin at a page, on a CPU: an allocator promises a few bytes only, so the tensor
 /// is a little longer and begins a little later.
 fn aligned_zeros(blocks: usize, elements: usize, dtype: DType, device: &Device) -> Result<Tensor> {
     if !device.is_cpu() {
         return Tensor::zeros((blocks, elements), dtype, device);
     }
-    let line = LINE / dtype.size_in_bytes();
-    let longer = Tensor::zeros(blocks * elements + line - 1, dtype, device)?;
-    let past = address(&longer) % LINE / dtype.size_in_bytes();
-    longer.narrow(0, (line - past) % line, blocks * elements)?.reshape((blocks, elements))
+    let page = PAGE / dtype.size_in_bytes();
+    let longer = Tensor::zeros(blocks * elements + page - 1, dtype, device)?;
+    let past = address(&longer) % PAGE / dtype.size_in_bytes();
+    longer.narrow(0, (page - past) % page, blocks * elements)?.reshape((blocks, elements))
 }
 
 /// Where a tensor's storage lies in this machine's memory; 0 if it does not.

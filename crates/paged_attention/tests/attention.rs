@@ -223,6 +223,17 @@ fn long_sequences_and_no_mask() {
 }
 
 #[test]
+fn windows_that_leave_out_whole_chunks() {
+    for (name, build) in ways() {
+        for (window, sinks) in [(100, 0), (100, 5), (700, 513)] {
+            let layer_window = Some(Window::new(window).with_sinks(sinks));
+            let case = Case { layer_window, ..Case::new(4, 2, 32) };
+            case.run(name, &build, 16, &[vec![1500], vec![1], vec![40], vec![2], vec![1]]);
+        }
+    }
+}
+
+#[test]
 fn every_option_alone_and_all_together() {
     for (name, build) in ways() {
         for dtype in dtypes(name) {

@@ -131,18 +131,22 @@ fn attend_chunk<'a, V: Wide, F: Format>(
     let tile_at = |start: usize| start..end.min(start + TILE);
     let groups = rows.div_ceil(ROWS);
     let adjusted = task.attention.soft_cap.is_some() || task.attention.slopes.is_some();
-    task.blocks.find(&tile_at(positions.start), &task.heads, ahead);
-    for start in positions.step_by(TILE) {
+    let behind = positions.end.next_multiple_of(TILE);
+    let first_that_sees = |start: usize| {
+        let Range { start, end } = tile_at(start);
+        sights.iter().position(|Sight { sinks, recent }| *sinks > start || recent.start < end && recent.end > start)
+    };
+    let starts = positions.step_by(TILE);
+    let mut starts = starts.filter_map(|start| first_that_sees(start).map(|first| (start, first))).peekable();
+    if let Some(&(start, _)) = starts.peek() {
+        task.blocks.find(&tile_at(start), &task.heads, ahead);
+    }
+    while let Some((start, first)) = starts.next() {
         let within = tile_at(start);
         std::mem::swap(here, ahead);
         // Behind the chunk, too: more often than not the same thread computes the next one.
-        task.blocks.find(&tile_at(start + TILE), &task.heads, ahead);
-        // The new tokens see further and further: none before this one sees the tile. Those behind it look back less and
-        // less far.
-        let Some(first) = sights.iter().position(|sight| sight.recent.end > start) else { continue };
-        if sights[first].sinks <= start && sights[first].recent.start >= within.end {
-            continue;
-        }
+        let next = starts.peek().map_or(behind, |&(next, _)| next);
+        task.blocks.find(&tile_at(next), &task.heads, ahead);
         seen.clear();
         seen.extend(sights.iter().map(|sight| sight.within(&within)));
         let masked = seen.iter().any(|seen| !sees_all(seen));
@@ -165,12 +169,14 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                 let next = next.filter(|_| row == first).map(|next| &next.keys);
                 F::scores::<V>(task.queries, head * groups + row / ROWS, &tile.keys, next, scores);
             }
-            for row in (first..rows).filter(|_| adjusted || masked) {
-                let token = row / task.group;
-                let position = task.blocks.span.start + task.tokens.start + token;
-                let head = head * task.group + row % task.group;
-                adjust::<V>(&mut scores[row], task.attention, head, start, position);
-                mask(&mut scores[row], &seen[token]);
+            if adjusted || masked {
+                for (row, scores) in scores.iter_mut().enumerate().skip(first) {
+                    let token = row / task.group;
+                    let position = task.blocks.span.start + task.tokens.start + token;
+                    let head = head * task.group + row % task.group;
+                    adjust::<V>(scores, task.attention, head, start, position);
+                    mask(scores, &seen[token]);
+                }
             }
             for row in (first..rows).step_by(ROWS) {
                 let end = rows.min(row + ROWS);

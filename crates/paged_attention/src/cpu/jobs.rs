@@ -32,20 +32,31 @@ struct Part<'a> {
     tokens: Range<usize>,
     /// Key heads that a task has.
     heads: usize,
-    /// Chunks that the last of the tokens sees.
-    chunks: usize,
+    /// The chunks that the tokens see something of: those with sinks, and recent ones.
+    chunks: [Range<usize>; 2],
     /// Whether each chunk is a task of its own.
     by_chunk: bool,
 }
 
 impl Part<'_> {
+    /// How many chunks it sees.
+    fn chunks(&self) -> usize {
+        self.chunks.iter().map(Range::len).sum()
+    }
+
     /// The heads and chunks of its tasks: chunks inside heads.
-    fn tasks(&self, kv_heads: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<> {
-        let (heads, chunks) = (self.heads, self.chunks);
-        let at_once = if self.by_chunk { 1 } else { chunks };
-        (0..kv_heads).step_by(heads).flat_map(move |head| {
-            let heads = head..kv_heads.min(head + heads);
-            (0..chunks).step_by(at_once).map(move |chunk| (heads.clone(), chunk..chunk + at_once))
+    fn tasks(&self, kv_heads: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let at_once = if self.by_chunk { 1 } else { usize::MAX };
+        let chunks = move || {
+            let chunks = self.chunks.iter().filter(|chunks| !chunks.is_empty());
+            chunks.flat_map(move |chunks| {
+                let of = move |first: usize| first..chunks.end.min(first.saturating_add(at_once));
+                chunks.clone().step_by(at_once).map(of)
+            })
+        };
+        (0..kv_heads).step_by(self.heads).flat_map(move |head| {
+            let heads = head..kv_heads.min(head + self.heads);
+            chunks().map(move |chunks| (heads.clone(), chunks))
         })
     }
 }
@@ -55,7 +66,7 @@ impl Part<'_> {
 pub(super) fn attend<F: Format, S: Number>(layer: &[F::Number], q: &[S], call: &Call<'_>) -> (Vec<S>, Vec<f32>) {
     let KvLayout { kv_heads, head_dim, .. } = *call.layout;
     let parts = parts(call);
-    let work: usize = parts.iter().map(|part| part.tokens.len() * part.chunks).sum::<usize>() * CHUNK * call.heads;
+    let work: usize = parts.iter().map(|part| part.tokens.len() * part.chunks()).sum::<usize>() * CHUNK * call.heads;
     let alone = work * head_dim < WORTH_A_THREAD;
 
     let mut out = vec![S::default(); q.len()];
@@ -115,12 +126,16 @@ fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
         let by_chunk = span.rows.len() <= tokens_per_task;
         for first in (0..span.rows.len()).step_by(tokens_per_task) {
             let tokens = first..span.rows.len().min(first + tokens_per_task);
-            let chunks = span.sight(tokens.end - 1, call.attention).recent.end.div_ceil(CHUNK);
+            // The first token looks back furthest, the last one sees furthest.
+            let [first, last] = [tokens.start, tokens.end - 1].map(|token| span.sight(token, call.attention));
+            let sinks = last.sinks.div_ceil(CHUNK);
+            let recent = sinks.max(first.recent.start / CHUNK)..last.recent.end.div_ceil(CHUNK);
+            let chunks = [0..sinks, recent];
             let heads = if by_chunk { kv_heads } else { 1 };
             parts.push(Part { span, tokens, heads, chunks, by_chunk });
         }
     }
-    let tasks: usize = parts.iter().map(|part| if part.by_chunk { part.chunks } else { kv_heads }).sum();
+    let tasks: usize = parts.iter().map(|part| if part.by_chunk { part.chunks() } else { kv_heads }).sum();
     let more = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(tasks.max(1));
     for part in parts.iter_mut().filter(|part| part.by_chunk) {
         part.heads = kv_heads.div_ceil(more);
