@@ -13,6 +13,8 @@ pub(crate) struct Span {
     pub(crate) rows: Range<usize>,
     /// The position of its first new token: how many it had before.
     pub(crate) start: usize,
+    /// How many tokens its table has given back that are no longer a part of it: position 0 lies behind them.
+    pub(crate) behind: usize,
     /// Its blocks in [`Plan::blocks`], enough for all its tokens.
     pub(crate) blocks: Range<usize>,
     /// How many tokens it has, the new ones included.
@@ -42,7 +44,7 @@ impl Sight {
 impl Span {
     /// Queries that are tokens from position `start` on, over the `tokens` first of their sequence, wherever these lie.
     pub(crate) fn of_queries(rows: Range<usize>, start: usize, tokens: usize, window: Option<Window>) -> Self {
-        Self { rows, start, blocks: 0..0, tokens, window, gap: (0, 0) }
+        Self { rows, start, behind: 0, blocks: 0..0, tokens, window, gap: (0, 0) }
     }
 
     /// How many tokens it has, the new ones included.
@@ -92,46 +94,55 @@ impl Plan {
     /// Adds `n` new tokens of a sequence, for which `table` has room.
     pub(crate) fn push(&mut self, table: &BlockTable, n: usize) {
         let block_size = table.pool().block_size();
-        let start = table.len();
         let rows = self.slots.len()..self.slots.len() + n;
-        let gap = table.gap();
-        let first = self.blocks.len();
-        let needed = (start + n).div_ceil(block_size) - gap.1;
-        self.blocks.extend(table.blocks().iter().take(needed).map(|id| id.index() as u32));
-        let blocks = first..self.blocks.len();
+        let (gap, behind) = gap_of(table);
+        let start = table.len() - behind;
+        let blocks = self.take(table, start + n, gap);
         // New tokens come behind all gaps.
         let own = &self.blocks[blocks.clone()];
         let slot = |at: usize| own[at / block_size - gap.1] * block_size as u32 + (at % block_size) as u32;
         self.slots.extend((start..start + n).map(slot));
-        self.spans.push(Span { rows, start, blocks, tokens: start + n, window: table.window(), gap });
+        self.spans.push(Span { rows, start, behind, blocks, tokens: start + n, window: table.window(), gap });
     }
 
     /// Adds queries that are not new tokens of the table: `rows` of them, the first `at` tokens behind the table's first,
     /// over the tokens before `end`. They may come after all of these.
     pub(crate) fn push_queries(&mut self, table: &BlockTable, rows: usize, at: usize, end: usize) {
-        let block_size = table.pool().block_size();
-        let gap = table.gap();
-        // Without a window, what the table has given back is not a part of it: it begins behind.
-        let (gap, behind) = if table.window().is_some() { (gap, 0) } else { ((0, 0), gap.1 * block_size) };
+        let (gap, behind) = gap_of(table);
         let (start, tokens) = (at.saturating_sub(behind), end.saturating_sub(behind));
-        let first = self.blocks.len();
-        let needed = tokens.div_ceil(block_size) - gap.1;
-        self.blocks.extend(table.blocks().iter().take(needed).map(|id| id.index() as u32));
+        let blocks = self.take(table, tokens, gap);
         let before = self.spans.last().map_or(0, |span| span.rows.end);
         self.spans.push(Span {
             rows: before..before + rows,
             start,
-            blocks: first..self.blocks.len(),
+            behind,
+            blocks,
             tokens,
             window: table.window(),
             gap,
         });
     }
 
+    /// Takes over the blocks that hold the first `tokens` of a table; returns where they are.
+    fn take(&mut self, table: &BlockTable, tokens: usize, (before, missing): (usize, usize)) -> Range<usize> {
+        let first = self.blocks.len();
+        let blocks = tokens.div_ceil(table.pool().block_size());
+        let held = blocks.min(before).max(blocks.saturating_sub(missing));
+        self.blocks.extend(table.blocks().iter().take(held).map(|id| id.index() as u32));
+        first..self.blocks.len()
+    }
+
     /// New tokens of all sequences.
     pub(crate) fn rows(&self) -> usize {
         self.slots.len()
     }
+}
+
+/// How many of a table's blocks come before those that it has given back, and how many these are; and how many of its tokens
+/// do not count: without a window, what it has given back is not a part of it, and it begins behind.
+fn gap_of(table: &BlockTable) -> ((usize, usize), usize) {
+    let gap = table.gap();
+    if table.window().is_some() { (gap, 0) } else { ((0, 0), gap.1 * table.pool().block_size()) }
 }
 
 #[cfg(test)]
@@ -141,7 +152,7 @@ mod tests {
     #[test]
     fn a_token_sees_the_sinks_and_its_window() {
         let window = |tokens, sinks| Some(Window::new(tokens).with_sinks(sinks));
-        let span = |window| Span { rows: 0..4, start: 10, blocks: 0..0, tokens: 14, window, gap: (0, 0) };
+        let span = |window| Span { rows: 0..4, start: 10, behind: 0, blocks: 0..0, tokens: 14, window, gap: (0, 0) };
         let attention = Attention::new(1.0);
         let sight = |window, token| span(window).sight(token, &attention);
         assert_eq!(sight(None, 1), Sight { sinks: 0, recent: 0..12 });
@@ -159,7 +170,7 @@ mod tests {
 
     #[test]
     fn queries_behind_a_part_see_all_of_it() {
-        let span = Span { rows: 0..4, start: 10, blocks: 0..0, tokens: 8, window: None, gap: (0, 0) };
+        let span = Span { rows: 0..4, start: 10, behind: 0, blocks: 0..0, tokens: 8, window: None, gap: (0, 0) };
         let attention = Attention::new(1.0);
         assert_eq!(span.sight(0, &attention), Sight { sinks: 0, recent: 0..8 });
         assert_eq!(span.sight(0, &attention.clone().window(Window::new(5))), Sight { sinks: 0, recent: 6..8 });
@@ -168,7 +179,7 @@ mod tests {
 
     #[test]
     fn positions_behind_the_window_have_no_place() {
-        let span = Span { rows: 0..2, start: 18, blocks: 0..3, tokens: 20, window: None, gap: (1, 2) };
+        let span = Span { rows: 0..2, start: 18, behind: 0, blocks: 0..3, tokens: 20, window: None, gap: (1, 2) };
         assert_eq!([0, 1, 2, 3, 4].map(|block| span.place(block)), [Some(0), None, None, Some(1), Some(2)]);
         assert_eq!(span.held(4).collect::<Vec<_>>(), [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19]);
     }

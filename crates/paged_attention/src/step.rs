@@ -6,7 +6,7 @@ use block_pool::Order;
 use block_table::BlockTable;
 use candle_core::{Result, Tensor};
 
-use crate::plan::Plan;
+use crate::plan::{Plan, Span};
 use crate::{Attention, CommitError, KvCache, PushError, cpu, gather, validate};
 
 /// One forward pass over a batch of sequences, prefill and decode alike.
@@ -108,8 +108,8 @@ impl<'t> Step<'t> {
     ///
     /// When the device refuses.
     pub fn positions(&self) -> Result<Tensor> {
-        let positions: Vec<u32> =
-            self.plan.spans.iter().flat_map(|span| span.start as u32..span.len() as u32).collect();
+        let positions = |span: &Span| (span.behind + span.start) as u32..(span.behind + span.len()) as u32;
+        let positions: Vec<u32> = self.plan.spans.iter().flat_map(positions).collect();
         Tensor::new(positions, self.cache.device())
     }
 
@@ -138,6 +138,13 @@ impl<'t> Step<'t> {
     ///
     /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist or a shape, dtype or device is
     /// wrong; nothing was written then. Otherwise what the device reports.
+    ///
+    /// # Deadlocks
+    ///
+    /// On a CPU the work is shared out among the threads of the current rayon pool while the layer is locked for reading.
+    /// Call this from threads of your own or from one task of a pool ([`rayon::ThreadPool::install`]), but not from several
+    /// tasks of one pool: a thread of it that waits for others takes up other tasks, and one that writes to the same layer
+    /// waits for the very thread that it runs on.
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
         let _span =
             tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();

@@ -314,6 +314,7 @@ fn bits(
     chunks: &[usize],
     others: &[usize],
     threads: usize,
+    attention: &Attention,
 ) -> Vec<u32> {
     let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 32 };
     let blocks = 4096 / block_size;
@@ -347,7 +348,7 @@ fn bits(
             candle_core::Tensor::cat(&[others, own.narrow(0, at, n).unwrap()], 0).unwrap()
         };
         let (q, k) = (with(&q, 4), with(&k, 2));
-        let y = pool.install(|| step.attend(0, &q, &k, &k, &Attention::new(0.2)).unwrap());
+        let y = pool.install(|| step.attend(0, &q, &k, &k, attention).unwrap());
         let y = y.narrow(0, rows, n).unwrap().flatten_all().unwrap();
         out.extend(y.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits));
         step.commit();
@@ -360,7 +361,8 @@ fn bits(
 fn fused_results_do_not_depend_on_blocks_neighbours_chunks_or_threads() {
     for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
         for dtype in KvDtype::ALL {
-            let alone = bits(kernel, dtype, 16, &[1150, 1], &[], 1);
+            let attention = Attention::new(0.2);
+            let alone = bits(kernel, dtype, 16, &[1150, 1], &[], 1, &attention);
             for (block_size, chunks, others, threads) in [
                 (16, &[1150, 1][..], &[][..], 2),
                 (16, &[1150, 1], &[3, 40, 1], 2),
@@ -370,10 +372,25 @@ fn fused_results_do_not_depend_on_blocks_neighbours_chunks_or_threads() {
             ] {
                 let others = &others[..others.len().min(chunks.len())];
                 assert!(
-                    alone == bits(kernel, dtype, block_size, chunks, others, threads),
+                    alone == bits(kernel, dtype, block_size, chunks, others, threads, &attention),
                     "{} {dtype} blocks of {block_size} {chunks:?}",
                     kernel.name()
                 );
+            }
+        }
+    }
+}
+
+/// Windows leave out chunks, in a prefill those that none of its tokens sees.
+#[test]
+fn nor_do_they_with_a_window() {
+    for dtype in [KvDtype::F32, KvDtype::Int8] {
+        for (window, sinks) in [(700, 0), (700, 5), (100, 5), (700, 513)] {
+            let attention = Attention::new(0.2).window(Window::new(window).with_sinks(sinks));
+            let bits = |chunks, threads| bits(Kernel::best(), dtype, 16, chunks, &[], threads, &attention);
+            let alone = bits(&[1150, 1], 1);
+            for (chunks, threads) in [(&[1149, 1, 1][..], 1), (&[1134, 16, 1], 2), (&[7, 600, 543, 1], 3)] {
+                assert!(alone == bits(chunks, threads), "{dtype} window {window}, sinks {sinks}, {chunks:?}");
             }
         }
     }
@@ -384,7 +401,8 @@ fn fused_results_do_not_depend_on_blocks_neighbours_chunks_or_threads() {
 fn kernels_agree_to_the_last_bit() {
     let fused = |kernel: &Kernel| kernel.is_available() && *kernel != Kernel::Portable;
     for dtype in KvDtype::ALL {
-        let mut all = Kernel::ALL.into_iter().filter(fused).map(|kernel| bits(kernel, dtype, 16, &[90, 1], &[3], 2));
+        let bits = |kernel| bits(kernel, dtype, 16, &[90, 1], &[3], 2, &Attention::new(0.2));
+        let mut all = Kernel::ALL.into_iter().filter(fused).map(bits);
         if let Some(first) = all.next() {
             assert!(all.all(|other| other == first), "{dtype}");
         }

@@ -183,6 +183,44 @@ fn what_lies_before_a_position_can_be_given_back() {
 }
 
 #[test]
+fn a_step_does_not_see_what_was_given_back() {
+    for (way, choose) in ways() {
+        let cache = choose(KvCache::builder(SHAPE).blocks(8).block_size(4)).build().unwrap();
+        let mut tables = [cache.table_with(&TableOptions::default().private())];
+        let numbers = Random::new(5).numbers(23 * WIDTH);
+        let k = tensor(&numbers, 2, 24, DType::F32);
+        let (old, new) = (k.narrow(0, 0, 22).unwrap(), k.narrow(0, 22, 1).unwrap());
+        write(&cache, &mut tables, 0, &old, &old);
+        tables[0].release_before(11);
+        let numbers_of_q = Random::new(6).numbers(6 * 24);
+        let q = tensor(&numbers_of_q, 6, 24, DType::F32);
+        let mut step = cache.step();
+        step.push(&mut tables[0], &[1]).unwrap();
+        assert_eq!(step.positions().unwrap().to_vec1::<u32>().unwrap(), [22]);
+        let got = step.attend(LAYER, &q, &new, &new, &Attention::new(0.3)).unwrap();
+        let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
+        let seen: Vec<_> = (8..23).collect();
+        let expected = dense(&numbers_of_q, &numbers, &numbers, &seen, 2, 24, 0.3f32.into(), |_, _, score| score);
+        assert!(difference(&got, &expected) < 1e-5, "{way}");
+    }
+}
+
+#[test]
+fn a_part_of_a_ring_may_end_before_what_the_ring_still_holds() {
+    let cache = KvCache::builder(SHAPE).blocks(20).block_size(4).build().unwrap();
+    let mut table = cache.table_with(&TableOptions::default().window(Window::new(6)));
+    (0..40).for_each(|_| table.append(1).unwrap());
+    let tables = [table];
+    let q = tensor(&Random::new(6).numbers(6 * 24), 6, 24, DType::F32);
+    for end in [4, 20, 30] {
+        let part = [Part { cache: &cache, tables: &tables, start: 0, end }];
+        let got = attend_parts(&part, LAYER, 39, &q, &Attention::new(0.3)).unwrap();
+        let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
+        assert!(got.iter().all(|x| *x == 0.0), "nothing that is seen lies before {end}");
+    }
+}
+
+#[test]
 fn parts_that_do_not_fit_are_refused() {
     let cache = KvCache::builder(SHAPE).blocks(20).block_size(4).build().unwrap();
     let other = KvCache::builder(KvShape { head_dim: 8, ..SHAPE }).blocks(4).build().unwrap();

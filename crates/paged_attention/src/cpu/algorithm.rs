@@ -46,8 +46,8 @@ pub(super) struct Task<'a, F: Format> {
     pub(super) heads: Range<usize>,
     /// Its new tokens, counted in the sequence's part of the step.
     pub(super) tokens: Range<usize>,
-    /// Its chunks.
-    pub(super) chunks: Range<usize>,
+    /// Its chunks: some, and some behind them.
+    pub(super) chunks: [Range<usize>; 2],
 }
 
 /// Memory that a thread uses again from task to task.
@@ -74,8 +74,8 @@ impl<F: Format> Default for Scratch<F> {
 }
 
 impl<F: Format> Scratch<F> {
-    /// How many of a sequence's tokens the new ones see, or are behind.
-    fn seen(&self) -> usize {
+    /// Behind the last token that a new one sees.
+    fn end(&self) -> usize {
         self.sights.last().map_or(0, |sight| sight.recent.end)
     }
 }
@@ -103,8 +103,8 @@ fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>) -> S
     let mut total = State::new(task.heads.len() * rows, task.blocks.dims());
     let mut further = None;
     let mut tiles = [Vec::new(), Vec::new()];
-    for (i, chunk) in task.chunks.clone().enumerate() {
-        let positions = chunk * CHUNK..scratch.seen().min((chunk + 1) * CHUNK);
+    for (i, chunk) in task.chunks.iter().cloned().flatten().enumerate() {
+        let positions = chunk * CHUNK..scratch.end().min((chunk + 1) * CHUNK);
         if i == 0 {
             attend_chunk::<V, F>(task, positions, &mut total, scratch, &mut tiles);
         } else {
@@ -126,7 +126,7 @@ fn attend_chunk<'a, V: Wide, F: Format>(
     [here, ahead]: &mut [Vec<Tile<'a, F::Number>>; 2],
 ) {
     let rows = task.tokens.len() * task.group;
-    let end = scratch.seen();
+    let end = scratch.end();
     let Scratch { scores, sights, seen, copied, space } = scratch;
     let tile_at = |start: usize| start..end.min(start + TILE);
     let groups = rows.div_ceil(ROWS);

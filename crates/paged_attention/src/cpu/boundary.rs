@@ -1,7 +1,7 @@
 //! From candle's tensors to slices and back.
 //!
-//! candle keeps one lock per storage, and its read guards are not recursive: each guard is taken once, and no tensor
-//! operation happens while one is held.
+//! candle keeps one lock per storage, and its read guards are not recursive: none is taken twice at a time, two are taken in
+//! the order of their storages' addresses, and no tensor operation happens while one is held.
 
 use block_pool::{KvLayout, Order};
 use candle_core::{CpuStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, WithDType};
@@ -104,11 +104,14 @@ pub(crate) fn attend_part(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result
 
 /// Attends with contiguous queries of type S, and returns as much.
 fn attend_as<S: Number + WithDType>(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<S>, Vec<f32>)> {
-    let address = std::ptr::from_ref(&*q.storage_and_layout().0);
+    // In the order of their addresses: q may be a view of another layer, whose queries are a view of this one. If it is a
+    // view of this one, it is under the same guard.
+    let [of_q, of_layer] = [q, layer].map(|tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr());
+    let before = (of_q < of_layer).then(|| q.storage_and_layout().0);
     let (guard, place) = layer.storage_and_layout();
-    // Queries that are a view of the layer are under its guard already.
-    let own = (!std::ptr::addr_eq(address, &*guard)).then(|| q.storage_and_layout().0);
-    let q = &slice(own.as_deref().unwrap_or(&guard))?[q.layout().start_offset()..][..q.elem_count()];
+    let behind = (of_q > of_layer).then(|| q.storage_and_layout().0);
+    let own = before.as_deref().or(behind.as_deref()).unwrap_or(&guard);
+    let q = &slice(own)?[q.layout().start_offset()..][..q.elem_count()];
     let start = place.start_offset();
     match layer.dtype() {
         DType::F32 => Ok(jobs::attend::<Float<f32>, S>(&slice(&guard)?[start..], q, call)),

@@ -44,19 +44,19 @@ impl Part<'_> {
         self.chunks.iter().map(Range::len).sum()
     }
 
-    /// The heads and chunks of its tasks: chunks inside heads.
-    fn tasks(&self, kv_heads: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        let at_once = if self.by_chunk { 1 } else { usize::MAX };
-        let chunks = move || {
-            let chunks = self.chunks.iter().filter(|chunks| !chunks.is_empty());
-            chunks.flat_map(move |chunks| {
-                let of = move |first: usize| first..chunks.end.min(first.saturating_add(at_once));
-                chunks.clone().step_by(at_once).map(of)
-            })
+    /// The heads and chunks of its tasks: chunks inside heads. However they are shared out, each chunk is merged into those
+    /// before it.
+    fn tasks(&self, kv_heads: usize) -> impl Iterator<Item = (Range<usize>, [Range<usize>; 2])> + use<> {
+        let one = |chunk| [chunk..chunk + 1, 0..0];
+        let chunks: Vec<_> = if self.by_chunk {
+            self.chunks.iter().cloned().flatten().map(one).collect()
+        } else {
+            vec![self.chunks.clone()]
         };
-        (0..kv_heads).step_by(self.heads).flat_map(move |head| {
-            let heads = head..kv_heads.min(head + self.heads);
-            chunks().map(move |chunks| (heads.clone(), chunks))
+        let heads = self.heads;
+        (0..kv_heads).step_by(heads).flat_map(move |head| {
+            let heads = head..kv_heads.min(head + heads);
+            chunks.clone().into_iter().map(move |chunks| (heads.clone(), chunks))
         })
     }
 }
@@ -83,7 +83,7 @@ pub(super) fn attend<F: Format, S: Number>(layer: &[F::Number], q: &[S], call: &
     let attend = |queries: &mut F::Queries, (part, rows): (Part<'_>, Rows<'_, S>)| {
         all.prepare::<F>(part.span, &part.tokens, kv_heads, queries);
         let queries = &*queries;
-        let run = |scratch: &mut Scratch<F>, (heads, chunks): (Range<usize>, Range<usize>)| {
+        let run = |scratch: &mut Scratch<F>, (heads, chunks): (Range<usize>, [Range<usize>; 2])| {
             let ids = &call.plan.blocks[part.span.blocks.clone()];
             let task = Task {
                 blocks: Blocks { layer, layout: call.layout, ids, span: part.span },

@@ -2,7 +2,7 @@
 //!
 //! - `boundary`: candle's tensors in, slices out; the only file here that knows candle.
 //! - `jobs`: how a step is cut into tasks for threads.
-//! - `queries`: the rows of a task, made ready.
+//! - `queries`: the rows of some new tokens, made ready.
 //! - `algorithm`: online softmax over tiles of tokens, written once; `state` is what it knows of a row, `tile` where the
 //!   tokens lie.
 //! - `format`: f32, f16, bf16 and bytes, as stored, and the products over them.

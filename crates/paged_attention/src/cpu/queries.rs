@@ -1,4 +1,4 @@
-//! The rows of a task: query heads of new tokens, made ready for products.
+//! The rows of some new tokens: their query heads, made ready for products.
 
 use std::ops::Range;
 

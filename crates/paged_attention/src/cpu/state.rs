@@ -61,6 +61,10 @@ impl State {
     pub(super) fn merge(&mut self, other: &Self) {
         for row in 0..self.largest.len() {
             let (a, b) = (self.largest[row], other.largest[row]);
+            // Nothing stays what it is beside something, to the last bit.
+            if b == f32::NEG_INFINITY {
+                continue;
+            }
             let largest = if b > a { b } else { a };
             let (shrink, other_shrink) = (exp2(a - finite(largest)), exp2(b - finite(largest)));
             self.largest[row] = largest;

@@ -192,9 +192,9 @@ fn chunks<T>(run: &[T]) -> &[[T; LANES]] {
     run.as_chunks().0
 }
 
-/// Asks for chunk number `at` of a run, if it is the first of a line of memory; of f32 only if it is the first of a page:
-/// these the processor reads ahead in by itself, and further requests are in its way. 16-bit numbers are used up too slowly
-/// for it to go on reading.
+/// Asks for chunk number `at` of a run, if it is the first of a line of memory; of f32 only if it is the first of as many as
+/// are in a page: further ahead than a page the processor does not read by itself, within one it does, and requests are in
+/// its way. With 16-bit numbers they are not (measured).
 #[inline(always)]
 fn ask<T>(at: usize, chunk: &[T; LANES]) {
     let bytes = if size_of::<T>() == size_of::<f32>() { 4096 } else { 64 };
