@@ -7,7 +7,7 @@ use block_pool::{KvShape, Order};
 use block_table::BlockTable;
 use candle_core::{Error, Result, Tensor};
 
-use crate::plan::Plan;
+use crate::plan::{Plan, gap_of};
 use crate::{AttendError, Attention, KvCache, cpu, gather, validate};
 
 /// Consecutive tokens of some sequences, in the cache where they lie; see [`attend_parts`].
@@ -126,11 +126,7 @@ pub fn attend_parts(parts: &[Part<'_>], layer: usize, at: usize, q: &Tensor, att
 impl Part<'_> {
     /// The position of the first token that the part holds.
     fn first(&self) -> usize {
-        let given_back = |table: &BlockTable| match table.window() {
-            Some(_) => 0,
-            None => table.gap().1 * table.pool().block_size(),
-        };
-        self.start + self.tables.first().map_or(0, given_back)
+        self.start + self.tables.first().map_or(0, |table| gap_of(table).1)
     }
 
     fn plan(&self, at: usize, rows: usize) -> Plan {

@@ -140,7 +140,7 @@ impl Plan {
 
 /// How many of a table's blocks come before those that it has given back, and how many these are; and how many of its tokens
 /// do not count: without a window, what it has given back is not a part of it, and it begins behind.
-fn gap_of(table: &BlockTable) -> ((usize, usize), usize) {
+pub(crate) fn gap_of(table: &BlockTable) -> ((usize, usize), usize) {
     let gap = table.gap();
     if table.window().is_some() { (gap, 0) } else { ((0, 0), gap.1 * table.pool().block_size()) }
 }

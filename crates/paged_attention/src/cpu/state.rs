@@ -61,7 +61,7 @@ impl State {
     pub(super) fn merge(&mut self, other: &Self) {
         for row in 0..self.largest.len() {
             let (a, b) = (self.largest[row], other.largest[row]);
-            // Nothing stays what it is beside something, to the last bit.
+            // Tokens that weigh nothing change nothing, to the last bit: not the sign of a zero either.
             if b == f32::NEG_INFINITY {
                 continue;
             }
