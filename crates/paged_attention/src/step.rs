@@ -134,17 +134,13 @@ impl<'t> Step<'t> {
     /// attention, Ainslie et al. 2023). The three are f32, f16 or bf16, all the same; the cache may store another type.
     /// Arithmetic is in f32. Positions are the caller's: apply the rotary embedding to `q` and `k` before.
     ///
+    /// On a CPU the threads of the current rayon pool ([`rayon::ThreadPool::install`], or the global one) share the work with
+    /// the caller. Sequences of one cache can be stepped by several threads, and by several tasks of one pool.
+    ///
     /// # Errors
     ///
     /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist or a shape, dtype or device is
     /// wrong; nothing was written then. Otherwise what the device reports.
-    ///
-    /// # Deadlocks
-    ///
-    /// On a CPU the work is shared out among the threads of the current rayon pool while the layer is locked for reading.
-    /// Call this from threads of your own or from one task of a pool ([`rayon::ThreadPool::install`]), but not from several
-    /// tasks of one pool: a thread of it that waits for others takes up other tasks, and one that writes to the same layer
-    /// waits for the very thread that it runs on.
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
         let _span =
             tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();

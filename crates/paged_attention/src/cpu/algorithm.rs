@@ -38,7 +38,7 @@ pub(super) const CHUNK: usize = 8 * TILE;
 pub(super) struct Task<'a, F: Format> {
     pub(super) blocks: Blocks<'a, F::Number>,
     pub(super) attention: &'a Attention,
-    /// The rows of its tokens in all heads.
+    /// The rows of its tokens in its heads.
     pub(super) queries: &'a F::Queries,
     /// Query heads of a key head.
     pub(super) group: usize,
@@ -167,7 +167,7 @@ fn attend_chunk<'a, V: Wide, F: Format>(
             for row in (first..rows).step_by(ROWS) {
                 let scores = &mut scores[row..rows.min(row + ROWS)];
                 let next = next.filter(|_| row == first).map(|next| &next.keys);
-                F::scores::<V>(task.queries, head * groups + row / ROWS, &tile.keys, next, scores);
+                F::scores::<V>(task.queries, h * groups + row / ROWS, &tile.keys, next, scores);
             }
             if adjusted || masked {
                 for (row, scores) in scores.iter_mut().enumerate().skip(first) {

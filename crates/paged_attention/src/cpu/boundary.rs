@@ -3,12 +3,15 @@
 //! candle keeps one lock per storage, and its read guards are not recursive: none is taken twice at a time, two are taken in
 //! the order of their storages' addresses, and no tensor operation happens while one is held.
 
+use std::cmp::Ordering;
+
 use block_pool::{KvLayout, Order};
 use candle_core::{CpuStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 
 use super::format::{Float, Format, Int8, Number};
-use super::{Call, jobs};
+use super::jobs::Job;
+use super::{Call, crew};
 use crate::plan::Plan;
 
 /// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place: one pass, converting, under one lock.
@@ -104,22 +107,33 @@ pub(crate) fn attend_part(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result
 
 /// Attends with contiguous queries of type S, and returns as much.
 fn attend_as<S: Number + WithDType>(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<S>, Vec<f32>)> {
-    // In the order of their addresses: q may be a view of another layer, whose queries are a view of this one. If it is a
-    // view of this one, it is under the same guard.
+    let mut out = vec![S::default(); q.elem_count()];
+    let mut log_weights = vec![f32::NEG_INFINITY; q.elem_count() / call.layout.head_dim];
+    let job = Job::new(call, &mut out, &mut log_weights);
+    // The order in which the locks are taken is that of their addresses: q may be a view of another layer, whose queries are
+    // a view of this one.
     let [of_q, of_layer] = [q, layer].map(|tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr());
-    let before = (of_q < of_layer).then(|| q.storage_and_layout().0);
+    let order = of_q.cmp(&of_layer);
+    crew::together(job.threads(), || if job.is_taken_up() { Ok(()) } else { run(&job, layer, q, order) })?;
+    Ok((out, log_weights))
+}
+
+/// Takes part in a job, and locks what it reads for as long: q before the layer, behind it, or, if it is a view of it, with it.
+fn run<S: Number + WithDType>(job: &Job<'_, S>, layer: &Tensor, q: &Tensor, order: Ordering) -> Result<()> {
+    let before = order.is_lt().then(|| q.storage_and_layout().0);
     let (guard, place) = layer.storage_and_layout();
-    let behind = (of_q > of_layer).then(|| q.storage_and_layout().0);
+    let behind = order.is_gt().then(|| q.storage_and_layout().0);
     let own = before.as_deref().or(behind.as_deref()).unwrap_or(&guard);
     let q = &slice(own)?[q.layout().start_offset()..][..q.elem_count()];
     let start = place.start_offset();
     match layer.dtype() {
-        DType::F32 => Ok(jobs::attend::<Float<f32>, S>(&slice(&guard)?[start..], q, call)),
-        DType::F16 => Ok(jobs::attend::<Float<f16>, S>(&slice(&guard)?[start..], q, call)),
-        DType::BF16 => Ok(jobs::attend::<Float<bf16>, S>(&slice(&guard)?[start..], q, call)),
-        DType::U8 => Ok(jobs::attend::<Int8, S>(&slice(&guard)?[start..], q, call)),
-        _ => unsupported(),
+        DType::F32 => job.run::<Float<f32>>(&slice(&guard)?[start..], q),
+        DType::F16 => job.run::<Float<f16>>(&slice(&guard)?[start..], q),
+        DType::BF16 => job.run::<Float<bf16>>(&slice(&guard)?[start..], q),
+        DType::U8 => job.run::<Int8>(&slice(&guard)?[start..], q),
+        _ => return unsupported(),
     }
+    Ok(())
 }
 
 /// A contiguous tensor as f32. Conversions here are by slices: candle's are number by number.

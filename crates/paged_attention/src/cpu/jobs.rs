@@ -5,9 +5,10 @@
 //! key head are a task, over all chunks.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use block_pool::KvLayout;
-use rayon::prelude::*;
 
 use super::Call;
 use super::algorithm::{Attend, CHUNK, Scratch, Task};
@@ -26,16 +27,168 @@ const TASKS_PER_THREAD: usize = 8;
 /// Multiply-adds below which waking other threads takes longer than the work.
 const WORTH_A_THREAD: usize = 1 << 18;
 
+/// The work of one call: any number of threads can run it together.
+pub(super) struct Job<'a, S> {
+    call: &'a Call<'a>,
+    parts: Vec<Part<'a>>,
+    /// Those of each part behind those of the part before.
+    shares: Vec<Share>,
+    /// How many of them have been taken up.
+    taken: AtomicUsize,
+    threads: usize,
+    /// For each part.
+    results: Vec<Mutex<Results<'a, S>>>,
+}
+
 /// Some new tokens of a sequence.
 struct Part<'a> {
     span: &'a Span,
     tokens: Range<usize>,
-    /// Key heads that a task has.
-    heads: usize,
     /// The chunks that the tokens see something of: those with sinks, and recent ones.
     chunks: [Range<usize>; 2],
     /// Whether each chunk is a task of its own.
     by_chunk: bool,
+    /// Its tasks.
+    shares: Range<usize>,
+}
+
+/// What a task is of its part: heads, and chunks.
+struct Share {
+    part: usize,
+    heads: Range<usize>,
+    chunks: [Range<usize>; 2],
+    /// All work before its end: chunks times tokens times heads, of all tasks up to it.
+    until: usize,
+}
+
+/// What is known of a part so far.
+struct Results<'a, S> {
+    /// A state for each task.
+    states: Vec<Option<State>>,
+    missing: usize,
+    /// Where the part's rows go, and the logarithms of their weights.
+    rows: (&'a mut [S], &'a mut [f32]),
+}
+
+impl<'a, S: Number> Job<'a, S> {
+    /// Attention of `q (tokens, heads, head_dim)`. The result goes to `out`, of which there is as much, and the logarithm, to
+    /// base two, of the weight that each row has seen to `log_weights (tokens, heads)`.
+    pub(super) fn new(call: &'a Call<'a>, mut out: &'a mut [S], mut log_weights: &'a mut [f32]) -> Self {
+        let KvLayout { kv_heads, head_dim, .. } = *call.layout;
+        let mut parts = parts(call);
+        let work: usize =
+            parts.iter().map(|part| part.tokens.len() * part.chunks()).sum::<usize>() * CHUNK * call.heads;
+        let shares = shares(&mut parts, kv_heads);
+        let alone = work * head_dim < WORTH_A_THREAD;
+        let threads = if alone { 1 } else { rayon::current_num_threads().min(shares.len()) };
+        let results = parts.iter().map(|part| {
+            let rows = part.tokens.len() * call.heads;
+            let own = out.split_off_mut(..rows * head_dim).unwrap_or_default();
+            let own_weights = log_weights.split_off_mut(..rows).unwrap_or_default();
+            let missing = part.shares.len();
+            let states = (0..missing).map(|_| None).collect();
+            Mutex::new(Results { states, missing, rows: (own, own_weights) })
+        });
+        let results = results.collect();
+        Self { call, parts, shares, taken: AtomicUsize::new(0), threads, results }
+    }
+
+    /// How many threads it is worth.
+    pub(super) fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Whether threads have taken up everything.
+    pub(super) fn is_taken_up(&self) -> bool {
+        self.taken.load(Ordering::Relaxed) >= self.shares.len()
+    }
+
+    /// Works until everything is taken up. It is done when all who run it have returned.
+    pub(super) fn run<F: Format>(&self, layer: &[F::Number], q: &[S]) {
+        let Self { call, .. } = *self;
+        let KvLayout { kv_heads, head_dim, .. } = *call.layout;
+        let q = Queries { numbers: q, heads: call.heads, head_dim, factor: call.attention.factor() };
+        let mut queries = F::Queries::default();
+        let mut scratch = Scratch::<F>::default();
+        // Whose rows are in `queries`.
+        let mut ready = None;
+        while let Some(shares) = self.take_up() {
+            for i in shares {
+                let share = &self.shares[i];
+                let part = &self.parts[share.part];
+                let rows = (share.part, share.heads.start);
+                if ready.replace(rows) != Some(rows) {
+                    q.prepare::<F>(part.span, &part.tokens, &share.heads, kv_heads, &mut queries);
+                }
+                let ids = &call.plan.blocks[part.span.blocks.clone()];
+                let task = Task {
+                    blocks: Blocks { layer, layout: call.layout, ids, span: part.span },
+                    attention: call.attention,
+                    queries: &queries,
+                    group: call.heads / kv_heads,
+                    heads: share.heads.clone(),
+                    tokens: part.tokens.clone(),
+                    chunks: share.chunks.clone(),
+                };
+                let state = call.kernel.run(Attend(&task, &mut scratch));
+                self.hand_in(i, state);
+            }
+        }
+    }
+
+    /// Tasks for one thread, which has them for itself: its share of the work that is left. They are neighbours, which read
+    /// faster one behind the other, and fewer each time, so that all threads come to the end together.
+    fn take_up(&self) -> Option<Range<usize>> {
+        let until = |shares: &[Share]| shares.last().map_or(0, |share| share.until);
+        let end = |start: usize| {
+            let (before, all) = (until(&self.shares[..start]), until(&self.shares));
+            let enough = before + (all - before).div_ceil(self.threads);
+            (start + 1).max(self.shares.partition_point(|share| share.until <= enough))
+        };
+        let more = |start| (start < self.shares.len()).then(|| end(start));
+        // Tasks are there since before any thread came; only their numbers are handed out.
+        let start = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(start..end(start))
+    }
+
+    /// Takes in a task's state; the last of a part puts it together.
+    fn hand_in(&self, i: usize, state: State) {
+        let part = &self.parts[self.shares[i].part];
+        // Who panics leaves a state missing, and then nobody puts the part together.
+        let mut results = self.results[self.shares[i].part].lock().unwrap_or_else(PoisonError::into_inner);
+        results.states[i - part.shares.start] = Some(state);
+        results.missing -= 1;
+        if results.missing == 0 {
+            let states = results.states.drain(..).flatten().collect();
+            self.put_together(part, states, &mut results.rows);
+        }
+    }
+
+    /// Merges the states of a part's tasks, chunk after chunk, and writes its rows of the result.
+    fn put_together(&self, part: &Part<'_>, states: Vec<State>, (out, log_weights): &mut (&mut [S], &mut [f32])) {
+        let KvLayout { kv_heads, head_dim, .. } = *self.call.layout;
+        let heads = self.call.heads;
+        let group = heads / kv_heads;
+        let mut mean = vec![0f32; head_dim];
+        let mut states = self.shares[part.shares.clone()].iter().zip(states).peekable();
+        while let Some((share, mut total)) = states.next() {
+            while let Some((_, state)) = states.next_if(|(other, _)| other.heads == share.heads) {
+                total.merge(&state);
+            }
+            let mut row = 0;
+            for head in share.heads.clone() {
+                for token in 0..part.tokens.len() {
+                    for member in 0..group {
+                        let at = token * heads + head * group + member;
+                        total.mean(row, &mut mean);
+                        S::narrow(&mean, &mut out[at * head_dim..][..head_dim]);
+                        log_weights[at] = total.log_weight(row);
+                        row += 1;
+                    }
+                }
+            }
+        }
+    }
 }
 
 impl Part<'_> {
@@ -43,84 +196,11 @@ impl Part<'_> {
     fn chunks(&self) -> usize {
         self.chunks.iter().map(Range::len).sum()
     }
-
-    /// The heads and chunks of its tasks: chunks inside heads. However they are shared out, each chunk is merged into those
-    /// before it.
-    fn tasks(&self, kv_heads: usize) -> impl Iterator<Item = (Range<usize>, [Range<usize>; 2])> + use<> {
-        let one = |chunk| [chunk..chunk + 1, 0..0];
-        let chunks: Vec<_> = if self.by_chunk {
-            self.chunks.iter().cloned().flatten().map(one).collect()
-        } else {
-            vec![self.chunks.clone()]
-        };
-        let heads = self.heads;
-        (0..kv_heads).step_by(heads).flat_map(move |head| {
-            let heads = head..kv_heads.min(head + heads);
-            chunks.clone().into_iter().map(move |chunks| (heads.clone(), chunks))
-        })
-    }
 }
-
-/// Attends with `q (tokens, heads, head_dim)` over a layer's blocks; returns as much, and the logarithm, to base two, of the
-/// weight that each row has seen: `(tokens, heads)`.
-pub(super) fn attend<F: Format, S: Number>(layer: &[F::Number], q: &[S], call: &Call<'_>) -> (Vec<S>, Vec<f32>) {
-    let KvLayout { kv_heads, head_dim, .. } = *call.layout;
-    let parts = parts(call);
-    let work: usize = parts.iter().map(|part| part.tokens.len() * part.chunks()).sum::<usize>() * CHUNK * call.heads;
-    let alone = work * head_dim < WORTH_A_THREAD;
-
-    let mut out = vec![S::default(); q.len()];
-    let mut log_weights = vec![f32::NEG_INFINITY; q.len() / head_dim];
-    let mut rest = (&mut out[..], &mut log_weights[..]);
-    let with_rows = parts.into_iter().map(|part| {
-        let rows = part.tokens.len() * call.heads;
-        let (own, others) = std::mem::take(&mut rest.0).split_at_mut(rows * head_dim);
-        let (own_weights, other_weights) = std::mem::take(&mut rest.1).split_at_mut(rows);
-        rest = (others, other_weights);
-        (part, (own, own_weights))
-    });
-    let all = Queries { numbers: q, heads: call.heads, head_dim, factor: call.attention.factor() };
-    let attend = |queries: &mut F::Queries, (part, rows): (Part<'_>, Rows<'_, S>)| {
-        all.prepare::<F>(part.span, &part.tokens, kv_heads, queries);
-        let queries = &*queries;
-        let run = |scratch: &mut Scratch<F>, (heads, chunks): (Range<usize>, [Range<usize>; 2])| {
-            let ids = &call.plan.blocks[part.span.blocks.clone()];
-            let task = Task {
-                blocks: Blocks { layer, layout: call.layout, ids, span: part.span },
-                attention: call.attention,
-                queries,
-                group: call.heads / kv_heads,
-                heads,
-                tokens: part.tokens.clone(),
-                chunks,
-            };
-            call.kernel.run(Attend(&task, scratch))
-        };
-        let tasks: Vec<_> = part.tasks(kv_heads).collect();
-        let states: Vec<State> = if alone {
-            let mut scratch = Scratch::default();
-            tasks.into_iter().map(|task| run(&mut scratch, task)).collect()
-        } else {
-            tasks.into_par_iter().map_init(Scratch::default, run).collect()
-        };
-        put_together(&part, states, rows, call);
-    };
-    if alone {
-        let mut queries = F::Queries::default();
-        with_rows.for_each(|part| attend(&mut queries, part));
-    } else {
-        with_rows.collect::<Vec<_>>().into_par_iter().for_each_init(F::Queries::default, attend);
-    }
-    (out, log_weights)
-}
-
-/// Some rows of the result, and of the logarithms of their weights.
-type Rows<'a, S> = (&'a mut [S], &'a mut [f32]);
 
 /// Cuts a step into parts, in the order of their rows.
 fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
-    let kv_heads = call.layout.kv_heads;
-    let tokens_per_task = (TASK_ROWS * kv_heads / call.heads).max(1);
+    let tokens_per_task = (TASK_ROWS * call.layout.kv_heads / call.heads).max(1);
     let mut parts = Vec::new();
     for span in &call.plan.spans {
         let by_chunk = span.rows.len() <= tokens_per_task;
@@ -130,40 +210,34 @@ fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
             let [first, last] = [tokens.start, tokens.end - 1].map(|token| span.sight(token, call.attention));
             let sinks = last.sinks.div_ceil(CHUNK);
             let recent = sinks.max(first.recent.start / CHUNK)..last.recent.end.div_ceil(CHUNK);
-            let chunks = [0..sinks, recent];
-            let heads = if by_chunk { kv_heads } else { 1 };
-            parts.push(Part { span, tokens, heads, chunks, by_chunk });
+            parts.push(Part { span, tokens, chunks: [0..sinks, recent], by_chunk, shares: 0..0 });
         }
-    }
-    let tasks: usize = parts.iter().map(|part| if part.by_chunk { part.chunks() } else { kv_heads }).sum();
-    let more = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(tasks.max(1));
-    for part in parts.iter_mut().filter(|part| part.by_chunk) {
-        part.heads = kv_heads.div_ceil(more);
     }
     parts
 }
 
-/// Merges the states of a part's tasks, chunk after chunk, and writes its rows of the result.
-fn put_together<S: Number>(part: &Part<'_>, states: Vec<State>, (out, log_weights): Rows<'_, S>, call: &Call<'_>) {
-    let KvLayout { kv_heads, head_dim, .. } = *call.layout;
-    let group = call.heads / kv_heads;
-    let mut mean = vec![0f32; head_dim];
-    let mut states = part.tasks(kv_heads).zip(states).peekable();
-    while let Some(((heads, _), mut total)) = states.next() {
-        while let Some((_, state)) = states.next_if(|((others, _), _)| *others == heads) {
-            total.merge(&state);
-        }
-        let mut row = 0;
-        for head in heads {
-            for token in 0..part.tokens.len() {
-                for member in 0..group {
-                    let at = token * call.heads + head * group + member;
-                    total.mean(row, &mut mean);
-                    S::narrow(&mean, &mut out[at * head_dim..][..head_dim]);
-                    log_weights[at] = total.log_weight(row);
-                    row += 1;
-                }
+/// Cuts parts into tasks: chunks inside heads. However they are shared out, each chunk is merged into those before it.
+fn shares(parts: &mut [Part<'_>], kv_heads: usize) -> Vec<Share> {
+    let tasks: usize = parts.iter().map(|part| if part.by_chunk { part.chunks() } else { kv_heads }).sum();
+    let more = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(tasks.max(1));
+    let mut shares = Vec::new();
+    let mut until = 0;
+    for (i, part) in parts.iter_mut().enumerate() {
+        let first = shares.len();
+        let step = if part.by_chunk { kv_heads.div_ceil(more) } else { 1 };
+        for head in (0..kv_heads).step_by(step) {
+            let heads = head..kv_heads.min(head + step);
+            let mut push = |chunks: [Range<usize>; 2]| {
+                until += chunks.iter().map(Range::len).sum::<usize>() * part.tokens.len() * heads.len();
+                shares.push(Share { part: i, heads: heads.clone(), chunks, until });
+            };
+            if part.by_chunk {
+                part.chunks.iter().cloned().flatten().for_each(|chunk| push([chunk..chunk + 1, 0..0]));
+            } else {
+                push(part.chunks.clone());
             }
         }
+        part.shares = first..shares.len();
     }
+    shares
 }

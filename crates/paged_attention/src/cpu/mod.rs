@@ -1,7 +1,7 @@
 //! Attention on a CPU, over the blocks where they lie.
 //!
 //! - `boundary`: candle's tensors in, slices out; the only file here that knows candle.
-//! - `jobs`: how a step is cut into tasks for threads.
+//! - `jobs`: how a step is cut into tasks, and what becomes of them; `crew` is the threads that take them up.
 //! - `queries`: the rows of some new tokens, made ready.
 //! - `algorithm`: online softmax over tiles of tokens, written once; `state` is what it knows of a row, `tile` where the
 //!   tokens lie.
@@ -12,6 +12,7 @@
 mod algorithm;
 mod arch;
 mod boundary;
+mod crew;
 mod exp2;
 mod format;
 mod jobs;

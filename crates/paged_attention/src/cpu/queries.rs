@@ -19,13 +19,20 @@ pub(super) struct Queries<'a, S> {
 impl<S: Number> Queries<'_, S> {
     /// Makes the rows of some new tokens of a sequence ready, key head after key head: in each the tokens times its query
     /// heads, four by four.
-    pub(super) fn prepare<F: Format>(&self, span: &Span, tokens: &Range<usize>, kv_heads: usize, to: &mut F::Queries) {
+    pub(super) fn prepare<F: Format>(
+        &self,
+        span: &Span,
+        tokens: &Range<usize>,
+        key_heads: &Range<usize>,
+        kv_heads: usize,
+        to: &mut F::Queries,
+    ) {
         let Self { numbers, heads, head_dim, factor } = *self;
         let group = heads / kv_heads;
         let rows = tokens.len() * group;
         let mut wide = vec![0f32; ROWS * head_dim];
         F::clear(to);
-        for head in 0..kv_heads {
+        for head in key_heads.clone() {
             for first in (0..rows).step_by(ROWS) {
                 let own = ROWS.min(rows - first);
                 for (row, wide) in (first..first + own).zip(wide.chunks_exact_mut(head_dim)) {

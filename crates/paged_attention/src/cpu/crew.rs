@@ -1,0 +1,33 @@
+//! Threads that work together, without waiting for each other where one of them holds a lock.
+
+use rayon::Scope;
+
+/// Calls `work` on this thread and on up to `threads - 1` others of the current rayon pool at the same time. It takes up what
+/// is left to do until nothing is, so that those who come late, or never, are not missed.
+///
+/// A thread that waits inside rayon takes up other tasks of its pool meanwhile, which may want any lock. So nobody waits for
+/// anybody inside `work`, where locks are held, but only behind it, with none: whoever holds a lock gets on and gives it back,
+/// and sequences can be stepped by tasks of one pool.
+pub(super) fn together<E: Send>(threads: usize, work: impl Fn() -> Result<(), E> + Sync) -> Result<(), E> {
+    if threads <= 1 {
+        return work();
+    }
+    let work = &work;
+    rayon::in_place_scope(|scope| {
+        call(scope, threads - 1, work);
+        work()
+    })
+}
+
+/// Calls so many threads: two, who call the others, as waking one takes a while.
+fn call<'s, E: Send>(scope: &Scope<'s>, threads: usize, work: &'s (impl Fn() -> Result<(), E> + Sync)) {
+    for half in [threads.div_ceil(2), threads / 2] {
+        if half > 0 {
+            scope.spawn(move |scope| {
+                call(scope, half - 1, work);
+                // What fails here fails for the one who called, too, and leaves what it has not taken up to the others.
+                let _ = work();
+            });
+        }
+    }
+}

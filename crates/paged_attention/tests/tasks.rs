@@ -1,0 +1,82 @@
+//! Sequences that are stepped by tasks of one thread pool: a thread that waits for others in one step takes up another task,
+//! which may write where the first one reads.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use candle_core::DType;
+use common::{Random, tensor};
+use paged_attention::{Attention, BlockTable, KvCache, KvShape};
+use rayon::prelude::*;
+
+const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 4, head_dim: 32 };
+const HEADS: usize = 8;
+const THREADS: usize = 8;
+/// Groups of sequences, which are stepped beside each other.
+const GROUPS: usize = 6;
+const SEQUENCES: usize = 4;
+const STEPS: usize = 30;
+
+struct Sequence {
+    table: BlockTable,
+    random: Random,
+    attended: Vec<f32>,
+}
+
+impl Sequence {
+    fn new(cache: &KvCache, id: usize) -> Self {
+        Self { table: cache.table(), random: Random::new(id as u64 + 1), attended: vec![] }
+    }
+
+    /// A step that is long enough to be shared out among threads, and copies a block that a fork holds, too.
+    fn step(&mut self, cache: &KvCache, tokens: usize) {
+        let fork = self.table.fork();
+        let mut step = cache.step();
+        step.push(&mut self.table, &vec![0; tokens]).unwrap();
+        let [q, k, v] = [HEADS, SHAPE.kv_heads, SHAPE.kv_heads].map(|heads| {
+            let numbers = self.random.numbers(tokens * heads * SHAPE.head_dim);
+            tensor(&numbers, heads, SHAPE.head_dim, DType::F32)
+        });
+        let attended = step.attend(0, &q, &k, &v, &Attention::scaled_by(SHAPE.head_dim)).unwrap();
+        step.commit();
+        drop(fork);
+        self.attended = attended.flatten_all().unwrap().to_vec1().unwrap();
+    }
+}
+
+/// How many tokens each of the steps has.
+fn steps() -> impl Iterator<Item = usize> {
+    std::iter::once(500).chain([9; STEPS])
+}
+
+#[test]
+fn they_do_not_wait_for_themselves() {
+    let cache = KvCache::builder(SHAPE).blocks(2000).block_size(16).build().unwrap();
+    let (done, results) = mpsc::channel();
+    let own = cache.clone();
+    thread::spawn(move || {
+        let group = |group| (0..SEQUENCES).map(|i| Sequence::new(&own, group * SEQUENCES + i)).collect();
+        let mut groups: Vec<Vec<Sequence>> = (0..GROUPS).map(group).collect();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap();
+        pool.install(|| {
+            groups.par_iter_mut().with_max_len(1).for_each(|group| {
+                for tokens in steps() {
+                    group.par_iter_mut().with_max_len(1).for_each(|sequence| sequence.step(&own, tokens));
+                }
+            });
+        });
+        let _ = done.send(groups);
+    });
+    // Threads that wait for each other are left behind.
+    let together = results.recv_timeout(Duration::from_secs(300)).expect("no thread waits for itself");
+    for (id, together) in together.iter().flatten().enumerate() {
+        let mut alone = Sequence::new(&cache, id);
+        steps().for_each(|tokens| alone.step(&cache, tokens));
+        assert_eq!(together.attended, alone.attended, "sequence {id}");
+    }
+}
