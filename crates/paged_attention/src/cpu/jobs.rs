@@ -24,7 +24,7 @@ const TASK_ROWS: usize = 32;
 /// Tasks for each thread, at least, if heads can be shared out: some threads come late.
 const TASKS_PER_THREAD: usize = 8;
 
-/// Multiply-adds below which waking other threads takes longer than the work.
+/// Products of a query's number and a key's that are worth another thread: waking one takes tens of microseconds.
 const WORTH_A_THREAD: usize = 1 << 18;
 
 /// The work of one call: any number of threads can run it together.
@@ -44,7 +44,9 @@ pub(super) struct Job<'a, S> {
 struct Part<'a> {
     span: &'a Span,
     tokens: Range<usize>,
-    /// The chunks that the tokens see something of: those with sinks, and recent ones.
+    /// The positions that the tokens see: sinks, and recent ones.
+    seen: [Range<usize>; 2],
+    /// The chunks that these are in, each once.
     chunks: [Range<usize>; 2],
     /// Whether each chunk is a task of its own.
     by_chunk: bool,
@@ -57,7 +59,7 @@ struct Share {
     part: usize,
     heads: Range<usize>,
     chunks: [Range<usize>; 2],
-    /// All work before its end: chunks times tokens times heads, of all tasks up to it.
+    /// The work of all tasks up to its end: new tokens times what they see, in each key head.
     until: usize,
 }
 
@@ -76,11 +78,9 @@ impl<'a, S: Number> Job<'a, S> {
     pub(super) fn new(call: &'a Call<'a>, mut out: &'a mut [S], mut log_weights: &'a mut [f32]) -> Self {
         let KvLayout { kv_heads, head_dim, .. } = *call.layout;
         let mut parts = parts(call);
-        let work: usize =
-            parts.iter().map(|part| part.tokens.len() * part.chunks()).sum::<usize>() * CHUNK * call.heads;
         let shares = shares(&mut parts, kv_heads);
-        let alone = work * head_dim < WORTH_A_THREAD;
-        let threads = if alone { 1 } else { rayon::current_num_threads().min(shares.len()) };
+        let work = until(&shares) * (call.heads / kv_heads) * head_dim;
+        let threads = (work / WORTH_A_THREAD).min(shares.len()).clamp(1, rayon::current_num_threads());
         let results = parts.iter().map(|part| {
             let rows = part.tokens.len() * call.heads;
             let own = out.split_off_mut(..rows * head_dim).unwrap_or_default();
@@ -139,7 +139,6 @@ impl<'a, S: Number> Job<'a, S> {
     /// Tasks for one thread, which has them for itself: its share of the work that is left. They are neighbours, which read
     /// faster one behind the other, and fewer each time, so that all threads come to the end together.
     fn take_up(&self) -> Option<Range<usize>> {
-        let until = |shares: &[Share]| shares.last().map_or(0, |share| share.until);
         let end = |start: usize| {
             let (before, all) = (until(&self.shares[..start]), until(&self.shares));
             let enough = before + (all - before).div_ceil(self.threads);
@@ -192,10 +191,22 @@ impl<'a, S: Number> Job<'a, S> {
 }
 
 impl Part<'_> {
-    /// How many chunks it sees.
-    fn chunks(&self) -> usize {
-        self.chunks.iter().map(Range::len).sum()
+    /// How much some of its chunks are to one of its heads.
+    fn work(&self, chunks: &[Range<usize>; 2]) -> usize {
+        let seen = |chunks: &Range<usize>| {
+            let within = |seen: &Range<usize>| {
+                let start = seen.start.max(chunks.start * CHUNK);
+                seen.end.min(chunks.end * CHUNK).saturating_sub(start)
+            };
+            self.seen.iter().map(within).sum::<usize>()
+        };
+        self.tokens.len() * chunks.iter().map(seen).sum::<usize>()
     }
+}
+
+/// The work of these tasks and of all before them.
+fn until(shares: &[Share]) -> usize {
+    shares.last().map_or(0, |share| share.until)
 }
 
 /// Cuts a step into parts, in the order of their rows.
@@ -208,9 +219,10 @@ fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
             let tokens = first..span.rows.len().min(first + tokens_per_task);
             // The first token looks back furthest, the last one sees furthest.
             let [first, last] = [tokens.start, tokens.end - 1].map(|token| span.sight(token, call.attention));
-            let sinks = last.sinks.div_ceil(CHUNK);
-            let recent = sinks.max(first.recent.start / CHUNK)..last.recent.end.div_ceil(CHUNK);
-            parts.push(Part { span, tokens, chunks: [0..sinks, recent], by_chunk, shares: 0..0 });
+            let seen = [0..last.sinks, first.recent.start..last.recent.end];
+            let sinks = seen[0].end.div_ceil(CHUNK);
+            let recent = sinks.max(seen[1].start / CHUNK)..seen[1].end.div_ceil(CHUNK);
+            parts.push(Part { span, tokens, seen, chunks: [0..sinks, recent], by_chunk, shares: 0..0 });
         }
     }
     parts
@@ -218,7 +230,8 @@ fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
 
 /// Cuts parts into tasks: chunks inside heads. However they are shared out, each chunk is merged into those before it.
 fn shares(parts: &mut [Part<'_>], kv_heads: usize) -> Vec<Share> {
-    let tasks: usize = parts.iter().map(|part| if part.by_chunk { part.chunks() } else { kv_heads }).sum();
+    let chunks = |part: &Part<'_>| part.chunks.iter().map(Range::len).sum();
+    let tasks: usize = parts.iter().map(|part| if part.by_chunk { chunks(part) } else { kv_heads }).sum();
     let more = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(tasks.max(1));
     let mut shares = Vec::new();
     let mut until = 0;
@@ -228,7 +241,7 @@ fn shares(parts: &mut [Part<'_>], kv_heads: usize) -> Vec<Share> {
         for head in (0..kv_heads).step_by(step) {
             let heads = head..kv_heads.min(head + step);
             let mut push = |chunks: [Range<usize>; 2]| {
-                until += chunks.iter().map(Range::len).sum::<usize>() * part.tokens.len() * heads.len();
+                until += part.work(&chunks) * heads.len();
                 shares.push(Share { part: i, heads: heads.clone(), chunks, until });
             };
             if part.by_chunk {
