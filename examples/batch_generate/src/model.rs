@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Embedding, ops, rotary_emb};
 use paged_attention::{Attention, KvShape, Step};
 
-use crate::weights::{Linear, Weights};
+use crate::weights::{Joined, Linear, Weights};
 
 /// A GGUF file of the llama architecture, opened.
 #[derive(Debug)]
@@ -55,6 +55,11 @@ impl Gguf {
         Linear::new(self.tensor(name)?, self.weights)
     }
 
+    fn joined(&mut self, names: &[String]) -> Result<Joined> {
+        let tensors = names.iter().map(|name| self.tensor(name)).collect::<Result<_>>()?;
+        Joined::new(tensors, self.weights)
+    }
+
     fn tensor(&mut self, name: &str) -> Result<QTensor> {
         self.content
             .tensor(&mut self.reader, name, &Device::Cpu)
@@ -84,13 +89,10 @@ pub struct Model {
 #[derive(Debug)]
 struct Layer {
     attention_norm: RmsNorm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    qkv: Joined,
     o: Linear,
     mlp_norm: RmsNorm,
-    gate: Linear,
-    up: Linear,
+    gate_up: Joined,
     down: Linear,
 }
 
@@ -193,7 +195,7 @@ impl Model {
         let cos = self.cos.index_select(positions, 0)?.reshape(half)?;
         let sin = self.sin.index_select(positions, 0)?.reshape(half)?;
         // Each row is a batch of its own of one token, so that each has its own position.
-        let rotate = |x: Tensor, heads: usize| {
+        let rotate = |x: &Tensor, heads: usize| {
             let x = x.reshape((rows, heads, 1, head_dim))?;
             rotary_emb::rope_i(&x, &cos, &sin)?.reshape((rows, heads, head_dim))
         };
@@ -201,14 +203,16 @@ impl Model {
         let mut x = self.embedding.forward(token_ids)?; // (tokens, width)
         for (i, layer) in self.layers.iter().enumerate() {
             let normed = layer.attention_norm.forward(&x)?;
-            let q = rotate(layer.q.forward(&normed)?, self.heads)?;
-            let k = rotate(layer.k.forward(&normed)?, kv_heads)?;
-            let v = layer.v.forward(&normed)?.reshape((rows, kv_heads, head_dim))?;
+            let qkv = layer.qkv.forward(&normed)?;
+            let q = rotate(&qkv[0], self.heads)?;
+            let k = rotate(&qkv[1], kv_heads)?;
+            let v = qkv[2].reshape((rows, kv_heads, head_dim))?;
             let y = attend(i, &q, &k, &v)?; // (tokens, heads, head_dim)
             x = (layer.o.forward(&y.flatten_from(1)?)? + x)?;
 
             let normed = layer.mlp_norm.forward(&x)?;
-            let gated = (ops::silu(&layer.gate.forward(&normed)?)? * layer.up.forward(&normed)?)?;
+            let gate_up = layer.gate_up.forward(&normed)?;
+            let gated = (ops::silu(&gate_up[0])? * &gate_up[1])?;
             x = (layer.down.forward(&gated)? + x)?;
         }
         let wanted = x.index_select(wanted, 0)?;
@@ -221,13 +225,10 @@ impl Layer {
         let name = |part: &str| format!("blk.{i}.{part}.weight");
         Ok(Self {
             attention_norm: gguf.norm(&name("attn_norm"), eps)?,
-            q: gguf.linear(&name("attn_q"))?,
-            k: gguf.linear(&name("attn_k"))?,
-            v: gguf.linear(&name("attn_v"))?,
+            qkv: gguf.joined(&["attn_q", "attn_k", "attn_v"].map(name))?,
             o: gguf.linear(&name("attn_output"))?,
             mlp_norm: gguf.norm(&name("ffn_norm"), eps)?,
-            gate: gguf.linear(&name("ffn_gate"))?,
-            up: gguf.linear(&name("ffn_up"))?,
+            gate_up: gguf.joined(&["ffn_gate", "ffn_up"].map(name))?,
             down: gguf.linear(&name("ffn_down"))?,
         })
     }

@@ -28,19 +28,20 @@ pub(crate) struct Linear {
 
 impl Linear {
     pub(crate) fn new(tensor: QTensor, weights: Weights) -> Result<Self> {
-        let mut padding = 0;
-        let matrix = match weights {
-            Weights::F32 => QMatMul::Tensor(tensor.dequantize(&Device::Cpu)?),
-            Weights::Stored => QMatMul::from_qtensor(tensor)?,
-            Weights::Int8 => {
-                let matrix = tensor.dequantize(&Device::Cpu)?;
-                let width = matrix.dim(D::Minus1)?;
-                padding = width.next_multiple_of(FAST_WIDTH) - width;
-                let padded = matrix.pad_with_zeros(D::Minus1, 0, padding)?;
-                QMatMul::from_qtensor(QTensor::quantize(&padded, GgmlDType::Q8_0)?)?
-            }
-        };
-        Ok(Self { matrix, padding })
+        match weights {
+            Weights::Stored => Ok(Self { matrix: QMatMul::from_qtensor(tensor)?, padding: 0 }),
+            _ => Self::converted(tensor.dequantize(&Device::Cpu)?, weights),
+        }
+    }
+
+    fn converted(matrix: Tensor, weights: Weights) -> Result<Self> {
+        if weights == Weights::F32 {
+            return Ok(Self { matrix: QMatMul::Tensor(matrix), padding: 0 });
+        }
+        let width = matrix.dim(D::Minus1)?;
+        let padding = width.next_multiple_of(FAST_WIDTH) - width;
+        let padded = matrix.pad_with_zeros(D::Minus1, 0, padding)?;
+        Ok(Self { matrix: QMatMul::from_qtensor(QTensor::quantize(&padded, GgmlDType::Q8_0)?)?, padding })
     }
 }
 
@@ -49,6 +50,45 @@ impl Module for Linear {
         match self.padding {
             0 => self.matrix.forward(x),
             n => self.matrix.forward(&x.pad_with_zeros(D::Minus1, 0, n)?),
+        }
+    }
+}
+
+/// Matrices that the same activations are multiplied by.
+#[derive(Debug)]
+pub(crate) enum Joined {
+    /// One below the other, for one product; where each begins, and its height.
+    One(Linear, Vec<(usize, usize)>),
+    /// As stored, in types that may differ.
+    Apart(Vec<Linear>),
+}
+
+impl Joined {
+    pub(crate) fn new(tensors: Vec<QTensor>, weights: Weights) -> Result<Self> {
+        if weights == Weights::Stored {
+            let matrices = tensors.into_iter().map(|tensor| Linear::new(tensor, weights));
+            return Ok(Self::Apart(matrices.collect::<Result<_>>()?));
+        }
+        let matrices = tensors.iter().map(|tensor| tensor.dequantize(&Device::Cpu));
+        let matrices: Vec<Tensor> = matrices.collect::<candle_core::Result<_>>()?;
+        let mut places = Vec::new();
+        let mut end = 0;
+        for matrix in &matrices {
+            let height = matrix.dim(0)?;
+            places.push((end, height));
+            end += height;
+        }
+        Ok(Self::One(Linear::converted(Tensor::cat(&matrices, 0)?, weights)?, places))
+    }
+
+    /// The product with each matrix.
+    pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Vec<Tensor>> {
+        match self {
+            Self::One(matrix, places) => {
+                let all = matrix.forward(x)?;
+                places.iter().map(|&(start, height)| all.narrow(D::Minus1, start, height)?.contiguous()).collect()
+            }
+            Self::Apart(matrices) => matrices.iter().map(|matrix| matrix.forward(x)).collect(),
         }
     }
 }
@@ -75,6 +115,23 @@ mod tests {
                 let row = |x: &Tensor| x.narrow(0, i, 1).unwrap();
                 let alone = linear.forward(&row(&x)).unwrap().to_vec2::<f32>().unwrap();
                 assert_eq!(alone, row(&product).to_vec2::<f32>().unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn joined_products_are_those_of_each_matrix() {
+        let matrices = [8, 16, 3].map(|height| Tensor::randn(0f32, 1.0, (height, 64), &Device::Cpu).unwrap());
+        let x = Tensor::randn(0f32, 1.0, (5, 64), &Device::Cpu).unwrap();
+        for weights in [Weights::F32, Weights::Int8, Weights::Stored] {
+            let stored = matrices.each_ref().map(|matrix| QTensor::quantize(matrix, GgmlDType::Q8_0).unwrap());
+            let joined = Joined::new(stored.into(), weights).unwrap().forward(&x).unwrap();
+            assert_eq!(joined.len(), matrices.len());
+            for (matrix, joined) in matrices.iter().zip(joined) {
+                let exact = x.matmul(&matrix.t().unwrap()).unwrap();
+                assert_eq!(joined.dims(), exact.dims());
+                let error = (joined - exact).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(error < 1.0, "{weights:?}: {error}");
             }
         }
     }
