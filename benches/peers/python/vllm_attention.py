@@ -23,6 +23,9 @@ def load():
     folder = Path(importlib.util.find_spec("vllm").origin).parent
     library = folder / f"{name}.abi3.so"
     torch.ops.load_library(library if library.exists() else folder / "_C.abi3.so")
+    if torch.cpu._is_amx_tile_supported():
+        # Tiles have to be asked for, or the first one ends the process.
+        torch.cpu._init_amx()
 
 
 def isa(case, block_size):
