@@ -24,6 +24,8 @@ def silent(_level, _text, _data):
 llama.llama_log_set(silent, ctypes.c_void_p(0))
 llama.llama_backend_init()
 parameters = llama.llama_model_default_params()
+# With the matrices that it makes for AMX, 4-bit ones of a width as the default model's end the process.
+parameters.use_extra_bufts = b"AMX_INT8 = 1" not in llama.llama_print_system_info()
 model = llama.llama_model_load_from_file(os.environ["PEERS_MODEL"].encode(), parameters)
 vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 contexts = []
