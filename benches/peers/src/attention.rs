@@ -75,7 +75,7 @@ fn decode_case(case: &Case, bytes: usize, machine: &mut Machine<'_>, record: &mu
     let layers = if case.dtype == "int8" { None } else { Some(candle::Layers::new(case)?) };
     let mut field = Field::new(case, sequences.contender(machine.threads)?);
     let (floor, threads) = (&*machine.floor, machine.threads);
-    field.add_floor(Contender::timed(FLOOR, move |turn| {
+    field.add_floor(Contender::timed_on(threads, FLOOR, move |turn| {
         floor.read(threads, bytes, turn);
         Ok(())
     }));
@@ -132,7 +132,7 @@ fn prefill_case(case: &Case, machine: &Machine<'_>, record: &mut Record) -> Resu
     let candle_has = case.dtype == "f32" || case.dtype == "f16" && case.context <= 512;
     let layers = if candle_has { Some(candle::Layers::new(case)?) } else { None };
     let mut field = Field::new(case, paged::prefill(case, threads)?);
-    field.add_floor(Contender::timed(FLOOR, move |_| {
+    field.add_floor(Contender::timed_on(threads, FLOOR, move |_| {
         floor::multiply_adds(threads, multiply_adds);
         Ok(())
     }));

@@ -51,12 +51,11 @@ pub fn grouped<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> 
     let q = (Tensor::cat(&vec![q; case.batch], 0)? * scale)?;
     let attend = move |turn: usize| -> Result<Tensor> {
         let [k, v] = &layers.0[turn % layers.0.len()];
-        let attend = || softmax_last_dim(&q.matmul(&k.transpose(D::Minus1, D::Minus2)?)?)?.matmul(v);
-        Ok(threads.install(attend)?)
+        Ok(softmax_last_dim(&q.matmul(&k.transpose(D::Minus1, D::Minus2)?)?)?.matmul(v)?)
     };
     let output = last(&attend(0)?)?;
     let name = format!("{NAME}, grouped products");
-    Ok((Contender::timed(name, move |turn| attend(turn).map(drop)), output))
+    Ok((Contender::timed_on(threads, name, move |turn| attend(turn).map(drop)), output))
 }
 
 /// Its flash attention, which has f32 and f16, of the last token or of all.
@@ -79,19 +78,17 @@ pub fn flash<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> Re
     };
     let attend = move |turn: usize| -> Result<Tensor> {
         let [k, v] = &layers.0[turn % layers.0.len()];
-        let attend = || {
-            let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
-            match half {
-                true => flash_attn::<f16>(&q, &k, &v, scale, mask.clone(), None, None),
-                false => flash_attn::<f32>(&q, &k, &v, scale, mask.clone(), None, None),
-            }
-        };
-        Ok(threads.install(attend)?) // (batch, heads, tokens, head_dim)
+        let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
+        // (batch, heads, tokens, head_dim)
+        Ok(match half {
+            true => flash_attn::<f16>(&q, &k, &v, scale, mask.clone(), None, None)?,
+            false => flash_attn::<f32>(&q, &k, &v, scale, mask.clone(), None, None)?,
+        })
     };
     let y = attend(0)?;
     let y = y.narrow(2, tokens - 1, 1)?;
     let output = last(&y)?;
-    Ok((Contender::timed(format!("{NAME}, flash attention"), move |turn| attend(turn).map(drop)), output))
+    Ok((Contender::timed_on(threads, format!("{NAME}, flash attention"), move |turn| attend(turn).map(drop)), output))
 }
 
 /// Appending to its cache that has room, to its cache that has none, and to the one that concatenates.

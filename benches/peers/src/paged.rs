@@ -110,9 +110,9 @@ impl Decode {
         for table in &mut self.tables {
             step.push(table, &[0])?;
         }
-        let attend = move |turn: usize| threads.install(|| step.attend(turn % layers, &q, &k, &v, &attention));
+        let attend = move |turn: usize| step.attend(turn % layers, &q, &k, &v, &attention);
         let output = last(&attend(0)?)?;
-        Ok((Contender::timed(NAME, move |turn| Ok(attend(turn).map(drop)?)), output))
+        Ok((Contender::timed_on(threads, NAME, move |turn| Ok(attend(turn).map(drop)?)), output))
     }
 }
 
@@ -132,10 +132,10 @@ pub fn prefill<'a>(case: &Case, threads: &'a ThreadPool) -> Result<(Contender<'a
         let mut table = cache.table();
         let mut step = cache.step();
         step.push(&mut table, &tokens)?;
-        Ok(threads.install(|| step.attend(0, &q, &k, &v, &attention))?)
+        Ok(step.attend(0, &q, &k, &v, &attention)?)
     };
     let output = last(&attend()?)?;
-    Ok((Contender::timed(NAME, move |_| attend().map(drop)), output))
+    Ok((Contender::timed_on(threads, NAME, move |_| attend().map(drop)), output))
 }
 
 /// A sequence that grows by one token at a time, in one layer: a step of its own for each, committed.

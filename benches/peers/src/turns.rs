@@ -4,6 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use rayon::ThreadPool;
 
 use crate::args::Effort;
 use crate::median;
@@ -34,21 +35,37 @@ impl<'a> Contender<'a> {
     }
 
     /// The same, of work that is timed from outside; it is told which turn it is.
-    pub fn timed(name: impl Into<String>, mut work: impl FnMut(usize) -> Result<()> + 'a) -> Self {
-        let mut turn = 0;
-        Self::new(name, move |times| {
-            let started = Instant::now();
-            for _ in 0..times {
-                work(turn)?;
-                turn += 1;
-            }
-            Ok(started.elapsed())
-        })
+    pub fn timed(name: impl Into<String>, work: impl FnMut(usize) -> Result<()> + 'a) -> Self {
+        let mut work = repeated(work);
+        Self::new(name, move |times| work(times))
+    }
+
+    /// The same, of work that is done by these threads: one of them does it over and over, and the others help.
+    pub fn timed_on(
+        threads: &'a ThreadPool,
+        name: impl Into<String>,
+        work: impl FnMut(usize) -> Result<()> + Send + 'a,
+    ) -> Self {
+        let mut work = repeated(work);
+        Self::new(name, move |times| threads.install(|| work(times)))
     }
 
     /// It works in another process, which is watched: it is to be idle while others work.
     pub fn in_process(self, id: u32) -> Self {
         Self { process: Some(id), ..self }
+    }
+}
+
+/// Does `work` so many times and returns the time that it took.
+fn repeated(mut work: impl FnMut(usize) -> Result<()>) -> impl FnMut(usize) -> Result<Duration> {
+    let mut turn = 0;
+    move |times| {
+        let started = Instant::now();
+        for _ in 0..times {
+            work(turn)?;
+            turn += 1;
+        }
+        Ok(started.elapsed())
     }
 }
 

@@ -25,7 +25,7 @@ const TASK_ROWS: usize = 32;
 const TASKS_PER_THREAD: usize = 8;
 
 /// Products of a query's number and a key's that are worth another thread: waking one takes tens of microseconds.
-const WORTH_A_THREAD: usize = 1 << 18;
+const WORTH_A_THREAD: usize = 1 << 17;
 
 /// The work of one call: any number of threads can run it together.
 pub(super) struct Job<'a, S> {
