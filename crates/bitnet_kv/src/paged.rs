@@ -99,11 +99,13 @@ impl PagedKVCache {
     }
 
     /// Blocks that the cache holds: for new tokens, and in 8-bit storage. Those that it shares with others count.
+    ///
+    /// Waits for a layer that attends: not to be called by another task of the rayon pool in which one does.
     pub fn blocks_held(&self) -> [usize; 2] {
         self.lock().blocks()
     }
 
-    /// Bytes of the blocks that the cache holds.
+    /// Bytes of the blocks that the cache holds. Waits as [`blocks_held`](Self::blocks_held) does.
     pub fn bytes_held(&self) -> usize {
         self.lock().bytes()
     }
@@ -209,7 +211,8 @@ impl PagedLayerKVCache {
         self.pool.shape().kv_heads
     }
 
-    /// Forgets the layer's tokens. Blocks are given back when all layers have been cleared.
+    /// Forgets the layer's tokens. Blocks are given back when all layers have been cleared. Waits for another layer that attends:
+    /// not to be called by another task of the rayon pool in which one does.
     pub fn clear(&mut self) {
         let mut sequence = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         // There is nothing that going back to the beginning would see.

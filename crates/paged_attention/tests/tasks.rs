@@ -23,21 +23,24 @@ const SEQUENCES: usize = 4;
 const STEPS: usize = 30;
 
 struct Sequence {
+    id: usize,
     table: BlockTable,
     random: Random,
+    /// What all its steps have attended to.
     attended: Vec<f32>,
 }
 
 impl Sequence {
     fn new(cache: &KvCache, id: usize) -> Self {
-        Self { table: cache.table(), random: Random::new(id as u64 + 1), attended: vec![] }
+        Self { id, table: cache.table(), random: Random::new(id as u64 + 1), attended: vec![] }
     }
 
     /// A step that is long enough to be shared out among threads, and copies a block that a fork holds, too.
     fn step(&mut self, cache: &KvCache, tokens: usize) {
         let fork = self.table.fork();
         let mut step = cache.step();
-        step.push(&mut self.table, &vec![0; tokens]).unwrap();
+        // Tokens of its own, or it would share its blocks with others.
+        step.push(&mut self.table, &vec![self.id as u32; tokens]).unwrap();
         let [q, k, v] = [HEADS, SHAPE.kv_heads, SHAPE.kv_heads].map(|heads| {
             let numbers = self.random.numbers(tokens * heads * SHAPE.head_dim);
             tensor(&numbers, heads, SHAPE.head_dim, DType::F32)
@@ -45,7 +48,7 @@ impl Sequence {
         let attended = step.attend(0, &q, &k, &v, &Attention::scaled_by(SHAPE.head_dim)).unwrap();
         step.commit();
         drop(fork);
-        self.attended = attended.flatten_all().unwrap().to_vec1().unwrap();
+        self.attended.extend(attended.flatten_all().unwrap().to_vec1::<f32>().unwrap());
     }
 }
 
@@ -56,9 +59,9 @@ fn steps() -> impl Iterator<Item = usize> {
 
 #[test]
 fn they_do_not_wait_for_themselves() {
-    let cache = KvCache::builder(SHAPE).blocks(2000).block_size(16).build().unwrap();
+    let cache = || KvCache::builder(SHAPE).blocks(2000).block_size(16).build().unwrap();
     let (done, results) = mpsc::channel();
-    let own = cache.clone();
+    let own = cache();
     thread::spawn(move || {
         let group = |group| (0..SEQUENCES).map(|i| Sequence::new(&own, group * SEQUENCES + i)).collect();
         let mut groups: Vec<Vec<Sequence>> = (0..GROUPS).map(group).collect();
@@ -74,6 +77,7 @@ fn they_do_not_wait_for_themselves() {
     });
     // Threads that wait for each other are left behind.
     let together = results.recv_timeout(Duration::from_secs(300)).expect("no thread waits for itself");
+    let cache = cache();
     for (id, together) in together.iter().flatten().enumerate() {
         let mut alone = Sequence::new(&cache, id);
         steps().for_each(|tokens| alone.step(&cache, tokens));

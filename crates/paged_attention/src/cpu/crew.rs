@@ -9,11 +9,11 @@ use rayon::Scope;
 /// be woken.
 const PATIENCE: Duration = Duration::from_micros(50);
 
-/// Calls `work` on this thread and on up to `threads - 1` others of the current rayon pool at the same time. It takes up what
-/// is left to do until nothing is, so that those who come late, or never, are not missed.
+/// Calls `work` on this thread and on `threads - 1` others of the current rayon pool at the same time, and returns when all
+/// have been there. It takes up what is left to do until nothing is, so that who comes late is not missed.
 ///
 /// A thread that waits inside rayon takes up other tasks of its pool meanwhile, which may want any lock. So nobody waits for
-/// anybody inside `work`, where locks are held, but only behind it, with none: whoever holds a lock gets on and gives it back,
+/// rayon inside `work`, where locks are held, but only behind it, with none: whoever holds a lock gets on and gives it back,
 /// and sequences can be stepped by tasks of one pool.
 pub(super) fn together<E: Send>(threads: usize, work: impl Fn() -> Result<(), E> + Sync) -> Result<(), E> {
     if threads <= 1 {

@@ -79,7 +79,7 @@ impl<'a, S: Number> Job<'a, S> {
         let KvLayout { kv_heads, head_dim, .. } = *call.layout;
         let mut parts = parts(call);
         let shares = shares(&mut parts, kv_heads);
-        let work = until(&shares) * (call.heads / kv_heads) * head_dim;
+        let work = until(&shares).saturating_mul(call.heads / kv_heads * head_dim);
         let threads = (work / WORTH_A_THREAD).min(shares.len()).clamp(1, rayon::current_num_threads());
         let results = parts.iter().map(|part| {
             let rows = part.tokens.len() * call.heads;
@@ -200,7 +200,7 @@ impl Part<'_> {
             };
             self.seen.iter().map(within).sum::<usize>()
         };
-        self.tokens.len() * chunks.iter().map(seen).sum::<usize>()
+        self.tokens.len().saturating_mul(chunks.iter().map(seen).sum::<usize>())
     }
 }
 
@@ -241,7 +241,7 @@ fn shares(parts: &mut [Part<'_>], kv_heads: usize) -> Vec<Share> {
         for head in (0..kv_heads).step_by(step) {
             let heads = head..kv_heads.min(head + step);
             let mut push = |chunks: [Range<usize>; 2]| {
-                until += part.work(&chunks) * heads.len();
+                until = part.work(&chunks).saturating_mul(heads.len()).saturating_add(until);
                 shares.push(Share { part: i, heads: heads.clone(), chunks, until });
             };
             if part.by_chunk {
