@@ -10,14 +10,22 @@ use paged_attention::{KvCache, TableOptions};
 use crate::KvError;
 use crate::error::Result;
 use crate::part::Part;
-use crate::sequence::Sequence;
+use crate::pool::Inner;
 use crate::stats::Squares;
 
-impl Sequence {
+/// What moves the tokens of one cache.
+pub(crate) struct Mover<'a> {
+    pub(crate) pool: &'a Inner,
+    /// The tables of each part.
+    pub(crate) batch: usize,
+    pub(crate) parts: &'a mut Vec<Part>,
+}
+
+impl Mover<'_> {
     /// Moves the tokens before position `boundary`, as far as they fill blocks. Where there is no room for them they stay.
     pub(crate) fn move_old(&mut self, boundary: usize) -> Result<()> {
         while let Some(at) = self.parts.iter().position(|part| !part.old) {
-            let bounds = self.bounds(at);
+            let bounds = Part::bounds(self.parts, at);
             let part = &self.parts[at];
             let end = boundary.min(part.committed()).min(bounds.end);
             // What growth has left behind goes as a whole, its last block too, full or not.
@@ -41,8 +49,7 @@ impl Sequence {
 
     /// Copies tokens of part `at` to 8-bit storage, behind what is there; says whether there was room.
     fn compress(&mut self, at: usize, positions: Range<usize>) -> Result<bool> {
-        let pool = self.pool.clone();
-        let Some(stores) = &pool.old else { return Ok(false) };
+        let Some(stores) = &self.pool.old else { return Ok(false) };
         let before = at.checked_sub(1).filter(|&before| self.parts[before].reserve(positions.end).is_ok());
         let fresh = match before {
             Some(_) => None,

@@ -127,8 +127,8 @@ pub enum KvError {
         /// The sequences it holds.
         batch: usize,
     },
-    /// Another thread is at work on a layer of the same cache. Nobody waits.
-    #[error("another thread is at work on this cache")]
+    /// A layer of the same cache attends or is copied, and what it reads cannot be changed meanwhile. Nobody waits.
+    #[error("another thread reads from this cache, and it cannot be changed meanwhile")]
     Busy,
     /// The pool cannot be made.
     #[error(transparent)]

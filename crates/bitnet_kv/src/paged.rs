@@ -1,12 +1,12 @@
 //! What takes the place of `bitnet_transformer`'s `KVCache` and `LayerKVCache`.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Device, Tensor};
 use paged_attention::KvShape;
 
 use crate::error::Result;
+use crate::read::View;
 use crate::sequence::Sequence;
 use crate::{CacheOptions, KvError, PagedKVPool};
 
@@ -20,8 +20,7 @@ use crate::{CacheOptions, KvError, PagedKVPool};
 pub struct PagedKVCache {
     /// The layers, the first one first.
     pub layers: Vec<PagedLayerKVCache>,
-    shared: Arc<Mutex<Sequence>>,
-    lens: Arc<[AtomicUsize]>,
+    shared: Shared,
     pool: PagedKVPool,
 }
 
@@ -29,23 +28,28 @@ pub struct PagedKVCache {
 #[derive(Debug)]
 pub struct PagedLayerKVCache {
     layer: usize,
-    shared: Arc<Mutex<Sequence>>,
-    lens: Arc<[AtomicUsize]>,
+    shared: Shared,
     pool: PagedKVPool,
+}
+
+/// The sequence that the layers of a cache belong to. Nobody who has it attends meanwhile, nor waits for anything: whoever
+/// waits for it gets on, also as a task in the pool of threads in which another one attends.
+#[derive(Debug, Clone)]
+struct Shared(Arc<Mutex<Sequence>>);
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Sequence> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl PagedKVCache {
     pub(crate) fn over(pool: &PagedKVPool, options: &CacheOptions) -> Self {
         let sequence = Sequence::new(&pool.0, options.batch.max(1), pool.table_options(options));
-        let (layers, lens) = (pool.shape().layers, sequence.lens());
-        let shared = Arc::new(Mutex::new(sequence));
-        let layer = |layer| PagedLayerKVCache { layer, shared: shared.clone(), lens: lens.clone(), pool: pool.clone() };
-        Self {
-            layers: (0..layers).map(layer).collect(),
-            shared: shared.clone(),
-            lens: lens.clone(),
-            pool: pool.clone(),
-        }
+        let shared = Shared(Arc::new(Mutex::new(sequence)));
+        let layer = |layer| PagedLayerKVCache { layer, shared: shared.clone(), pool: pool.clone() };
+        let layers = (0..pool.shape().layers).map(layer).collect();
+        Self { layers, shared, pool: pool.clone() }
     }
 
     /// The layer with this index, if there is one.
@@ -61,20 +65,21 @@ impl PagedKVCache {
     ///
     /// # Errors
     ///
-    /// [`KvError::NotEmpty`] when the cache has tokens already, or holds several sequences.
+    /// [`KvError::NotEmpty`] when the cache has tokens already, or holds several sequences; [`KvError::Busy`] when a layer
+    /// still attends to what has been cleared.
     pub fn reuse(&mut self, tokens: &[u32]) -> Result<usize> {
-        self.lock().reuse(tokens)
+        self.shared.lock().reuse(tokens)
     }
 
     /// Says which tokens the next pass appends, so that they can be found, too: what was sampled, or the next message of a
     /// conversation. Without it they are kept for this request alone, and so are those behind them.
     pub fn note_tokens(&mut self, tokens: &[u32]) {
-        self.lock().note_tokens(tokens);
+        self.shared.lock().note_tokens(tokens);
     }
 
     /// How many tokens all layers have.
     pub fn seq_len(&self) -> usize {
-        self.lens.iter().map(|len| len.load(Ordering::Relaxed)).min().unwrap_or(0)
+        self.shared.lock().shortest()
     }
 
     /// How long the cache may become, or how far it sees if it is circular.
@@ -89,34 +94,28 @@ impl PagedKVCache {
     ///
     /// [`KvError::BehindWindow`] when a circular cache has given back what would be seen again; it is then unchanged.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
-        self.lock().truncate(len)
+        self.shared.lock().truncate(len)
     }
 
     /// Forgets all tokens and gives all blocks back.
     pub fn clear(&mut self) {
         // There is nothing that going back to the beginning would see.
-        drop(self.lock().truncate(0));
+        drop(self.shared.lock().truncate(0));
     }
 
     /// Blocks that the cache holds: for new tokens, and in 8-bit storage. Those that it shares with others count.
-    ///
-    /// Waits for a layer that attends: not to be called by another task of the rayon pool in which one does.
     pub fn blocks_held(&self) -> [usize; 2] {
-        self.lock().blocks()
+        self.shared.lock().blocks()
     }
 
-    /// Bytes of the blocks that the cache holds. Waits as [`blocks_held`](Self::blocks_held) does.
+    /// Bytes of the blocks that the cache holds.
     pub fn bytes_held(&self) -> usize {
-        self.lock().bytes()
+        self.shared.lock().bytes()
     }
 
     /// The pool that its blocks come from.
     pub fn pool(&self) -> &PagedKVPool {
         &self.pool
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Sequence> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -152,10 +151,11 @@ impl PagedLayerKVCache {
     /// # Errors
     ///
     /// [`KvError`] when a shape, batch, type or device is wrong, the cache would be longer than `max_seq_len`
-    /// ([`KvError::Overflow`]), or the pool is full ([`KvError::OutOfBlocks`]). The cache is then as it was.
+    /// ([`KvError::Overflow`]), the pool is full ([`KvError::OutOfBlocks`]), or another layer attends at this moment
+    /// ([`KvError::Busy`]). The cache is then as it was.
     pub fn append(&mut self, k_new: &Tensor, v_new: &Tensor) -> Result<()> {
         let rows = self.pool.0.taken.rows(k_new, v_new, false)?;
-        let mut sequence = self.at_work()?;
+        let mut sequence = self.shared.lock();
         if rows.batch != sequence.batch {
             let (k, v) = (k_new.dims().to_vec(), v_new.dims().to_vec());
             return Err(KvError::Batch { expected: sequence.batch, got: rows.batch, k, v });
@@ -175,7 +175,7 @@ impl PagedLayerKVCache {
     ///
     /// [`KvError`] when q has another shape, type or device, or more tokens than the layer.
     pub fn attend(&self, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
-        self.at_work()?.attend(self.layer, q, scale, causal)
+        self.look(|view| view.attend(q, scale, causal))
     }
 
     /// A copy of the keys, `[B, H_kv, seq_len, D]`; of a circular cache those that its last token sees.
@@ -184,7 +184,7 @@ impl PagedLayerKVCache {
     ///
     /// When the tensor library refuses.
     pub fn keys(&self) -> Result<Tensor> {
-        Ok(self.at_work()?.keys_and_values(self.layer)?.0.transpose(1, 2)?.contiguous()?)
+        Ok(self.look(View::keys_and_values)?.0.transpose(1, 2)?.contiguous()?)
     }
 
     /// A copy of the values, as [`keys`](Self::keys).
@@ -193,12 +193,12 @@ impl PagedLayerKVCache {
     ///
     /// When the tensor library refuses.
     pub fn values(&self) -> Result<Tensor> {
-        Ok(self.at_work()?.keys_and_values(self.layer)?.1.transpose(1, 2)?.contiguous()?)
+        Ok(self.look(View::keys_and_values)?.1.transpose(1, 2)?.contiguous()?)
     }
 
     /// How many tokens the layer has: the position of the next one.
     pub fn seq_len(&self) -> usize {
-        self.lens[self.layer].load(Ordering::Relaxed)
+        self.shared.lock().len(self.layer)
     }
 
     /// How long the cache may become, or how far it sees if it is circular.
@@ -211,21 +211,19 @@ impl PagedLayerKVCache {
         self.pool.shape().kv_heads
     }
 
-    /// Forgets the layer's tokens. Blocks are given back when all layers have been cleared. Waits for another layer that attends:
-    /// not to be called by another task of the rayon pool in which one does.
+    /// Forgets the layer's tokens. Blocks are given back when all layers have been cleared.
     pub fn clear(&mut self) {
-        let mut sequence = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         // There is nothing that going back to the beginning would see.
-        drop(sequence.truncate_layer(self.layer, 0));
+        drop(self.shared.lock().truncate_layer(self.layer, 0));
     }
 
-    /// The tokens of all layers. Another thread that is at work on another layer may itself be waiting for this one's pool of
-    /// threads: nobody waits here.
-    fn at_work(&self) -> Result<MutexGuard<'_, Sequence>> {
-        match self.shared.try_lock() {
-            Ok(sequence) => Ok(sequence),
-            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(KvError::Busy),
-        }
+    /// Looks at what the layer holds, without keeping anybody waiting.
+    fn look<T>(&self, with: impl FnOnce(&View) -> Result<T>) -> Result<T> {
+        let view = self.shared.lock().view(self.layer)?;
+        let result = with(&view);
+        drop(view);
+        // What could not be given back meanwhile goes now.
+        self.shared.lock().tidy()?;
+        result
     }
 }

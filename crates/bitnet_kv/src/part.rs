@@ -1,5 +1,7 @@
 //! Consecutive tokens of a cache's sequences, in one pool.
 
+use std::ops::Range;
+
 use paged_attention::{BlockTable, KvCache, OutOfBlocks, ReserveError, TableOptions};
 
 use crate::error::Result;
@@ -102,6 +104,12 @@ impl Part {
             }
         }
         Ok(())
+    }
+
+    /// The positions of part `at` of those that follow each other: up to where the next one begins, or as far as it has slots.
+    pub(crate) fn bounds(parts: &[Self], at: usize) -> Range<usize> {
+        let part = &parts[at];
+        part.first()..parts.get(at + 1).map_or_else(|| part.capacity(), Self::first)
     }
 
     /// Blocks that its tables hold.

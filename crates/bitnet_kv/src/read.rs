@@ -1,19 +1,35 @@
-//! Looking at what a cache holds: attention over it where it lies, and copies of it.
+//! Looking at what a layer holds: attention over it where it lies, and copies of it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use paged_attention::{Attention, KvShape, Part as Stretch, attend_parts};
 
+use crate::KvError;
 use crate::error::Result;
-use crate::sequence::Sequence;
-use crate::{KvError, Overflow};
+use crate::part::Part;
+use crate::pool::Inner;
 
-impl Sequence {
-    /// Attends with the last tokens of a layer, `q [batch, heads, tokens, head_dim]`, to what they see of it; the result has
+/// What a layer held when it was asked for. As long as it is there the blocks stay as they are, and nobody who looks at them
+/// needs the sequence itself.
+#[derive(Debug)]
+pub(crate) struct View {
+    pub(crate) pool: Arc<Inner>,
+    pub(crate) batch: usize,
+    pub(crate) layer: usize,
+    /// The tokens that the layer has.
+    pub(crate) len: usize,
+    /// The positions that its last token sees.
+    pub(crate) seen: [Range<usize>; 2],
+    pub(crate) parts: Arc<Vec<Part>>,
+}
+
+impl View {
+    /// Attends with the last tokens of the layer, `q [batch, heads, tokens, head_dim]`, to what they see of it; the result has
     /// q's shape.
-    pub(crate) fn attend(&self, layer: usize, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
-        let len = self.len(layer);
+    pub(crate) fn attend(&self, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
+        let len = self.len;
         let KvShape { kv_heads, head_dim, .. } = self.pool.taken.shape;
         let (heads, tokens) = match *q.dims() {
             [batch, heads, tokens, dims]
@@ -39,8 +55,8 @@ impl Sequence {
         for positions in self.stretches(first..len, causal) {
             let n = positions.len();
             let rows = q.narrow(1, positions.start - first, n)?.reshape((self.batch * n, heads, head_dim))?;
-            let parts = self.seen(if causal { positions.end } else { len });
-            let out = attend_parts(&parts, layer, positions.start, &rows, &attention)?;
+            let parts = self.up_to(if causal { positions.end } else { len });
+            let out = attend_parts(&parts, self.layer, positions.start, &rows, &attention)?;
             outputs.push(out.reshape((self.batch, n, heads, head_dim))?);
         }
         let out = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 1)? };
@@ -53,40 +69,39 @@ impl Sequence {
             return vec![queries];
         }
         let within = |at: usize| {
-            let bounds = self.bounds(at);
+            let bounds = Part::bounds(&self.parts, at);
             queries.start.max(bounds.start)..queries.end.min(bounds.end)
         };
         (0..self.parts.len()).map(within).filter(|positions| !positions.is_empty()).collect()
     }
 
     /// The parts, up to position `end`.
-    fn seen(&self, end: usize) -> Vec<Stretch<'_>> {
+    fn up_to<'s>(&'s self, end: usize) -> Vec<Stretch<'s>> {
         let parts = self.parts.iter().enumerate().filter(|(_, part)| part.first() < end);
-        let stretch = |(at, part)| {
-            let part: &crate::part::Part = part;
-            Stretch { cache: &part.cache, tables: &part.tables, start: part.start, end: end.min(self.bounds(at).end) }
+        let stretch = |(at, part): (usize, &'s Part)| {
+            let end = end.min(Part::bounds(&self.parts, at).end);
+            Stretch { cache: &part.cache, tables: &part.tables, start: part.start, end }
         };
         parts.map(stretch).collect()
     }
 
-    /// Copies of a layer's keys and values, each `(batch, tokens, kv_heads, head_dim)`: all tokens, or, of a circular cache,
+    /// Copies of the layer's keys and values, each `(batch, tokens, kv_heads, head_dim)`: all tokens, or, of a circular cache,
     /// those that its last token sees.
-    pub(crate) fn keys_and_values(&self, layer: usize) -> Result<(Tensor, Tensor)> {
-        self.layer(layer)?;
+    pub(crate) fn keys_and_values(&self) -> Result<(Tensor, Tensor)> {
         let taken = &self.pool.taken;
         let (mut keys, mut values) = (vec![], vec![]);
         for sequence in 0..self.batch {
             let (mut k_parts, mut v_parts) = (vec![], vec![]);
-            for seen in self.held(layer) {
+            for seen in &self.seen {
                 for at in 0..self.parts.len() {
-                    let bounds = self.bounds(at);
+                    let bounds = Part::bounds(&self.parts, at);
                     let positions = seen.start.max(bounds.start)..seen.end.min(bounds.end);
                     if positions.is_empty() {
                         continue;
                     }
                     let part = &self.parts[at];
                     let own = positions.start - part.start..positions.end - part.start;
-                    let (k, v) = part.cache.read_at(layer, &part.tables[sequence], own)?;
+                    let (k, v) = part.cache.read_at(self.layer, &part.tables[sequence], own)?;
                     k_parts.push(k.to_dtype(taken.dtype)?);
                     v_parts.push(v.to_dtype(taken.dtype)?);
                 }
@@ -100,14 +115,5 @@ impl Sequence {
             values.push(Tensor::cat(&v_parts, 0)?);
         }
         Ok((Tensor::stack(&keys, 0)?, Tensor::stack(&values, 0)?))
-    }
-
-    /// The positions that a layer's last token sees.
-    fn held(&self, layer: usize) -> [Range<usize>; 2] {
-        let len = self.len(layer);
-        match self.overflow {
-            Overflow::Circular { sinks } if len > self.max_seq_len => [0..sinks, len - (self.max_seq_len - sinks)..len],
-            _ => [0..len, 0..0],
-        }
     }
 }

@@ -3,16 +3,19 @@
 //! Layers take their tokens one after the other, without anybody saying that a pass begins or ends. So the first layer that
 //! goes beyond all others makes room for all of them, and each layer has a length of its own. What all layers have is
 //! committed only when the next pass begins: until then the last layer may still have to look at what a window leaves behind.
+//!
+//! Who looks at a layer has a share of the parts, and then they stay as they are: nobody waits for whoever looks. What would
+//! write says so, and what would give blocks back leaves it to be done behind.
 
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use paged_attention::{BlockTable, ReserveError, TableOptions};
 
+use crate::compress::Mover;
 use crate::error::Result;
 use crate::part::Part;
 use crate::pool::Inner;
+use crate::read::View;
 use crate::rows::Rows;
 use crate::stats::Counters;
 use crate::{KvError, Overflow};
@@ -26,22 +29,30 @@ pub(crate) struct Sequence {
     pub(crate) overflow: Overflow,
     pub(crate) max_seq_len: usize,
     /// Those in 8-bit storage first; they follow each other.
-    pub(crate) parts: Vec<Part>,
-    /// The tokens that each layer has. Also read by those who do not hold the sequence.
-    lens: Arc<[AtomicUsize]>,
+    parts: Arc<Vec<Part>>,
+    /// Whether the parts may hold what no layer has any more.
+    to_shrink: bool,
+    /// The tokens that each layer has.
+    lens: Vec<usize>,
     /// The tokens whose ids were told, from the first one on.
     tokens: Vec<u32>,
 }
 
 impl Sequence {
     pub(crate) fn new(pool: &Arc<Inner>, batch: usize, options: TableOptions) -> Self {
-        let lens = (0..pool.taken.shape.layers).map(|_| AtomicUsize::new(0)).collect();
-        let (overflow, max_seq_len) = (pool.overflow, pool.max_seq_len);
-        Self { pool: pool.clone(), batch, options, overflow, max_seq_len, parts: vec![], lens, tokens: vec![] }
-    }
-
-    pub(crate) fn lens(&self) -> Arc<[AtomicUsize]> {
-        self.lens.clone()
+        let lens = vec![0; pool.taken.shape.layers];
+        let (overflow, max_seq_len, pool) = (pool.overflow, pool.max_seq_len, pool.clone());
+        Self {
+            pool,
+            batch,
+            options,
+            overflow,
+            max_seq_len,
+            parts: Arc::default(),
+            to_shrink: false,
+            lens,
+            tokens: vec![],
+        }
     }
 
     pub(crate) fn layer(&self, layer: usize) -> Result<()> {
@@ -51,19 +62,26 @@ impl Sequence {
 
     /// How many tokens a layer has.
     pub(crate) fn len(&self, layer: usize) -> usize {
-        self.lens[layer].load(Ordering::Relaxed)
-    }
-
-    fn set_len(&self, layer: usize, len: usize) {
-        self.lens[layer].store(len, Ordering::Relaxed);
+        self.lens[layer]
     }
 
     pub(crate) fn longest(&self) -> usize {
-        (0..self.lens.len()).map(|layer| self.len(layer)).max().unwrap_or(0)
+        self.lens.iter().copied().max().unwrap_or(0)
     }
 
     pub(crate) fn shortest(&self) -> usize {
-        (0..self.lens.len()).map(|layer| self.len(layer)).min().unwrap_or(0)
+        self.lens.iter().copied().min().unwrap_or(0)
+    }
+
+    /// What a layer holds now.
+    pub(crate) fn view(&self, layer: usize) -> Result<View> {
+        self.layer(layer)?;
+        let len = self.len(layer);
+        let seen = match self.overflow {
+            Overflow::Circular { sinks } if len > self.max_seq_len => [0..sinks, len - (self.max_seq_len - sinks)..len],
+            _ => [0..len, 0..0],
+        };
+        Ok(View { pool: self.pool.clone(), batch: self.batch, layer, len, seen, parts: self.parts.clone() })
     }
 
     /// Adds tokens to a layer.
@@ -72,7 +90,7 @@ impl Sequence {
         let start = self.len(layer);
         self.fits(start + rows.tokens)?;
         self.write(layer, start, rows)?;
-        self.set_len(layer, start + rows.tokens);
+        self.lens[layer] = start + rows.tokens;
         Ok(())
     }
 
@@ -88,34 +106,30 @@ impl Sequence {
     /// Writes rows at position `start` of a layer, which has no fewer tokens.
     pub(crate) fn write(&mut self, layer: usize, start: usize, rows: &Rows) -> Result<()> {
         let end = start + rows.tokens;
+        self.tidy()?;
         if end > self.longest() {
             self.settle()?;
             self.reserve(end)?;
         }
-        for at in 0..self.parts.len() {
-            let bounds = self.bounds(at);
+        let parts = to_change(&mut self.parts)?;
+        for at in 0..parts.len() {
+            let bounds = Part::bounds(parts, at);
             let positions = start.max(bounds.start)..end.min(bounds.end);
             if positions.is_empty() {
                 continue;
             }
             let (k, v) = rows.packed(positions.start - start, positions.len())?;
-            let part = &mut self.parts[at];
+            let part = &mut parts[at];
             part.cache.write_at(layer, &mut part.tables, positions.start - part.start, &k, &v)?;
         }
         Ok(())
     }
 
-    /// The positions of a part: up to where the next one begins, or as far as it has slots.
-    pub(crate) fn bounds(&self, at: usize) -> Range<usize> {
-        let part = &self.parts[at];
-        part.first()..self.parts.get(at + 1).map_or_else(|| part.capacity(), Part::first)
-    }
-
     /// Makes slots for positions up to `end`.
     fn reserve(&mut self, end: usize) -> Result<()> {
-        let stores = &self.pool.recent;
-        let filled = self.parts.last().map_or(0, |part| if part.old { part.committed() } else { part.capacity() });
-        if let Some(part) = self.parts.last_mut().filter(|part| !part.old) {
+        let parts = to_change(&mut self.parts)?;
+        let filled = parts.last().map_or(0, |part| if part.old { part.committed() } else { part.capacity() });
+        if let Some(part) = parts.last_mut().filter(|part| !part.old) {
             match part.reserve(end) {
                 Err(ReserveError::OutOfBlocks(_)) if self.overflow == Overflow::Grow => {}
                 other => return Ok(other?),
@@ -124,7 +138,7 @@ impl Sequence {
         // Only what begins at the beginning can be found by its tokens.
         let hidden = TableOptions::default().private();
         let options = if filled == 0 { &self.options } else { &hidden };
-        self.parts.push(Part::new(stores, options, self.batch, filled, end - filled, false)?);
+        parts.push(Part::new(&self.pool.recent, options, self.batch, filled, end - filled, false)?);
         Ok(())
     }
 
@@ -132,9 +146,10 @@ impl Sequence {
     /// any more.
     pub(crate) fn settle(&mut self) -> Result<()> {
         let shortest = self.shortest();
-        for at in 0..self.parts.len() {
-            let end = shortest.min(self.bounds(at).end);
-            let part = &mut self.parts[at];
+        let parts = to_change(&mut self.parts)?;
+        for at in 0..parts.len() {
+            let end = shortest.min(Part::bounds(parts, at).end);
+            let part = &mut parts[at];
             if part.old || end <= part.committed() {
                 continue;
             }
@@ -148,7 +163,9 @@ impl Sequence {
             }
         }
         match self.pool.older_than {
-            Some(older_than) => self.move_old(shortest.saturating_sub(older_than)),
+            Some(older_than) => {
+                Mover { pool: &self.pool, batch: self.batch, parts }.move_old(shortest.saturating_sub(older_than))
+            }
             None => Ok(()),
         }
     }
@@ -158,9 +175,8 @@ impl Sequence {
         self.layer(layer)?;
         if len < self.len(layer) {
             self.can_go_back(len)?;
-            self.set_len(layer, len);
-            self.tokens.truncate(len);
-            self.shrink()?;
+            self.lens[layer] = len;
+            self.cut(len)?;
         }
         Ok(())
     }
@@ -168,11 +184,8 @@ impl Sequence {
     /// Keeps the first `len` tokens of all layers.
     pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
         self.can_go_back(len)?;
-        for layer in 0..self.lens.len() {
-            self.set_len(layer, self.len(layer).min(len));
-        }
-        self.tokens.truncate(len);
-        self.shrink()
+        self.lens.iter_mut().for_each(|of_layer| *of_layer = len.min(*of_layer));
+        self.cut(len)
     }
 
     /// Whether a window still holds what would be seen again.
@@ -185,13 +198,22 @@ impl Sequence {
         Ok(())
     }
 
-    /// Gives back what no layer has.
-    fn shrink(&mut self) -> Result<()> {
+    /// A layer has been cut to `len` tokens: those behind may come again as others.
+    fn cut(&mut self, len: usize) -> Result<()> {
+        self.tokens.truncate(len);
+        self.to_shrink = true;
+        self.tidy()
+    }
+
+    /// Gives back what no layer has, unless somebody looks at it: then it is to be called again.
+    pub(crate) fn tidy(&mut self) -> Result<()> {
         let longest = self.longest();
-        while self.parts.last().is_some_and(|part| part.first() >= longest) {
-            self.parts.pop();
+        let Some(parts) = Arc::get_mut(&mut self.parts).filter(|_| self.to_shrink) else { return Ok(()) };
+        while parts.last().is_some_and(|part| part.first() >= longest) {
+            parts.pop();
         }
-        self.parts.last_mut().map_or(Ok(()), |part| part.truncate(longest))
+        self.to_shrink = false;
+        parts.last_mut().map_or(Ok(()), |part| part.truncate(longest))
     }
 
     /// Starts with what is known of these tokens; says how many need not be computed.
@@ -200,6 +222,7 @@ impl Sequence {
         if len > 0 || batch != 1 {
             return Err(KvError::NotEmpty { len, batch });
         }
+        let parts = to_change(&mut self.parts)?;
         let mut best: Option<Part> = None;
         for cache in self.pool.recent.all() {
             let mut table = cache.table_with(&self.options);
@@ -209,8 +232,8 @@ impl Sequence {
             }
         }
         let found = best.as_ref().map_or(0, Part::committed);
-        self.parts = best.into_iter().collect();
-        (0..self.lens.len()).for_each(|layer| self.set_len(layer, found));
+        *parts = best.into_iter().collect();
+        self.lens.fill(found);
         self.tokens = tokens.to_vec();
         Counters::count(&self.pool.counters.hits, found);
         Counters::count(&self.pool.counters.misses, tokens.len() - found);
@@ -240,12 +263,18 @@ impl Drop for Sequence {
     fn drop(&mut self) {
         // Blocks that are about to be given back need not be moved.
         let shortest = self.shortest();
-        if let Some(part) = self.parts.first_mut().filter(|part| part.start == 0 && !part.old && self.batch == 1) {
+        let first = Arc::get_mut(&mut self.parts).and_then(|parts| parts.first_mut());
+        if let Some(part) = first.filter(|part| part.start == 0 && !part.old && self.batch == 1) {
             let end = shortest.min(part.capacity());
             let known = &self.tokens[..end.min(self.tokens.len())];
             part.tables.iter_mut().for_each(|table| commit(table, end, known));
         }
     }
+}
+
+/// The parts, when nobody looks at them.
+fn to_change(parts: &mut Arc<Vec<Part>>) -> Result<&mut Vec<Part>> {
+    Arc::get_mut(parts).ok_or(KvError::Busy)
 }
 
 /// Makes the tokens before `end` part of a table, those that are known by their ids.
@@ -257,5 +286,78 @@ fn commit(table: &mut BlockTable, end: usize, known: &[u32]) {
     if end > table.len() {
         let committed = table.commit(end - table.len());
         debug_assert!(committed.is_ok(), "they are reserved");
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use candle_core::{Device, Tensor};
+    use paged_attention::KvShape;
+
+    use super::*;
+    use crate::PagedKVPool;
+
+    const LAYERS: usize = 2;
+
+    /// A layer's new tokens, all their numbers the same.
+    fn append(sequence: &mut Sequence, layer: usize, tokens: usize, number: f32) -> Result<()> {
+        let rows = Tensor::full(number, (1, 1, tokens, 8), &Device::Cpu).unwrap();
+        let rows = sequence.pool.taken.rows(&rows, &rows, false).unwrap();
+        sequence.append(layer, &rows)
+    }
+
+    fn keys(view: &View) -> Vec<f32> {
+        let (keys, _) = view.keys_and_values().unwrap();
+        keys.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().step_by(8).collect()
+    }
+
+    fn sequence(pool: &PagedKVPool) -> Sequence {
+        Sequence::new(&pool.0, 1, TableOptions::default())
+    }
+
+    #[test]
+    fn what_is_looked_at_stays_and_goes_when_nobody_looks() {
+        let pool =
+            PagedKVPool::builder(KvShape { layers: LAYERS, kv_heads: 1, head_dim: 8 }).blocks(8).build().unwrap();
+        let mut own = sequence(&pool);
+        let prompt: Vec<u32> = (0..60).collect();
+        assert_eq!(own.reuse(&prompt).unwrap(), 0);
+        (0..LAYERS).for_each(|layer| append(&mut own, layer, 60, 1.0).unwrap());
+        (0..LAYERS).for_each(|layer| append(&mut own, layer, 1, 1.0).unwrap());
+        let view = own.view(0).unwrap();
+        assert!(matches!(append(&mut own, 1, 1, 2.0), Err(KvError::Busy)));
+        assert_eq!((own.len(1), own.blocks()), (61, [4, 0]));
+        own.truncate(20).unwrap();
+        assert_eq!((own.len(0), own.len(1), own.blocks()), (20, 20, [4, 0]));
+        assert!(matches!(append(&mut own, 1, 1, 2.0), Err(KvError::Busy)));
+        assert_eq!(keys(&view), vec![1.0; 61]);
+        drop(view);
+        // Nobody has said that it may go now, and yet what comes does not pass for what was there.
+        let branch: Vec<u32> = (0..20).chain(100..140).collect();
+        own.note_tokens(&branch[20..]);
+        (0..LAYERS).for_each(|layer| append(&mut own, layer, 40, 2.0).unwrap());
+        (0..LAYERS).for_each(|layer| append(&mut own, layer, 1, 2.0).unwrap());
+        for (tokens, of_branch) in [(&prompt, 0), (&branch, 28)] {
+            let mut other = sequence(&pool);
+            assert_eq!(other.reuse(tokens).unwrap(), 48);
+            assert_eq!(keys(&other.view(0).unwrap()), [vec![1.0; 48 - of_branch], vec![2.0; of_branch]].concat());
+        }
+    }
+
+    #[test]
+    fn a_sequence_that_is_looked_at_can_be_cleared() {
+        let pool =
+            PagedKVPool::builder(KvShape { layers: LAYERS, kv_heads: 1, head_dim: 8 }).blocks(8).build().unwrap();
+        let mut own = sequence(&pool);
+        (0..LAYERS).for_each(|layer| append(&mut own, layer, 40, 1.0).unwrap());
+        let view = own.view(1).unwrap();
+        (0..LAYERS).for_each(|layer| own.truncate_layer(layer, 0).unwrap());
+        assert_eq!((own.longest(), pool.blocks_held(), keys(&view).len()), (0, 3, 40));
+        assert!(matches!(own.reuse(&[1, 2, 3]), Err(KvError::Busy)));
+        drop(view);
+        own.tidy().unwrap();
+        assert_eq!(pool.blocks_held(), 0);
+        assert_eq!(own.reuse(&[1, 2, 3]).unwrap(), 0);
     }
 }

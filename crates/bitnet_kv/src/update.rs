@@ -175,7 +175,7 @@ impl KVCache {
             };
             return Ok((empty.clone(), empty));
         };
-        let (k, v) = sequence.keys_and_values(layer_idx)?;
+        let (k, v) = sequence.view(layer_idx)?.keys_and_values()?;
         match sequence.batch {
             1 => Ok((k.squeeze(0)?, v.squeeze(0)?)),
             _ => Ok((k.transpose(1, 2)?.contiguous()?, v.transpose(1, 2)?.contiguous()?)),
@@ -191,7 +191,7 @@ impl KVCache {
     pub fn attend(&self, layer_idx: usize, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
         self.layer(layer_idx)?;
         match &self.sequence {
-            Some(sequence) => sequence.attend(layer_idx, q, scale, causal),
+            Some(sequence) => sequence.view(layer_idx)?.attend(q, scale, causal),
             None => {
                 let expected = "tokens to attend to: the cache has none".into();
                 Err(KvError::Queries { got: q.dims().to_vec(), expected })

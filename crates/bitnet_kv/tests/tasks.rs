@@ -1,0 +1,90 @@
+//! Caches whose layers attend in tasks of one thread pool: a thread that waits for others in one layer's attention takes up
+//! another task meanwhile, which may want the same cache.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use bitnet_kv::{KvShape, PagedKVCache, PagedKVPool};
+use candle_core::{Device, Tensor};
+use common::{Random, dense, difference, numbers};
+use rayon::prelude::*;
+
+const SCALE: f32 = 0.2;
+const SHAPE: KvShape = KvShape { layers: 4, kv_heads: 2, head_dim: 32 };
+const TOKENS: usize = 500;
+const CACHES: usize = 4;
+const ROUNDS: usize = 600;
+
+/// One cache, what it holds, and the queries for it.
+struct Held {
+    cache: PagedKVCache,
+    of: Vec<(Tensor, Tensor)>,
+    q: Tensor,
+}
+
+impl Held {
+    fn new(pool: &PagedKVPool, random: &mut Random) -> Self {
+        let dims = [1, SHAPE.kv_heads, TOKENS, SHAPE.head_dim];
+        let of: Vec<_> = (0..SHAPE.layers).map(|_| (random.tensor(&dims), random.tensor(&dims))).collect();
+        let mut cache = pool.cache();
+        for (layer, (k, v)) in cache.layers.iter_mut().zip(&of) {
+            layer.append(k, v).unwrap();
+        }
+        Self { cache, of, q: random.tensor(&[1, 8, 10, SHAPE.head_dim]) }
+    }
+
+    /// Looks at the cache, or attends with one of its layers, as the task's number says.
+    fn look(&self, task: usize) -> Option<(usize, Vec<f32>)> {
+        let layer = task % SHAPE.layers;
+        match (task + task / SHAPE.layers) % 4 {
+            0 => {
+                assert_eq!((self.cache.seq_len(), self.cache.layers[layer].seq_len()), (TOKENS, TOKENS));
+                None
+            }
+            1 => {
+                assert_eq!(self.cache.blocks_held(), [TOKENS.div_ceil(16), 0]);
+                assert!(self.cache.bytes_held() > 0);
+                None
+            }
+            _ => Some((layer, numbers(&self.cache.layers[layer].attend(&self.q, SCALE, true).unwrap()))),
+        }
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_layer_that_attends() {
+    let mut random = Random::new(1);
+    let pool = PagedKVPool::builder(SHAPE).blocks(CACHES * TOKENS.div_ceil(16)).build().unwrap();
+    let held: Arc<Vec<Held>> = Arc::new((0..CACHES).map(|_| Held::new(&pool, &mut random)).collect());
+    let (done, results) = mpsc::channel();
+    let own = held.clone();
+    thread::spawn(move || {
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(8).build().unwrap();
+        // Threads that have nothing to do help those who attend, and these take up other tasks while they wait for them.
+        let round = |held: &Held, round: usize| -> Vec<_> {
+            let tasks = (0..SHAPE.layers).into_par_iter().with_max_len(1);
+            tasks.filter_map(|task| held.look(round * SHAPE.layers + task)).collect()
+        };
+        let all = |held: &Held| -> Vec<_> { (0..ROUNDS).flat_map(|i| round(held, i)).collect() };
+        let seen: Vec<Vec<_>> = threads.install(|| own.par_iter().with_max_len(1).map(all).collect());
+        let _ = done.send(seen);
+    });
+    // Threads that wait for each other are left behind.
+    let seen = results.recv_timeout(Duration::from_secs(300)).expect("no thread waits for itself");
+    let dense = |Held { of, q, .. }: &Held| -> Vec<_> {
+        of.iter().map(|(k, v)| dense(q, k, v, f64::from(SCALE), |at, seen| seen <= at)).collect()
+    };
+    let expected: Vec<_> = held.iter().map(dense).collect();
+    for (seen, expected) in seen.iter().zip(&expected) {
+        assert_eq!(seen.len(), ROUNDS * SHAPE.layers / 2);
+        for (layer, got) in seen {
+            let got = Tensor::new(got.as_slice(), &Device::Cpu).unwrap();
+            assert!(difference(&got, &expected[*layer]) < 1e-5);
+        }
+    }
+}
