@@ -17,7 +17,7 @@ mod orders;
 mod prefill;
 mod together;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use benches::{Record, is_smoke_test};
 use paged_attention::KvDtype;
 
@@ -26,13 +26,18 @@ use case::Case;
 /// Seconds for which contenders take turns.
 const SECONDS: f64 = 0.8;
 
+const USAGE: &str = "usage: cargo bench -p benches --bench paged_attention [-- PART_OF_A_CASE'S_NAME], for example f16";
+
 /// What is measured of a case, on as many threads as it says.
 type Measure = fn(&Case, &mut Record) -> Result<()>;
 
 fn main() -> Result<()> {
     let mut record = Record::default();
-    // `cargo bench -p benches --bench paged_attention -- f16` runs the cases whose name has `f16` in it.
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
+    // What cargo itself adds.
+    let arguments = std::env::args().skip(1).filter(|argument| !["--bench", "--test"].contains(&argument.as_str()));
+    let arguments: Vec<_> = arguments.collect();
+    ensure!(arguments.len() <= 1 && !arguments.iter().any(|argument| argument.starts_with('-')), USAGE);
+    let filter = arguments.into_iter().next().unwrap_or_default();
     for (kind, case, measure) in cases() {
         let name = format!("{kind}{}", case.name());
         if name.contains(&filter) {
