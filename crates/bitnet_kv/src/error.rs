@@ -127,8 +127,8 @@ pub enum KvError {
         /// The sequences it holds.
         batch: usize,
     },
-    /// A layer of the same cache attends or is copied, and what it reads cannot be changed meanwhile. Nobody waits.
-    #[error("another thread reads from this cache, and it cannot be changed meanwhile")]
+    /// A layer of the same cache attends or is copied at this moment, and what it reads cannot be changed meanwhile.
+    #[error("a layer of this cache is being read, and it cannot be changed meanwhile")]
     Busy,
     /// The pool cannot be made.
     #[error(transparent)]

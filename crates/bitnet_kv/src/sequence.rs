@@ -106,7 +106,11 @@ impl Sequence {
     /// Writes rows at position `start` of a layer, which has no fewer tokens.
     pub(crate) fn write(&mut self, layer: usize, start: usize, rows: &Rows) -> Result<()> {
         let end = start + rows.tokens;
+        // Who looks may go at any moment, but comes only by way of the sequence: so what nobody looks at stays so, and first of
+        // all it is tidied.
+        to_change(&mut self.parts)?;
         self.tidy()?;
+        debug_assert!(!self.to_shrink);
         if end > self.longest() {
             self.settle()?;
             self.reserve(end)?;
@@ -144,7 +148,7 @@ impl Sequence {
 
     /// Commits the tokens that all layers have, and moves what is old. Called when a pass is over: no layer attends to it
     /// any more.
-    pub(crate) fn settle(&mut self) -> Result<()> {
+    fn settle(&mut self) -> Result<()> {
         let shortest = self.shortest();
         let parts = to_change(&mut self.parts)?;
         for at in 0..parts.len() {
@@ -190,6 +194,9 @@ impl Sequence {
 
     /// Whether a window still holds what would be seen again.
     fn can_go_back(&self, len: usize) -> Result<()> {
+        if len >= self.longest() {
+            return Ok(());
+        }
         for table in self.parts.first().into_iter().flat_map(|part| &part.tables) {
             if table.window().is_some() && len < table.len() {
                 drop(table.fork_at(len)?);
@@ -233,6 +240,7 @@ impl Sequence {
         }
         let found = best.as_ref().map_or(0, Part::committed);
         *parts = best.into_iter().collect();
+        self.to_shrink = false;
         self.lens.fill(found);
         self.tokens = tokens.to_vec();
         Counters::count(&self.pool.counters.hits, found);
@@ -296,9 +304,10 @@ mod tests {
     use paged_attention::KvShape;
 
     use super::*;
-    use crate::PagedKVPool;
+    use crate::{CacheOptions, PagedKVPool};
 
     const LAYERS: usize = 2;
+    const SHAPE: KvShape = KvShape { layers: LAYERS, kv_heads: 1, head_dim: 8 };
 
     /// A layer's new tokens, all their numbers the same.
     fn append(sequence: &mut Sequence, layer: usize, tokens: usize, number: f32) -> Result<()> {
@@ -316,10 +325,20 @@ mod tests {
         Sequence::new(&pool.0, 1, TableOptions::default())
     }
 
+    /// One that sees four sinks and the last twelve of its sixty tokens.
+    fn ring() -> Sequence {
+        let builder = PagedKVPool::builder(SHAPE).blocks(12).block_size(4).max_seq_len(16);
+        let pool = builder.overflow(Overflow::Circular { sinks: 4 }).build().unwrap();
+        let mut own = Sequence::new(&pool.0, 1, pool.table_options(&CacheOptions::default()));
+        for _ in 0..20 {
+            (0..LAYERS).for_each(|layer| append(&mut own, layer, 3, 1.0).unwrap());
+        }
+        own
+    }
+
     #[test]
     fn what_is_looked_at_stays_and_goes_when_nobody_looks() {
-        let pool =
-            PagedKVPool::builder(KvShape { layers: LAYERS, kv_heads: 1, head_dim: 8 }).blocks(8).build().unwrap();
+        let pool = PagedKVPool::builder(SHAPE).blocks(8).build().unwrap();
         let mut own = sequence(&pool);
         let prompt: Vec<u32> = (0..60).collect();
         assert_eq!(own.reuse(&prompt).unwrap(), 0);
@@ -346,9 +365,34 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_that_is_looked_at_goes_back_and_on() {
+        let mut own = ring();
+        let view = own.view(0).unwrap();
+        own.truncate(58).unwrap();
+        assert!(matches!(own.truncate(30), Err(KvError::BehindWindow(_))));
+        own.truncate(3).unwrap();
+        own.truncate(30).unwrap(); // it has no more
+        assert_eq!(own.longest(), 3);
+        own.truncate(0).unwrap();
+        drop(view);
+        (0..LAYERS).for_each(|layer| append(&mut own, layer, 14, 2.0).unwrap());
+        assert_eq!((keys(&own.view(1).unwrap()), own.blocks()), (vec![2.0; 14], [4, 0]));
+    }
+
+    #[test]
+    fn what_a_ring_has_given_back_cannot_be_written() {
+        let mut own = ring();
+        // One layer alone begins anew, where the others have left everything behind but their sinks.
+        own.truncate_layer(0, 0).unwrap();
+        append(&mut own, 0, 4, 2.0).unwrap();
+        let error = append(&mut own, 0, 40, 2.0).unwrap_err().to_string();
+        assert!(error.contains("4 is not held"), "{error}");
+        assert_eq!((own.len(0), own.len(1), keys(&own.view(0).unwrap())), (4, 60, vec![2.0; 4]));
+    }
+
+    #[test]
     fn a_sequence_that_is_looked_at_can_be_cleared() {
-        let pool =
-            PagedKVPool::builder(KvShape { layers: LAYERS, kv_heads: 1, head_dim: 8 }).blocks(8).build().unwrap();
+        let pool = PagedKVPool::builder(SHAPE).blocks(8).build().unwrap();
         let mut own = sequence(&pool);
         (0..LAYERS).for_each(|layer| append(&mut own, layer, 40, 1.0).unwrap());
         let view = own.view(1).unwrap();

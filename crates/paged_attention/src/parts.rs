@@ -52,10 +52,12 @@ impl KvCache {
         }
         for table in tables.iter() {
             validate::table(self.pool(), table)?;
-            let held = table.slot(start).is_some() && table.capacity() >= start + tokens;
-            if !held {
+            // A window may have given some of them back.
+            if let Some(missing) = (start..start + tokens).find(|&at| table.slot(at).is_none()) {
                 let (end, capacity) = (start + tokens, table.capacity());
-                return parts_error(format!("positions {start}..{end} are not reserved, the table ends at {capacity}"));
+                return parts_error(format!(
+                    "positions {start}..{end} are not reserved: {missing} is not held, the table ends at {capacity}"
+                ));
             }
         }
         let mut plan = Plan::default();

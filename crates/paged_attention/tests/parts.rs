@@ -142,7 +142,7 @@ fn writing_without_a_step_copies_what_others_read() {
     assert_eq!(other.reuse(&[1, 2, 3, 4, 5, 6, 7, 8, 9]), 4);
     assert_eq!(first(&other, 0..4), [1.0; 4]);
 
-    for (start, message) in [(7, "7..10 are not reserved, the table ends at 8"), (8, "8..11")] {
+    for (start, message) in [(7, "7..10 are not reserved: 8 is not held, the table ends at 8"), (8, "8..11")] {
         let error = cache.write_at(LAYER, &mut fork, start, &full(3.0, 3), &full(3.0, 3)).unwrap_err();
         assert!(error.to_string().contains(message), "{error}");
     }
