@@ -1,5 +1,5 @@
 //! Caches whose layers attend in tasks of one thread pool: a thread that waits for others in one layer's attention takes up
-//! another task meanwhile, which may want the same cache.
+//! another task meanwhile, which may want the same cache. And layers that are written while others are read.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -9,9 +9,9 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use bitnet_kv::{KvShape, PagedKVCache, PagedKVPool};
+use bitnet_kv::{KvError, KvShape, Overflow, PagedKVCache, PagedKVPool};
 use candle_core::{Device, Tensor};
-use common::{Random, dense, difference, numbers};
+use common::{Random, dense, difference, numbers, tokens};
 use rayon::prelude::*;
 
 const SCALE: f32 = 0.2;
@@ -86,5 +86,45 @@ fn nobody_waits_for_a_layer_that_attends() {
             let got = Tensor::new(got.as_slice(), &Device::Cpu).unwrap();
             assert!(difference(&got, &expected[*layer]) < 1e-5);
         }
+    }
+}
+
+#[test]
+fn a_layer_is_written_between_what_others_read() {
+    let mut random = Random::new(2);
+    for (overflow, len) in [(Overflow::Error, TOKENS), (Overflow::Circular { sinks: 32 }, 100)] {
+        let pool = PagedKVPool::builder(SHAPE).blocks(128).max_seq_len(len).overflow(overflow).build();
+        // In a ring whose other layers have left tokens behind, a layer that begins anew has room for its sinks.
+        let (pool, most) = (pool.unwrap(), if overflow == Overflow::Error { TOKENS } else { 32 });
+        let Held { mut cache, of, q } = Held::new(&pool, &mut random);
+        if overflow != Overflow::Error {
+            for (layer, (k, v)) in cache.layers.iter_mut().zip(&of) {
+                layer.append(&tokens(k, 0..30), &tokens(v, 0..30)).unwrap();
+            }
+        }
+        let mut layers = std::mem::take(&mut cache.layers);
+        let (read, written) = layers.split_at_mut(1);
+        let (read, written) = (&read[0], &mut written[0]);
+        let attended = || numbers(&read.attend(&q, SCALE, true).unwrap());
+        let (before, blocks) = (attended(), cache.blocks_held());
+        thread::scope(|scope| {
+            let (k, v) = &of[2];
+            let writer = scope.spawn(move || {
+                for round in 0..300 {
+                    written.clear();
+                    let new = |t| tokens(t, 0..1 + round % most);
+                    while let Err(error) = written.append(&new(k), &new(v)) {
+                        assert!(matches!(error, KvError::Busy), "{error}");
+                        assert_eq!(written.seq_len(), 0);
+                        thread::yield_now();
+                    }
+                    assert_eq!(numbers(&written.keys().unwrap()), numbers(&new(k).contiguous().unwrap()));
+                }
+            });
+            while !writer.is_finished() {
+                assert_eq!(attended(), before);
+            }
+        });
+        assert_eq!(cache.blocks_held(), blocks);
     }
 }
