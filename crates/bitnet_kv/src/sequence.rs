@@ -22,12 +22,12 @@ use crate::{KvError, Overflow};
 
 #[derive(Debug)]
 pub(crate) struct Sequence {
-    pub(crate) pool: Arc<Inner>,
+    pool: Arc<Inner>,
     pub(crate) batch: usize,
     /// How the first table is made: its window and salt.
     options: TableOptions,
     pub(crate) overflow: Overflow,
-    pub(crate) max_seq_len: usize,
+    max_seq_len: usize,
     /// Those in 8-bit storage first; they follow each other.
     parts: Arc<Vec<Part>>,
     /// Whether the parts may hold what no layer has any more.
@@ -95,7 +95,7 @@ impl Sequence {
     }
 
     /// Whether the cache may be this long.
-    pub(crate) fn fits(&self, len: usize) -> Result<()> {
+    fn fits(&self, len: usize) -> Result<()> {
         let max_seq_len = self.max_seq_len;
         match self.overflow {
             Overflow::Error if len > max_seq_len => Err(KvError::Overflow { len, max_seq_len }),
