@@ -5,16 +5,17 @@ use std::ops::{Deref, Range};
 
 use smallvec::SmallVec;
 
-use crate::ledger::Owned;
-use crate::{BlockId, BlockPool, OutOfBlocks, ReserveError, Salt};
+use crate::ledger::{Owned, Sought, Taken};
+use crate::{BlockId, BlockPool, Found, OutOfBlocks, PrefixKey, ReserveError};
 
 /// Short sequences keep their list inside the table, without an allocation.
 type Ids = SmallVec<[BlockId; 8]>;
 
 /// An ordered list of blocks that somebody holds. Dropping it gives them back, all under one lock.
 ///
-/// A list, not a single block, is the unit of ownership: a double free, a leak or a use after free cannot be written.
-/// Several lists can hold the same block (see [`share`](Self::share)); it is free when the last one lets go.
+/// A list, not a single block, is the unit of ownership: a double free or a use after free cannot be written in safe code,
+/// and blocks leak only if a list is never dropped (`std::mem::forget`). Several lists can hold the same block (see
+/// [`share`](Self::share)); it is free when the last one lets go.
 #[must_use = "dropping the list gives its blocks back"]
 pub struct Blocks {
     pool: BlockPool,
@@ -64,9 +65,9 @@ impl Blocks {
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        let evicted = ledger.take(n, last, |run| add(ids, run))?;
+        let rest = ledger.take(n, last, |run| add(ids, run))?;
         drop(ledger);
-        self.poison_last(evicted);
+        self.finish(rest);
         Ok(())
     }
 
@@ -81,12 +82,16 @@ impl Blocks {
         Ok(())
     }
 
-    /// Blocks that were remembered a moment ago still have their old content.
+    /// What an allocation has left to do: blocks that were remembered a moment ago still have their old content.
     #[inline]
-    fn poison_last(&self, evicted: usize) {
+    fn finish(&self, taken: Taken) {
+        let Taken { evicted, forgotten } = taken;
         if evicted > 0 {
             tracing::trace!(evicted, "remembered blocks gave way");
             self.pool.poison(&self.ids[self.ids.len() - evicted..]);
+        }
+        if !forgotten.is_empty() {
+            self.pool.release(&forgotten);
         }
     }
 
@@ -109,8 +114,8 @@ impl Blocks {
         self.make_room(n.saturating_add(1))?;
         let last = self.ids.last().copied();
         let Self { pool, ids, .. } = self;
-        let (owned, evicted) = pool.ledger().own(original, n, last, |run| add(ids, run))?;
-        self.poison_last(evicted);
+        let (owned, rest) = pool.ledger().own(original, n, last, |run| add(ids, run))?;
+        self.finish(rest);
         if matches!(owned, Owned::InPlace) {
             return Ok(());
         }
@@ -122,7 +127,12 @@ impl Blocks {
         }
         self.ids[at] = self.ids[before];
         self.ids.remove(before);
-        self.pool.ledger().count_copy();
+        let mut ledger = self.pool.ledger();
+        ledger.count_copy();
+        if at + 1 < before {
+            ledger.pass(&[original]);
+        }
+        drop(ledger);
         self.pool.release(&[original]);
         Ok(())
     }
@@ -136,10 +146,12 @@ impl Blocks {
         }
     }
 
-    /// Gives back the blocks at `range`, as far as there are any; those behind it move up.
+    /// Gives back the blocks at `range`, as far as there are any; those after it move up. What can be found of them by their
+    /// tokens may from now on be evicted before what follows it.
     pub fn remove(&mut self, range: Range<usize>) {
         let end = range.end.min(self.ids.len());
         if range.start < end {
+            self.pool.ledger().pass(&self.ids[range.start..end]);
             self.pool.release(&self.ids[range.start..end]);
             self.ids.drain(range.start..end);
         }
@@ -154,12 +166,15 @@ impl Blocks {
         Blocks { pool: self.pool.clone(), ids, epoch: self.epoch }
     }
 
-    /// Adds the stored blocks that continue these with `tokens`, and says how many of the tokens they hold.
+    /// Adds the cached blocks that continue these with `tokens`, and says how many of the tokens they hold. `at` is the
+    /// number, in its sequence, of the first block that is sought: as many as the list has, unless some were
+    /// [removed](Self::remove).
     ///
-    /// The blocks in the list must have been stored under the same salt, or the list be empty; otherwise nothing is
-    /// found. The last block added may hold only the first few of its tokens in common with `tokens`: it must be made
-    /// safe to write, with [`own_and_grow`](Self::own_and_grow), before the sequence goes on in it.
-    pub fn reuse(&mut self, salt: &Salt, tokens: &[u32]) -> usize {
+    /// The block before must have been cached under the same key, or `at` be 0; otherwise nothing is found. With a window,
+    /// only the blocks are added that a sequence of the new length holds: those of the sinks, and those that its next token
+    /// sees. The last block added may hold only the first few of its tokens in common with `tokens`: it must be made safe to
+    /// write, with [`own_and_grow`](Self::own_and_grow), before the sequence goes on in it.
+    pub fn reuse(&mut self, key: &PrefixKey, at: usize, tokens: &[u32]) -> usize {
         if tokens.is_empty() {
             return 0;
         }
@@ -170,7 +185,24 @@ impl Blocks {
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        ledger.reuse(salt, last, tokens, |id| ids.push(id))
+        ledger.reuse(Sought { key, at, last, tokens }, ids)
+    }
+
+    /// What [`reuse`](Self::reuse) would find at this moment, and how many blocks it would take to use that and then to have
+    /// slots for `slots` tokens from block number `at` on. Nothing is held or counted.
+    pub fn find(&self, key: &PrefixKey, at: usize, tokens: &[u32], slots: usize) -> Found {
+        let mut ids = Ids::with_capacity(self.pool.blocks_for(tokens.len()).min(self.pool.blocks()));
+        let last = self.ids.last().copied();
+        self.pool.ledger().find(Sought { key, at, last, tokens }, slots, &mut ids)
+    }
+
+    /// By how many the pool's available blocks would become fewer if block `at`, as far as there is one, were made safe to
+    /// write and `n` blocks were added: what [`own_and_grow`](Self::own_and_grow) needs at least.
+    pub fn cost(&self, at: usize, n: usize) -> usize {
+        match self.ids.get(at) {
+            Some(&id) => self.pool.ledger().cost(id, n),
+            None => n,
+        }
     }
 
     /// Makes the blocks from `at` on findable by their tokens, `head` followed by `tokens`: as many as are full. Says
@@ -179,29 +211,29 @@ impl Blocks {
     /// Nothing is stored either of a list that got its first block before the last [`reset`](BlockPool::reset).
     ///
     /// What is stored is read by others from now on: every slot of these blocks must have been written. Nothing is
-    /// stored behind a block that is not stored itself.
-    pub fn store(&mut self, salt: &Salt, at: usize, head: &[u32], tokens: &[u32]) -> usize {
+    /// stored after a block that is not stored itself, or that is stored under another key.
+    pub fn store(&mut self, key: &PrefixKey, at: usize, head: &[u32], tokens: &[u32]) -> usize {
         if head.len() >= self.pool.block_size() || at >= self.ids.len() {
             return 0;
         }
         let Self { pool, ids, epoch } = self;
-        let duplicates = pool.ledger().store(*epoch, salt, ids, at, head, tokens);
+        let duplicates = pool.ledger().store(*epoch, key, ids, at, head, tokens);
         if !duplicates.is_empty() {
             pool.release(&duplicates);
         }
         duplicates.len()
     }
 
-    /// Appends the first `n` tokens of block `at` to `tokens`, and says whether that block is stored: only then are its
-    /// tokens known.
-    pub fn tokens(&self, at: usize, n: usize, tokens: &mut impl Extend<u32>) -> bool {
+    /// Copies the first tokens of block `at`, as many as `tokens` takes, and says whether that block can be found: only then
+    /// are its tokens known.
+    pub fn tokens(&self, at: usize, tokens: &mut [u32]) -> bool {
+        let Some(&id) = self.ids.get(at) else { return false };
         let ledger = self.pool.ledger();
-        let stored = self.ids.get(at).and_then(|&id| ledger.tokens(id));
-        match stored {
-            Some(stored) => tokens.extend(stored.iter().copied().take(n)),
-            None => return false,
+        let known = ledger.tokens(id).and_then(|known| known.get(..tokens.len()));
+        if let Some(known) = known {
+            tokens.copy_from_slice(known);
         }
-        true
+        known.is_some()
     }
 }
 

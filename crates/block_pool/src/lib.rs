@@ -8,6 +8,7 @@ mod events;
 mod eviction;
 mod free;
 mod id;
+mod key;
 mod layout;
 mod ledger;
 mod observe;
@@ -19,6 +20,7 @@ mod stats;
 mod storage;
 mod swap;
 mod sync;
+mod window;
 
 #[cfg(feature = "candle")]
 mod tensors;
@@ -26,8 +28,9 @@ mod tensors;
 pub use blocks::Blocks;
 pub use dtype::KvDtype;
 pub use error::{Inconsistent, OutOfBlocks, PoolError, ReserveError, StorageError};
-pub use events::PoolEvent;
+pub use events::{PoolEvent, PoolEvents};
 pub use id::BlockId;
+pub use key::PrefixKey;
 pub use layout::{BYTE_STRIP, KvLayout, KvShape, Order, PANEL, STRIP};
 pub use observe::PoolMetrics;
 pub use pool::BlockPool;
@@ -36,6 +39,7 @@ pub use snapshot::{BlockState, Snapshot};
 pub use stats::{Found, Stats};
 pub use storage::BlockStorage;
 pub use swap::SwappedBlocks;
+pub use window::Window;
 
 #[cfg(feature = "candle")]
 pub use tensors::KvTensors;

@@ -55,8 +55,17 @@ impl Snapshot {
 impl BlockPool {
     /// The state of every block at this moment.
     pub fn snapshot(&self) -> Snapshot {
-        let ledger = self.ledger();
-        Snapshot { blocks: ledger.states().collect(), block_size: self.block_size(), stats: ledger.stats() }
+        let ((holders, cached), stats) = {
+            let ledger = self.ledger();
+            (ledger.states(), ledger.stats())
+        };
+        let state = |(holders, cached)| match (holders, cached) {
+            (0, true) => BlockState::Remembered,
+            (0, false) => BlockState::Free,
+            (n, _) => BlockState::Held(n),
+        };
+        let blocks = holders.into_iter().zip(cached).map(state).collect();
+        Snapshot { blocks, block_size: self.block_size(), stats }
     }
 }
 

@@ -23,11 +23,20 @@ impl Stats {
     }
 }
 
-/// Whole blocks of a prefix that are stored. See [`BlockPool::find`](crate::BlockPool::find).
+/// What a look-up has found: see [`BlockPool::find`](crate::BlockPool::find) and [`Blocks::find`](crate::Blocks::find).
+/// Nothing was taken or counted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Found {
-    /// Held by somebody: sharing them takes nothing from the pool.
+    /// How many tokens [`Blocks::reuse`](crate::Blocks::reuse) would gain at this moment.
+    pub tokens: usize,
+    /// Blocks for them that somebody holds: sharing them takes nothing from the pool.
     pub held: usize,
-    /// Held by nobody: using them takes as much from the pool as new blocks would, and spares the computation.
+    /// Blocks for them that nobody holds: using them takes as much from the pool as new blocks would, and spares the
+    /// computation.
     pub remembered: usize,
+    /// By how many the pool's [available](crate::BlockPool::available) blocks become fewer when these are used and there are
+    /// slots for the rest: the remembered ones, new ones, and the copy of a last block that others hold. With fewer
+    /// available there is not enough room, with as many there is.
+    pub blocks: usize,
 }

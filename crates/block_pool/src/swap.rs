@@ -1,6 +1,6 @@
 //! Blocks that wait in host memory.
 
-use crate::{BlockPool, Blocks, ReserveError, Salt, StorageError};
+use crate::{BlockPool, Blocks, PrefixKey, ReserveError, StorageError};
 
 /// The content of a list of blocks, in host memory, while the blocks serve others.
 #[derive(Clone)]
@@ -10,7 +10,7 @@ pub struct SwappedBlocks {
     blocks: usize,
     bytes: Vec<u8>,
     /// What could be found of it by its tokens.
-    prefix: Option<(Salt, Vec<u32>)>,
+    prefix: Option<(PrefixKey, Vec<u32>)>,
 }
 
 impl Blocks {
@@ -62,8 +62,8 @@ impl SwappedBlocks {
         for (at, &id) in blocks.iter().enumerate() {
             pool.storage().write(id, &self.bytes[at * size..][..size])?;
         }
-        if let Some((salt, tokens)) = &self.prefix {
-            blocks.store(salt, 0, &[], tokens);
+        if let Some((key, tokens)) = &self.prefix {
+            blocks.store(key, 0, &[], tokens);
         }
         Ok(blocks)
     }

@@ -3,7 +3,7 @@
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use block_pool::{BlockPool, Blocks, Salt};
+use block_pool::{BlockPool, Blocks, PrefixKey};
 use loom::thread;
 
 /// Explores all interleavings of two threads that start from the same pool.
@@ -38,7 +38,7 @@ fn nothing(pool: &BlockPool) -> (Blocks, Blocks) {
 /// A block that only the tree knows, with the token 7.
 fn remembered(pool: &BlockPool) {
     let mut blocks = pool.take(1).unwrap();
-    blocks.store(&Salt::none(), 0, &[], &[7]);
+    blocks.store(&PrefixKey::new(), 0, &[], &[7]);
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn a_remembered_block_is_found_or_evicted_never_both() {
         remembered(pool);
         nothing(pool)
     };
-    let find = |_, mut mine: Blocks| (mine.reuse(&Salt::none(), &[7]) == 1).then_some(mine);
+    let find = |_, mut mine: Blocks| (mine.reuse(&PrefixKey::new(), 0, &[7]) == 1).then_some(mine);
     let evict = |pool: BlockPool, _| pool.take(1).ok();
     two_threads(1, begin, find, evict, |_, found, taken| assert!(found.is_some() != taken.is_some()));
 }
@@ -98,7 +98,7 @@ fn a_remembered_block_is_found_or_evicted_never_both() {
 fn the_same_content_is_stored_once() {
     let store = |pool: BlockPool, _| {
         let mut mine = pool.take(1).unwrap();
-        mine.store(&Salt::none(), 0, &[], &[7]);
+        mine.store(&PrefixKey::new(), 0, &[], &[7]);
         Some(mine)
     };
     two_threads(2, nothing, store, store, |pool, a, b| {
@@ -112,7 +112,7 @@ fn the_same_content_is_stored_once() {
 fn nothing_computed_before_a_reset_is_stored_after_it() {
     let begin = |pool: &BlockPool| (pool.take(1).unwrap(), Blocks::none(pool));
     let store = |_, mut mine: Blocks| {
-        mine.store(&Salt::none(), 0, &[], &[7]);
+        mine.store(&PrefixKey::new(), 0, &[], &[7]);
         drop_all(mine)
     };
     let reset = |pool: BlockPool, _| {

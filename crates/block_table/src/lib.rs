@@ -8,15 +8,13 @@ mod sequences;
 mod swap;
 mod sync;
 mod table;
-mod window;
 
 pub use admission::Admission;
 pub use block_pool::{
-    BlockId, BlockPool, BlockState, OutOfBlocks, PoolError, PoolEvent, ReserveError, Salt, Snapshot, Stats,
-    StorageError,
+    BlockId, BlockPool, BlockState, Found, OutOfBlocks, PoolError, PoolEvent, PoolEvents, PrefixKey, ReserveError,
+    Salt, Snapshot, Stats, StorageError, Window,
 };
 pub use error::{BehindWindow, NotReserved};
 pub use sequences::{SequenceError, SequenceId, Sequences, Taken};
 pub use swap::SwappedTable;
 pub use table::{BlockTable, TableOptions};
-pub use window::Window;

@@ -27,7 +27,7 @@ impl BlockTable {
             }
         }
         if positions.start < self.len {
-            (self.salt, self.tail) = (None, None);
+            (self.private, self.tail) = (true, None);
         }
         Ok(())
     }
@@ -41,7 +41,7 @@ impl BlockTable {
     /// elsewhere from now on. Only committed tokens can be given back, and not where there is a window.
     pub fn release_before(&mut self, position: usize) {
         let behind = position.min(self.len) / self.pool().block_size();
-        if self.window.is_none() && behind > self.gap {
+        if self.window().is_none() && behind > self.gap {
             self.blocks.remove(0..behind - self.gap);
             self.gap = behind;
         }

@@ -1,18 +1,18 @@
 //! A sequence that waits in host memory.
 
-use block_pool::{BlockPool, ReserveError, Salt, StorageError, SwappedBlocks};
+use block_pool::{BlockPool, PrefixKey, ReserveError, StorageError, SwappedBlocks};
 
+use crate::BlockTable;
 use crate::table::Tokens;
-use crate::{BlockTable, Window};
 
 /// A sequence whose keys and values wait in host memory while its blocks serve others.
 #[derive(Debug, Clone)]
 pub struct SwappedTable {
     blocks: SwappedBlocks,
     len: usize,
-    window: Option<Window>,
     gap: usize,
-    salt: Option<Salt>,
+    key: PrefixKey,
+    private: bool,
     tail: Option<Tokens>,
 }
 
@@ -29,7 +29,7 @@ impl BlockTable {
         tracing::debug!(tokens = self.len, bytes = blocks.bytes(), "swapped out");
         let tail = self.tail.replace(Tokens::new());
         let (len, gap) = (std::mem::take(&mut self.len), std::mem::take(&mut self.gap));
-        Ok(SwappedTable { blocks, len, window: self.window, gap, salt: self.salt.clone(), tail })
+        Ok(SwappedTable { blocks, len, gap, key: self.key.clone(), private: self.private, tail })
     }
 }
 
@@ -61,10 +61,11 @@ impl SwappedTable {
     /// [`ReserveError`] when there are too few blocks or the memory cannot be written. No block is taken then, and the
     /// sequence stays here.
     pub fn swap_in(&self) -> Result<BlockTable, ReserveError> {
-        let Self { blocks, len, window, gap, salt, tail } = self;
+        let Self { blocks, len, gap, key, private, tail } = self;
         let blocks = blocks.swap_in()?;
         tracing::debug!(tokens = len, blocks = blocks.len(), "swapped in");
-        Ok(BlockTable { blocks, len: *len, window: *window, gap: *gap, salt: salt.clone(), tail: tail.clone() })
+        let (key, tail) = (key.clone(), tail.clone());
+        Ok(BlockTable { blocks, len: *len, gap: *gap, key, private: *private, tail })
     }
 
     /// The pool it came from.

@@ -1,9 +1,9 @@
 //! One sequence's logical positions, and the blocks they lie in.
 
-use block_pool::{BlockId, BlockPool, Blocks, ReserveError, Salt};
+use block_pool::{BlockId, BlockPool, Blocks, Found, PrefixKey, ReserveError, Salt, Window};
 use smallvec::SmallVec;
 
-use crate::{BehindWindow, NotReserved, Window};
+use crate::{BehindWindow, NotReserved};
 
 /// The tokens of a block that is not full yet. Blocks of up to 16 tokens keep them inside the table.
 pub(crate) type Tokens = SmallVec<[u32; 16]>;
@@ -49,11 +49,12 @@ pub struct BlockTable {
     /// The sinks' blocks, then those of the window.
     pub(crate) blocks: Blocks,
     pub(crate) len: usize,
-    pub(crate) window: Option<Window>,
     /// How many blocks behind those of the sinks have been given back.
     pub(crate) gap: usize,
-    /// What prefixes of this sequence are stored under; none if they are not.
-    pub(crate) salt: Option<Salt>,
+    /// What prefixes of this sequence are cached under. It has the window.
+    pub(crate) key: PrefixKey,
+    /// Whether prefixes are neither cached nor sought.
+    pub(crate) private: bool,
     /// The tokens in the last, unfinished block, when all of them are known.
     pub(crate) tail: Option<Tokens>,
 }
@@ -100,13 +101,9 @@ impl BlockTable {
     /// An empty table over `pool` with a salt or a window.
     pub fn with_options(pool: &BlockPool, options: &TableOptions) -> Self {
         let TableOptions { ref salt, window, private } = *options;
-        // The same tokens leave other keys and values behind when they have seen less.
-        let salt = match window {
-            Some(window) => windowed(salt, window),
-            None => salt.clone(),
-        };
-        let salt = (!private).then_some(salt);
-        Self { blocks: Blocks::none(pool), len: 0, window, gap: 0, salt, tail: Some(Tokens::new()) }
+        let mut key = PrefixKey::new().salt(salt.clone());
+        key.window = window;
+        Self { blocks: Blocks::none(pool), len: 0, gap: 0, key, private, tail: Some(Tokens::new()) }
     }
 
     /// The pool the blocks come from.
@@ -134,7 +131,7 @@ impl BlockTable {
 
     /// How far back the sequence looks.
     pub fn window(&self) -> Option<Window> {
-        self.window
+        self.key.window
     }
 
     /// The blocks that the table holds, in the order of the positions they hold.
@@ -165,18 +162,53 @@ impl BlockTable {
     /// block: the block is then copied before the sequence goes on in it. Nothing is gained when the sequence stands
     /// inside a block.
     pub fn reuse(&mut self, tokens: &[u32]) -> usize {
+        let Some((at, sought)) = self.sought(tokens) else { return 0 };
         let block_size = self.pool().block_size();
-        let known = tokens.len().saturating_sub(1);
-        let broken = self.gap > 0 && self.blocks.len() == self.sink_blocks();
-        let Some(salt) = &self.salt else { return 0 };
-        if !self.len.is_multiple_of(block_size) || self.capacity() > self.len || self.len >= known || broken {
-            return 0;
-        }
-        let found = self.blocks.reuse(salt, &tokens[self.len..known]);
+        let found = self.blocks.reuse(&self.key, at, sought);
         self.len += found;
         self.tail = Some(Tokens::from_slice(&tokens[self.len - self.len % block_size..self.len]));
-        self.slide();
+        if let Some(window) = self.key.window {
+            // Of what was found, the blocks that are passed already are not in the list.
+            let passed = window.passed_blocks(self.len, block_size);
+            let own = at.saturating_sub(self.sink_blocks()).min(passed);
+            self.give_back_passed(own);
+            self.gap = self.gap.max(passed);
+        }
         found
+    }
+
+    /// What [`reuse`](Self::reuse) of these tokens would find at this moment, and how many blocks it would take to use that
+    /// and then to [reserve](Self::reserve) slots for the rest of them: both succeed if as many are available. Nothing is
+    /// taken or counted.
+    ///
+    /// Blocks that a table with a window gives back as it moves on are not subtracted.
+    pub fn find(&self, tokens: &[u32]) -> Found {
+        let block_size = self.pool().block_size();
+        match self.sought(tokens) {
+            Some((at, sought)) => self.blocks.find(&self.key, at, sought, tokens.len() - self.len),
+            None => {
+                let rest = tokens.len().saturating_sub(self.len);
+                let growth = self.growth(rest);
+                let mut found = Found::default();
+                found.blocks = match self.place(self.len / block_size) {
+                    Some(at) if rest > 0 => self.blocks.cost(at, growth),
+                    _ => growth,
+                };
+                found
+            }
+        }
+    }
+
+    /// The number of the block after the sequence's last one, and those of `tokens` from there on that may be found, if the
+    /// sequence can go on with the blocks of others.
+    fn sought<'t>(&self, tokens: &'t [u32]) -> Option<(usize, &'t [u32])> {
+        let block_size = self.pool().block_size();
+        let known = tokens.len().saturating_sub(1);
+        // The window has passed the block before.
+        let broken = self.gap > 0 && self.blocks.len() == self.sink_blocks();
+        let whole = self.len.is_multiple_of(block_size) && self.capacity() == self.len;
+        (!self.private && whole && self.len < known && !broken)
+            .then(|| (self.len / block_size, &tokens[self.len..known]))
     }
 
     /// Makes room to write `n` tokens behind the committed ones.
@@ -197,12 +229,17 @@ impl BlockTable {
         if inside && self.gap == 0 {
             return self.blocks.own_and_grow(self.blocks.len() - 1, 0);
         }
-        let needed = self.pool().blocks_for(self.len.saturating_add(n));
-        let growth = needed.saturating_sub(self.blocks.len() + self.gap);
+        let growth = self.growth(n);
         match self.place(self.len / self.pool().block_size()) {
             Some(at) => self.blocks.own_and_grow(at, growth),
             None => Ok(self.blocks.grow(growth)?),
         }
+    }
+
+    /// How many blocks more it takes to have slots for `n` tokens after the committed ones.
+    fn growth(&self, n: usize) -> usize {
+        let needed = self.pool().blocks_for(self.len.saturating_add(n));
+        needed.saturating_sub(self.blocks.len() + self.gap)
     }
 
     /// Makes the next reserved tokens part of the sequence, without saying which they are: then nobody can find them.
@@ -226,7 +263,7 @@ impl BlockTable {
     pub fn commit_tokens(&mut self, tokens: &[u32]) -> Result<(), NotReserved> {
         self.check_reserved(tokens.len())?;
         let block_size = self.pool().block_size();
-        if let (Some(tail), None) = (&mut self.tail, self.window)
+        if let (Some(tail), None) = (&mut self.tail, self.key.window)
             && tail.len() + tokens.len() < block_size
         {
             tail.extend_from_slice(tokens);
@@ -244,8 +281,8 @@ impl BlockTable {
         }
         // Behind a gap, the block before is not there to be followed.
         let follows = self.gap == 0 || first > self.sink_blocks() + self.gap;
-        if let (Some(salt), Some(tail), Some(at), true) = (&self.salt, &self.tail, self.place(first), follows) {
-            self.blocks.store(salt, at, tail, tokens);
+        if let (Some(tail), Some(at), true, false) = (&self.tail, self.place(first), follows, self.private) {
+            self.blocks.store(&self.key, at, tail, tokens);
         }
         let unfinished = self.len % block_size;
         let tail = self.tail.get_or_insert_default();
@@ -311,9 +348,9 @@ impl BlockTable {
         BlockTable {
             blocks: self.blocks.share(self.pool().blocks_for(len) - gap),
             len,
-            window: self.window,
             gap,
-            salt: self.salt.clone(),
+            key: self.key.clone(),
+            private: self.private,
             tail: self.tail_at(len),
         }
     }
@@ -341,17 +378,21 @@ impl BlockTable {
     }
 
     fn sink_blocks(&self) -> usize {
-        self.window.map_or(0, |window| self.pool().blocks_for(window.sinks()))
+        self.key.window.map_or(0, |window| window.sink_blocks(self.pool().block_size()))
     }
 
     /// Gives back the blocks that no later token sees.
     fn slide(&mut self) {
-        let Some(window) = self.window else { return };
-        let sinks = self.sink_blocks();
-        let behind = (window.start(self.len) / self.pool().block_size()).saturating_sub(sinks);
-        if behind > self.gap {
-            self.blocks.remove(sinks..sinks + behind - self.gap);
-            self.gap = behind;
+        let Some(window) = self.key.window else { return };
+        self.give_back_passed(window.passed_blocks(self.len, self.pool().block_size()));
+    }
+
+    /// Gives back the first `passed` blocks after those of the sinks, as far as they have not been given back.
+    fn give_back_passed(&mut self, passed: usize) {
+        if passed > self.gap {
+            let sinks = self.sink_blocks();
+            self.blocks.remove(sinks..sinks + passed - self.gap);
+            self.gap = passed;
         }
     }
 
@@ -363,7 +404,7 @@ impl BlockTable {
         let block_size = self.pool().block_size();
         let sinks = self.sink_blocks();
         // Without a window, what was given back is kept elsewhere, and only what is still here matters.
-        let (seen, held) = (self.window.map_or(len, |window| window.start(len)), (sinks + self.gap) * block_size);
+        let (seen, held) = (self.key.window.map_or(len, |window| window.start(len)), (sinks + self.gap) * block_size);
         match len {
             _ if len <= sinks * block_size => Ok(0),
             _ if seen >= held => Ok(self.gap),
@@ -381,16 +422,7 @@ impl BlockTable {
         if block == self.len / block_size {
             return self.tail.as_ref().map(|tail| Tokens::from_slice(&tail[..n]));
         }
-        let mut tokens = Tokens::new();
-        self.blocks.tokens(self.place(block)?, n, &mut tokens).then_some(tokens)
+        let mut tokens = Tokens::from_elem(0, n);
+        self.blocks.tokens(self.place(block)?, &mut tokens).then_some(tokens)
     }
-}
-
-/// A salt of its own for each window. The caller's bytes come last, so that no two pairs look the same.
-fn windowed(salt: &Salt, window: Window) -> Salt {
-    let numbers = [window.tokens() as u64, window.sinks() as u64, u64::from(salt.bytes().is_some())];
-    let mut bytes = b"window ".to_vec();
-    bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
-    bytes.extend(salt.bytes().unwrap_or_default());
-    Salt::new(&bytes)
 }

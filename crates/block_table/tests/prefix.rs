@@ -4,7 +4,7 @@
 
 mod common;
 
-use block_table::{BlockId, BlockPool, BlockTable, PoolEvent, ReserveError, Salt, TableOptions, Window};
+use block_table::{BlockId, BlockPool, BlockTable, PoolEvent, PrefixKey, ReserveError, Salt, TableOptions, Window};
 use common::{POISON, Slots, content};
 
 /// A sequence that has computed all of these tokens.
@@ -295,7 +295,7 @@ fn blocks_behind_the_window_are_there_for_the_next_reservation() {
 fn events_tell_what_is_stored_and_removed_in_order() {
     let (pool, slots) = Slots::pool(3, 2);
     drop(computed(&pool, &slots, &[1, 2]));
-    let events = pool.listen();
+    let mut events = pool.listen();
     let salted = TableOptions::default().salt(Salt::new(b"s"));
     let mut table = BlockTable::new(&pool);
     table.reuse(&[1, 2, 3, 4, 5]);
@@ -314,7 +314,7 @@ fn events_tell_what_is_stored_and_removed_in_order() {
         block,
         parent,
         tokens: tokens.to_vec(),
-        salt: salt.clone(),
+        key: PrefixKey::new().salt(salt.clone()),
     };
     let expected = [
         stored(first, None, [1, 2], &Salt::none()),
@@ -340,9 +340,11 @@ fn a_scheduler_can_ask_what_a_prompt_would_take() {
     let (pool, slots) = Slots::pool(8, 2);
     let short = computed(&pool, &slots, &tokens(0..2));
     drop(computed(&pool, &slots, &tokens(0..7)));
-    let (before, found) = (pool.snapshot(), pool.find(&Salt::none(), &tokens(0..9)));
-    assert_eq!((found.held, found.remembered), (1, 2));
-    assert_eq!(pool.find(&Salt::new(b"x"), &tokens(0..9)), Default::default());
+    let (before, found) = (pool.snapshot(), pool.find(&PrefixKey::new(), &tokens(0..9)));
+    // Two blocks that nobody holds, and two new ones.
+    assert_eq!((found.tokens, found.held, found.remembered, found.blocks), (6, 1, 2, 4));
+    let other = pool.find(&PrefixKey::new().salt(Salt::new(b"x")), &tokens(0..9));
+    assert_eq!((other.tokens, other.held, other.remembered, other.blocks), (0, 0, 0, 5));
     assert_eq!(pool.snapshot(), before, "asking changes nothing");
     drop(short);
 }

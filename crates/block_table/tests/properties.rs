@@ -13,9 +13,13 @@
 //!    is always left to compute.
 //! 6. Nothing is forgotten while there are free blocks: a prefix whose blocks are all still stored is found in full.
 //! 7. The stream of events tells what can be found: applied in order, each stored block's parent is stored, no block with
-//!    children is removed, and at the end the same blocks are stored as in the pool.
+//!    children is removed but where there is a window, and at the end the same blocks are stored as in the pool. A stream that
+//!    begins late tells the same.
 //! 8. A sequence that was swapped out comes back byte for byte.
-//! 9. All tables dropped means all blocks available.
+//! 9. All tables dropped means all blocks available, and as many can be taken as are said to be available.
+//! 10. As much is found as there is: of whole blocks never less than what the stored blocks, as the events tell of them,
+//!     allow, and never more.
+//! 11. A look-up takes nothing, and tells exactly what is found and taken if it is acted upon.
 //!
 //! `PROPTEST_CASES` sets the number of histories.
 
@@ -24,10 +28,10 @@
 mod common;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::mpsc::Receiver;
 
 use block_table::{
-    BlockId, BlockPool, BlockState, BlockTable, PoolEvent, ReserveError, Salt, SwappedTable, TableOptions, Window,
+    BlockId, BlockPool, BlockState, BlockTable, PoolEvent, PoolEvents, PrefixKey, ReserveError, Salt, SwappedTable,
+    TableOptions, Window,
 };
 use common::{Slots, content};
 use proptest::prelude::*;
@@ -36,6 +40,12 @@ use proptest::prelude::*;
 enum Action {
     /// A new sequence, with a prompt of so many tokens, the last few of them different from others'.
     Create {
+        kind: usize,
+        prompt: usize,
+        branch: u32,
+    },
+    /// Ask what a new sequence with such a prompt would take, and take it.
+    Find {
         kind: usize,
         prompt: usize,
         branch: u32,
@@ -86,6 +96,7 @@ fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
         4 => (0..6usize, 0..40usize, 0..3u32)
             .prop_map(|(kind, prompt, branch)| Action::Create { kind, prompt, branch }),
+        3 => (0..6usize, 0..60usize, 0..3u32).prop_map(|(kind, prompt, branch)| Action::Find { kind, prompt, branch }),
         2 => table.clone().prop_map(|table| Action::Reuse { table }),
         8 => (table.clone(), 0..30usize, 0..30usize, flag, flag)
             .prop_map(|(table, reserve, commit, known, roll_back)| {
@@ -122,9 +133,9 @@ struct World {
     tables: Vec<(BlockTable, Model)>,
     swapped: Vec<(SwappedTable, Model)>,
     hoard: Vec<BlockTable>,
-    events: Receiver<PoolEvent>,
-    /// What a router knows: parent and children of each stored block.
-    router: HashMap<BlockId, Option<BlockId>>,
+    events: PoolEvents,
+    /// What a router knows: the prefix that each stored block ends, and whether what follows a block goes before it.
+    router: HashMap<BlockId, (PrefixKey, Vec<u32>)>,
     era: u64,
     serial: u32,
 }
@@ -139,6 +150,38 @@ fn options(kind: usize) -> TableOptions {
 /// What a model leaves behind for the last of these tokens in a sequence of this kind.
 fn written(kind: usize, era: u64, tokens: &[u32]) -> u64 {
     content(tokens) ^ (kind as u64) << 50 ^ era << 40
+}
+
+/// A prompt, the last few of its tokens different from others'.
+fn stream(prompt: usize, branch: u32) -> Vec<u32> {
+    (0..prompt as u32).map(|at| if at + 7 < prompt as u32 { at } else { at * 4 + branch }).collect()
+}
+
+/// What a router does with an event.
+fn route(router: &mut HashMap<BlockId, (PrefixKey, Vec<u32>)>, event: PoolEvent) -> Check {
+    match event {
+        PoolEvent::Stored { block, parent, tokens, key } => {
+            let before = match parent {
+                Some(parent) => {
+                    let (of_parent, before) = router.get(&parent).ok_or(TestCaseError::fail("no parent"))?;
+                    prop_assert_eq!(of_parent, &key);
+                    before.clone()
+                }
+                None => vec![],
+            };
+            prop_assert_eq!(router.insert(block, (key, [before, tokens].concat())), None, "stored twice");
+        }
+        PoolEvent::Removed { block } => {
+            let Some((key, prefix)) = router.remove(&block) else {
+                return Err(TestCaseError::fail("removed, but not stored"));
+            };
+            let orphan = |(other, longer): &(PrefixKey, Vec<u32>)| *other == key && longer.starts_with(&prefix);
+            prop_assert!(key.window.is_some() || !router.values().any(orphan), "a parent went before its child");
+        }
+        PoolEvent::Cleared => router.clear(),
+        other => return Err(TestCaseError::fail(format!("{other:?}"))),
+    }
+    Ok(())
 }
 
 type Check = Result<(), TestCaseError>;
@@ -204,8 +247,10 @@ impl World {
         let (table, model) = &mut self.tables[t];
         let had = table.len();
         prop_assert_eq!(had, model.written.len());
+        let promised = table.find(&model.stream);
         let found = table.reuse(&model.stream);
         prop_assert_eq!(table.len(), had + found);
+        prop_assert_eq!(promised.tokens, found);
         prop_assert!(found == 0 || table.len() < model.stream.len(), "a token is left to compute");
         if found > 0 {
             prop_assert!(had == 0 || model.era == era, "what was computed before a reset is not continued");
@@ -222,10 +267,25 @@ impl World {
             Action::Create { kind, prompt, branch } => {
                 let kind = kind % 6;
                 let table = BlockTable::with_options(&self.pool, &options(kind));
-                let stream = (0..prompt as u32).map(|at| if at + 7 < prompt as u32 { at } else { at * 4 + branch });
-                let model = Model { stream: stream.collect(), written: vec![], kind, era: self.era };
+                let model = Model { stream: stream(prompt, branch), written: vec![], kind, era: self.era };
                 self.tables.push((table, model));
                 self.reuse(self.tables.len() - 1)?;
+            }
+            Action::Find { kind, prompt, branch } => {
+                let mut table = BlockTable::with_options(&self.pool, &options(kind));
+                let stream = stream(prompt, branch);
+                let before = self.holders();
+                let promised = table.find(&stream);
+                prop_assert_eq!(&before, &self.holders());
+                let (least, most) = self.findable(kind, &stream);
+                prop_assert!((least..=most).contains(&promised.tokens), "{} of {}..={}", promised.tokens, least, most);
+                let found = table.reuse(&stream);
+                prop_assert_eq!((promised.tokens, promised.held + promised.remembered), (found, table.blocks().len()));
+                match table.reserve(stream.len() - found) {
+                    Ok(()) => prop_assert_eq!(before.1.checked_sub(promised.blocks), Some(self.pool.available())),
+                    Err(ReserveError::OutOfBlocks(_)) => prop_assert!(promised.blocks > before.1),
+                    Err(ReserveError::Storage(_)) => prop_assert!(self.slots.fails()),
+                }
             }
             Action::Reuse { table } => {
                 let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
@@ -352,23 +412,47 @@ impl World {
         Ok(())
     }
 
+    /// How much of a stream can be found, by what the events have told: in whole blocks, and with a part of a block.
+    fn findable(&self, kind: usize, stream: &[u32]) -> (usize, usize) {
+        let block_size = self.pool.block_size();
+        let (window, mut key) = (options(kind).window, PrefixKey::new().salt(options(kind).salt));
+        key.window = window;
+        let stored = |whole: usize, n: usize| {
+            let mut blocks =
+                self.router.values().filter(|(other, prefix)| *other == key && prefix.len() == whole * block_size);
+            blocks.any(|(_, prefix)| prefix.starts_with(&stream[..n]))
+        };
+        let can_end = |n: usize| {
+            let seen = |block: usize| {
+                let window = window.unwrap_or(Window::new(usize::MAX));
+                let (sinks, start) = (window.sinks(), window.start(n));
+                block * block_size < sinks || (block + 1) * block_size > start
+            };
+            let blocks = n.div_ceil(block_size);
+            (0..blocks).filter(|&block| seen(block)).all(|block| stored(block + 1, n.min((block + 1) * block_size)))
+        };
+        let known = stream.len().saturating_sub(1);
+        // Where nothing but what is passed is known, the way there has to be, too.
+        let leads = |n: usize| (n.div_ceil(block_size)..=stream.len() / block_size + 1).any(|block| stored(block, n));
+        let ends = |n: &usize| can_end(*n) && (*n == 0 || leads(*n));
+        let most = (0..=known).rev().find(ends).unwrap_or(0);
+        let least = (0..=known / block_size).rev().map(|block| block * block_size).find(ends).unwrap_or(0);
+        (least, most)
+    }
+
     /// Does what a router does with the events since the last time.
     fn follow_events(&mut self) -> Check {
         for event in self.events.try_iter() {
-            match event {
-                PoolEvent::Stored { block, parent, tokens, .. } => {
-                    prop_assert_eq!(tokens.len(), self.pool.block_size());
-                    prop_assert!(parent.is_none_or(|parent| self.router.contains_key(&parent)), "the parent is stored");
-                    prop_assert_eq!(self.router.insert(block, parent), None, "stored twice");
-                }
-                PoolEvent::Removed { block } => {
-                    prop_assert!(self.router.remove(&block).is_some(), "removed, but not stored");
-                    let orphan = self.router.values().any(|parent| *parent == Some(block));
-                    prop_assert!(!orphan, "a parent went before its child");
-                }
-                PoolEvent::Cleared => self.router.clear(),
+            if let PoolEvent::Stored { tokens, .. } = &event {
+                prop_assert_eq!(tokens.len(), self.pool.block_size());
             }
+            route(&mut self.router, event)?;
         }
+        let mut late = HashMap::new();
+        for event in self.pool.listen().try_iter() {
+            route(&mut late, event)?;
+        }
+        prop_assert_eq!(&late, &self.router);
         Ok(())
     }
 
@@ -426,16 +510,22 @@ proptest! {
         let World { pool, tables, hoard, .. } = world;
         drop((tables, hoard));
         prop_assert_eq!(pool.available(), blocks);
+        drop(pool.take(blocks).unwrap());
         prop_assert_eq!(pool.check_held([]), Ok(()));
     }
 
     /// In a pool that never runs full, as much is found as the longest common prefix with any earlier stream of the same
-    /// salt, in whole blocks, and the part of the next block that is the same.
+    /// salt and window, in whole blocks, and the part of the next block that is the same.
     #[test]
     fn with_room_nothing_is_forgotten(
         block_size in 1..9usize,
-        streams in prop::collection::vec((prop::collection::vec(0..2u32, 1..30), 0..2usize), 1..20),
+        streams in prop::collection::vec((prop::collection::vec(0..2u32, 1..30), 0..4usize), 1..20),
     ) {
+        // Through a window as short as a block, the block before is given back too soon to be followed.
+        let options = |kind: usize| {
+            let window = Window::new(block_size + 1 + kind).with_sinks(kind % 3);
+            if kind < 2 { options(kind) } else { options(kind % 2).window(window) }
+        };
         let (pool, slots) = Slots::pool(1000, block_size);
         let mut earlier: Vec<(Vec<u32>, usize)> = vec![];
         for (stream, salt) in streams {
@@ -446,7 +536,9 @@ proptest! {
             let most = earlier.iter().filter(|(_, s)| *s == salt).map(|(other, _)| common(other)).max().unwrap_or(0);
             prop_assert_eq!(found, most.min(stream.len() - 1));
             for position in 0..found {
-                prop_assert_eq!(slots.get(table.slot(position).unwrap()), content(&stream[..=position]) ^ (salt as u64) << 50);
+                if let Some(slot) = table.slot(position) {
+                    prop_assert_eq!(slots.get(slot), content(&stream[..=position]) ^ (salt as u64) << 50);
+                }
             }
             table.reserve(stream.len() - found).unwrap();
             for position in found..stream.len() {

@@ -21,8 +21,8 @@ pub use step::Step;
 pub use validate::AttendError;
 
 pub use block_pool::{
-    BlockId, BlockPool, BlockState, KvDtype, KvShape, OutOfBlocks, PoolError, PoolEvent, ReserveError, Salt, Snapshot,
-    Stats, StorageError,
+    BlockId, BlockPool, BlockState, Found, KvDtype, KvShape, OutOfBlocks, PoolError, PoolEvent, PoolEvents, PrefixKey,
+    ReserveError, Salt, Snapshot, Stats, StorageError,
 };
 pub use block_table::{
     Admission, BehindWindow, BlockTable, NotReserved, SequenceError, SequenceId, Sequences, SwappedTable, TableOptions,

@@ -4,9 +4,10 @@
 /// tokens of its sequence ("Efficient Streaming Language Models with Attention Sinks", Xiao et al. 2023, section 3;
 /// here positions go on counting instead of being renumbered).
 ///
-/// Blocks that lie wholly behind the window are given back, so that a sequence of any length takes the memory of its
+/// Blocks that lie wholly before the window are freed, so that a sequence of any length takes the memory of its
 /// window and its sinks, each rounded up to whole blocks, and of one more block where the window begins inside one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Window {
     tokens: usize,
     sinks: usize,
@@ -24,7 +25,7 @@ impl Window {
         Self { sinks, ..self }
     }
 
-    /// How many tokens a token sees, itself included, beside the sinks.
+    /// How many tokens a token sees, itself included, in addition to the sinks.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
@@ -34,8 +35,19 @@ impl Window {
         self.sinks
     }
 
-    /// The first position behind the sinks that the token at `position` sees.
+    /// The first position after the sinks that the token at `position` sees.
     pub fn start(&self, position: usize) -> usize {
-        (position + 1).saturating_sub(self.tokens)
+        position.saturating_add(1).saturating_sub(self.tokens)
+    }
+
+    /// How many blocks after those of the sinks the next token of a sequence of `len` tokens does not see any more:
+    /// they hold nothing but tokens before its window.
+    pub fn passed_blocks(&self, len: usize, block_size: usize) -> usize {
+        (self.start(len) / block_size).saturating_sub(self.sink_blocks(block_size))
+    }
+
+    /// How many blocks the sinks take.
+    pub fn sink_blocks(&self, block_size: usize) -> usize {
+        self.sinks.div_ceil(block_size)
     }
 }

@@ -1,0 +1,177 @@
+//! The children of a node, in the order of their tokens.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+use smallvec::SmallVec;
+
+use super::NodeKey;
+
+/// Up to this many children are a sorted list, which a search goes through faster than through a map.
+const FEW: usize = 64;
+
+/// The children of a node, sorted by their tokens, so that the child with the longest match, full or partial, is next to
+/// the place where the tokens sought would stand.
+#[derive(Debug)]
+pub(super) enum Children {
+    Few(SmallVec<[Child; 2]>),
+    /// With their tokens once more: inserting into a list of a hundred thousand would move half of it.
+    Many(BTreeMap<Box<[u32]>, NodeKey>),
+}
+
+/// A child and the first of its tokens, which tells most children apart without reading the others.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Child {
+    first: u32,
+    node: NodeKey,
+}
+
+impl Default for Children {
+    fn default() -> Self {
+        Self::Few(SmallVec::new())
+    }
+}
+
+impl Children {
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Few(children) => children.is_empty(),
+            Self::Many(children) => children.is_empty(),
+        }
+    }
+
+    /// The child with exactly these tokens.
+    #[inline]
+    pub(super) fn get<'t>(&self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> Option<NodeKey> {
+        match self {
+            Self::Few(children) => match children.as_slice() {
+                [] => None,
+                // Most prefixes do not branch.
+                [only] => (tokens_of(only.node) == tokens).then_some(only.node),
+                children => search(children, tokens, tokens_of).ok().map(|at| children[at].node),
+            },
+            Self::Many(children) => children.get(tokens).copied(),
+        }
+    }
+
+    /// The children between which these tokens would stand: in sorted order the longest common prefix is with one of them.
+    pub(super) fn neighbours<'t>(
+        &self,
+        tokens: &[u32],
+        tokens_of: impl Fn(NodeKey) -> &'t [u32],
+    ) -> [Option<NodeKey>; 2] {
+        match self {
+            Self::Few(children) => {
+                let (Ok(at) | Err(at)) = search(children, tokens, tokens_of);
+                [at.checked_sub(1), Some(at)].map(|at| children.get(at?).map(|child| child.node))
+            }
+            Self::Many(children) => {
+                let below = (Bound::Unbounded, Bound::Excluded(tokens));
+                let above = (Bound::Included(tokens), Bound::Unbounded);
+                let below = children.range::<[u32], _>(below).next_back();
+                [below, children.range::<[u32], _>(above).next()].map(|child| child.map(|(_, node)| *node))
+            }
+        }
+    }
+
+    /// Adds a child, unless there is one with the same tokens.
+    pub(super) fn insert<'t>(&mut self, tokens: &'t [u32], node: NodeKey, tokens_of: impl Fn(NodeKey) -> &'t [u32]) {
+        match self {
+            Self::Few(children) if children.len() < FEW => {
+                if let Err(at) = search(children, tokens, tokens_of) {
+                    children.insert(at, Child { first: first(tokens), node });
+                }
+            }
+            Self::Few(children) => {
+                let known = children.iter().map(|child| (tokens_of(child.node).into(), child.node));
+                let mut many: BTreeMap<Box<[u32]>, NodeKey> = known.collect();
+                many.insert(tokens.into(), node);
+                *self = Self::Many(many);
+            }
+            Self::Many(children) => {
+                children.insert(tokens.into(), node);
+            }
+        }
+    }
+
+    /// Takes out the child with these tokens.
+    pub(super) fn remove<'t>(&mut self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) {
+        match self {
+            // An only child is known without its tokens, which are not in any cache by now.
+            Self::Few(children) if children.len() == 1 => children.clear(),
+            Self::Few(children) => {
+                if let Ok(at) = search(children, tokens, tokens_of) {
+                    children.remove(at);
+                }
+            }
+            Self::Many(children) => {
+                children.remove(tokens);
+            }
+        }
+    }
+
+    /// All children, in order.
+    pub(super) fn nodes(&self) -> Vec<NodeKey> {
+        match self {
+            Self::Few(children) => children.iter().map(|child| child.node).collect(),
+            Self::Many(children) => children.values().copied().collect(),
+        }
+    }
+
+    /// Whether the first tokens that are noted here are those of the children.
+    pub(super) fn is_consistent<'t>(&self, tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> bool {
+        match self {
+            Self::Few(children) => {
+                children.is_sorted_by(|a, b| tokens_of(a.node) < tokens_of(b.node))
+                    && children.iter().all(|child| child.first == first(tokens_of(child.node)))
+            }
+            Self::Many(children) => children.iter().all(|(tokens, node)| **tokens == *tokens_of(*node)),
+        }
+    }
+}
+
+/// Where among the children these tokens stand, or would stand.
+fn search<'t>(children: &[Child], tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> Result<usize, usize> {
+    match children {
+        [] => Err(0),
+        [only] => match tokens_of(only.node).cmp(tokens) {
+            std::cmp::Ordering::Equal => Ok(0),
+            std::cmp::Ordering::Less => Err(1),
+            std::cmp::Ordering::Greater => Err(0),
+        },
+        children => {
+            let first = first(tokens);
+            children.binary_search_by(|child| child.first.cmp(&first).then_with(|| tokens_of(child.node).cmp(tokens)))
+        }
+    }
+}
+
+/// The first of a block's tokens. Of none, which come before all others, 0: as the smallest token does.
+fn first(tokens: &[u32]) -> u32 {
+    tokens.first().copied().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_children_are_found_like_few() {
+        let tokens: Vec<[u32; 2]> = (0..300u32).map(|i| [i % 7, i * 37 % 1000]).collect();
+        let of = |node: NodeKey| &tokens[node as usize][..];
+        let mut children = Children::default();
+        for node in 0..300 {
+            children.insert(of(node), node, of);
+            let (less, more) = (of(node), [of(node)[0], of(node)[1] + 1]);
+            let [below, _] = children.neighbours(&more, of);
+            assert_eq!((children.get(less, of), below), (Some(node), Some(node)));
+            assert!(children.is_consistent(of));
+        }
+        for node in (0..300).step_by(2) {
+            children.remove(of(node), of);
+            assert_eq!(children.get(of(node), of), None);
+        }
+        let sorted = children.nodes();
+        assert!(sorted.len() == 150 && sorted.is_sorted_by_key(|node| of(*node)));
+    }
+}
