@@ -2,7 +2,7 @@
 
 use smallvec::SmallVec;
 
-use super::{NONE, NodeKey, PrefixTree};
+use super::{NodeKey, PrefixTree};
 use crate::{BlockId, PrefixKey, Window};
 
 /// What of a sequence's tokens is cached.
@@ -96,7 +96,7 @@ impl PrefixTree {
         let first = ids.len();
         let mut node = end;
         for _ in seen..whole {
-            ids.extend(self.nodes[node as usize].block());
+            ids.extend(self.block(node));
             node = self.nodes[node as usize].parent;
         }
         ids[first..].reverse();
@@ -108,7 +108,7 @@ impl PrefixTree {
     #[inline]
     fn child(&self, parent: NodeKey, tokens: &[u32]) -> Option<(NodeKey, Option<BlockId>)> {
         let key = self.nodes[parent as usize].children.get(tokens, |child| self.tokens_of(child))?;
-        Some((key, self.nodes[key as usize].block()))
+        Some((key, self.block(key)))
     }
 
     /// The block after `parent` that shares the most tokens with `tokens`, and how many: at least one, not all of it.
@@ -117,9 +117,10 @@ impl PrefixTree {
             return None;
         }
         let neighbours = self.nodes[parent as usize].children.neighbours(tokens, |child| self.tokens_of(child));
-        let cached = neighbours.into_iter().flatten().filter(|&key| self.nodes[key as usize].block != NONE);
-        cached
-            .filter_map(|key| Some((self.nodes[key as usize].block()?, common(self.tokens_of(key), tokens))))
+        neighbours
+            .into_iter()
+            .flatten()
+            .filter_map(|key| Some((self.block(key)?, common(self.tokens_of(key), tokens))))
             .max_by_key(|&(_, matching)| matching)
             .filter(|&(_, matching)| matching > 0)
     }

@@ -3,7 +3,9 @@
 //! The path from a root to a node spells the tokens of a prefix, and there is one root for each [`PrefixKey`]. A node has a
 //! block while the keys and values of its tokens are in the pool. It can lose the block and keep its place and its tokens (a
 //! *tombstone*), because what follows it may still be found: through a window, only the last blocks of a prefix are needed.
-//! The block is one field, which nothing but [`matching`] and the three functions that set it look at.
+//!
+//! What a node's block is, is for the block to say: the node names it, and it counts if the block names the node. So evicting
+//! a block that others follow is one write in a dense array, and reads no node.
 //!
 //! Tokens are always compared; there are no hashes but the one that finds a key's root, and that map compares keys.
 
@@ -28,8 +30,8 @@ pub(crate) use past::Past;
 pub(crate) type NodeKey = u32;
 
 const ROOT: NodeKey = 0;
-/// Stands for "no block".
-const NONE: u32 = u32::MAX;
+/// In [`PrefixTree::node_of`], beside a node: another one follows it.
+const FOLLOWED: u32 = 1 << 31;
 
 /// Tombstones for each block of the pool, at most. They cost some hundred bytes each; without a bound, an endless sequence
 /// with a window would leave one for each block of tokens that it has passed.
@@ -43,8 +45,8 @@ struct Node {
     /// Of a root: itself.
     parent: NodeKey,
     root: NodeKey,
-    /// The index of the block that holds its tokens' keys and values, or [`NONE`].
-    block: u32,
+    /// The block that holds its tokens' keys and values, or has held them; of a root none.
+    block: Option<BlockId>,
     /// When it was last inserted, or the end of a match: a reading of [`PrefixTree::clock`].
     used: u32,
     /// In the ring of leaves, for nodes without children.
@@ -55,13 +57,8 @@ struct Node {
 }
 
 impl Node {
-    fn new(parent: NodeKey, root: NodeKey, block: u32, used: u32) -> Self {
-        Self { parent, root, block, used, links: Links::default(), children: Children::default(), passed: false }
-    }
-
-    #[inline]
-    fn block(&self) -> Option<BlockId> {
-        (self.block != NONE).then(|| BlockId::new(self.block as usize))
+    fn new(parent: NodeKey, root: NodeKey, used: u32) -> Self {
+        Self { parent, root, block: None, used, links: Links::default(), children: Children::default(), passed: false }
     }
 }
 
@@ -72,8 +69,8 @@ pub(crate) struct PrefixTree {
     roots: HashMap<PrefixKey, NodeKey>,
     /// The key of each root.
     keys: HashMap<NodeKey, PrefixKey>,
-    /// Each block's node, or 0.
-    node_of: Vec<NodeKey>,
+    /// Each block's node, with [`FOLLOWED`] if that has children; or 0.
+    node_of: Vec<u32>,
     /// Each node's tokens, at `node * block_size`. Made when the first block is cached: a pool without prefix reuse pays
     /// nothing.
     tokens: Vec<u32>,
@@ -86,7 +83,7 @@ pub(crate) struct PrefixTree {
 impl PrefixTree {
     pub(crate) fn new(blocks: usize, block_size: usize) -> Self {
         let mut nodes = Slab::new();
-        nodes.insert(Node::new(ROOT, ROOT, NONE, 0));
+        nodes.insert(Node::new(ROOT, ROOT, 0));
         let keys = HashMap::from([(ROOT, PrefixKey::new())]);
         let node_of = vec![0; blocks];
         Self { nodes, roots: HashMap::new(), keys, node_of, tokens: Vec::new(), cached: 0, clock: 0, block_size }
@@ -103,7 +100,22 @@ impl PrefixTree {
     }
 
     pub(crate) fn has_too_many_tombstones(&self) -> bool {
-        self.tombstones() > TOMBSTONES_PER_BLOCK * self.node_of.len()
+        let blocks = self.node_of.len();
+        // A key has 31 bits, and each node may have a root of its own.
+        let keys = (FOLLOWED as usize / 2).saturating_sub(blocks);
+        self.tombstones() > keys.min(TOMBSTONES_PER_BLOCK * blocks)
+    }
+
+    /// The node of a block that can be found.
+    #[inline]
+    fn node(&self, id: BlockId) -> Option<NodeKey> {
+        Some(self.node_of[id.index()] & !FOLLOWED).filter(|&node| node != 0)
+    }
+
+    /// The block of a node, if it has one.
+    #[inline]
+    fn block(&self, node: NodeKey) -> Option<BlockId> {
+        self.nodes[node as usize].block.filter(|&id| self.node_of[id.index()] & !FOLLOWED == node)
     }
 
     /// The node after which block number `at` of a sequence is found: that of the block before it, `last`, or the key's root.
@@ -113,7 +125,7 @@ impl PrefixTree {
         if at == 0 {
             return self.root(key);
         }
-        let node = Some(self.node_of[last?.index()]).filter(|&node| node != 0)?;
+        let node = self.node(last?)?;
         (self.root(key) == Some(self.nodes[node as usize].root)).then_some(node)
     }
 
@@ -129,7 +141,7 @@ impl PrefixTree {
             return start;
         }
         let root = self.nodes.vacant_key() as NodeKey;
-        self.nodes.insert(Node::new(root, root, NONE, self.clock));
+        self.nodes.insert(Node::new(root, root, self.clock));
         self.roots.insert(key.clone(), root);
         self.keys.insert(root, key.clone());
         Some(root)
@@ -138,7 +150,7 @@ impl PrefixTree {
     /// The tokens of a block that can be found.
     #[inline]
     pub(crate) fn tokens(&self, id: BlockId) -> Option<&[u32]> {
-        Some(self.node_of[id.index()]).filter(|&node| node != 0).map(|node| self.tokens_of(node))
+        self.node(id).map(|node| self.tokens_of(node))
     }
 
     #[inline]
@@ -179,20 +191,21 @@ impl PrefixTree {
             None => {
                 children.insert(of(new), new, of);
                 self.clock = self.clock.wrapping_add(1);
-                nodes.insert(Node::new(parent, root, NONE, self.clock));
+                nodes.insert(Node::new(parent, root, self.clock));
                 if !had_children {
                     self.unlink_leaf(parent);
+                    self.note_follower(parent, true);
                 }
                 self.link_hottest(new);
                 new
             }
         };
-        let Node { block, .. } = &mut self.nodes[node as usize];
-        if *block != NONE {
-            return (node, Some(BlockId::new(*block as usize)));
+        if let Some(same) = self.block(node) {
+            return (node, Some(same));
         }
-        *block = id.index() as u32;
-        self.node_of[id.index()] = node;
+        let Node { block, children, .. } = &mut self.nodes[node as usize];
+        *block = Some(id);
+        self.node_of[id.index()] = if children.is_empty() { node } else { node | FOLLOWED };
         self.cached += 1;
         (node, None)
     }
@@ -209,19 +222,24 @@ impl PrefixTree {
         }
     }
 
+    /// Notes at a node's block, if it has one, whether the node has children.
+    fn note_follower(&mut self, node: NodeKey, has_children: bool) {
+        if let Some(id) = self.block(node) {
+            self.node_of[id.index()] = if has_children { node | FOLLOWED } else { node };
+        }
+    }
+
     /// Takes a block out of the tree: says whether it was there. Its node stays as long as another comes after it.
     #[inline]
     pub(crate) fn lose(&mut self, id: BlockId) -> bool {
-        let key = std::mem::take(&mut self.node_of[id.index()]);
-        if key == 0 {
+        let node = std::mem::take(&mut self.node_of[id.index()]);
+        if node == 0 {
             return false;
         }
         self.cached -= 1;
-        let node = &mut self.nodes[key as usize];
-        node.block = NONE;
-        if node.children.is_empty() {
-            self.unlink_leaf(key);
-            self.remove_leaf(key, false);
+        if node & FOLLOWED == 0 {
+            self.unlink_leaf(node);
+            self.remove_leaf(node, false);
             self.clear_dead_ends();
         }
         true
@@ -230,8 +248,7 @@ impl PrefixTree {
     /// Notes that a sequence that holds what follows these blocks has let them go.
     pub(crate) fn pass(&mut self, ids: &[BlockId]) {
         for id in ids {
-            let node = self.node_of[id.index()];
-            if node != 0 {
+            if let Some(node) = self.node(*id) {
                 self.nodes[node as usize].passed = true;
             }
         }
@@ -241,7 +258,7 @@ impl PrefixTree {
     /// anything. Called again, it goes on with the same prefix: one is lost, instead of a part of each.
     pub(crate) fn forget_coldest(&mut self) -> Option<Option<BlockId>> {
         let key = self.coldest_leaf()?;
-        let block = self.nodes[key as usize].block();
+        let block = self.block(key);
         if let Some(id) = block {
             self.node_of[id.index()] = 0;
             self.cached -= 1;
@@ -255,7 +272,7 @@ impl PrefixTree {
     /// long sequence leaves a long row of them at once.
     fn clear_dead_ends(&mut self) {
         for _ in 0..DEAD_ENDS_AT_ONCE {
-            let Some(key) = self.coldest_leaf().filter(|&key| self.nodes[key as usize].block == NONE) else { return };
+            let Some(key) = self.coldest_leaf().filter(|&key| self.block(key).is_none()) else { return };
             self.unlink_leaf(key);
             self.remove_leaf(key, false);
         }
@@ -282,7 +299,8 @@ impl PrefixTree {
             return;
         }
         let used_later = (above.used.wrapping_sub(used) as i32) > 0;
-        if above.block == NONE || (goes_whole && !used_later) {
+        self.note_follower(parent, false);
+        if self.block(parent).is_none() || (goes_whole && !used_later) {
             self.link_coldest(parent);
         } else {
             self.link_hottest(parent);
@@ -291,13 +309,12 @@ impl PrefixTree {
 
     /// How many of these blocks, from the first on, are a path from a root, and that root's key.
     pub(crate) fn path(&self, ids: &[BlockId]) -> Option<(PrefixKey, usize)> {
-        let node_of = |id: BlockId| Some(self.node_of[id.index()]).filter(|&node| node != 0);
-        let first = &self.nodes[node_of(*ids.first()?)? as usize];
+        let first = &self.nodes[self.node(*ids.first()?)? as usize];
         if first.parent != first.root {
             return None;
         }
         let follows = |pair: &&[BlockId]| {
-            node_of(pair[1]).is_some_and(|node| Some(self.nodes[node as usize].parent) == node_of(pair[0]))
+            self.node(pair[1]).is_some_and(|node| Some(self.nodes[node as usize].parent) == self.node(pair[0]))
         };
         Some((self.keys[&first.root].clone(), 1 + ids.windows(2).take_while(follows).count()))
     }
@@ -314,12 +331,14 @@ impl PrefixTree {
                 let of_key = self.keys.get(&key).and_then(|key| self.start(key, 0, None));
                 node.root == key && of_key == Some(key) && (key == ROOT || !node.children.is_empty())
             } else {
-                cached += usize::from(node.block != NONE);
+                let block = self.block(key);
+                cached += usize::from(block.is_some());
+                let followed = if node.children.is_empty() { key } else { key | FOLLOWED };
                 let above = self.nodes.get(node.parent as usize);
                 above.is_some_and(|above| {
                     above.root == node.root
                         && above.children.get(self.tokens_of(key), |child| self.tokens_of(child)) == Some(key)
-                }) && node.block().is_none_or(|id| self.node_of[id.index()] == key)
+                }) && block.is_none_or(|id| self.node_of[id.index()] == followed)
             };
             if !known {
                 return Some(format!("node {key} is not where its tokens lead"));
@@ -341,13 +360,10 @@ impl PrefixTree {
     /// The blocks that follow `id` in the tree, if nothing but eviction in order may come between: through a window, or once
     /// a sequence has passed a block, what follows may outlive it.
     pub(crate) fn followers(&self, id: BlockId) -> Vec<BlockId> {
-        let node = match self.node_of[id.index()] {
-            0 => return Vec::new(),
-            key => &self.nodes[key as usize],
-        };
+        let Some(node) = self.node(id).map(|node| &self.nodes[node as usize]) else { return Vec::new() };
         if node.passed || self.keys[&node.root].window.is_some() {
             return Vec::new();
         }
-        node.children.nodes().into_iter().filter_map(|child| self.nodes[child as usize].block()).collect()
+        node.children.nodes().into_iter().filter_map(|child| self.block(child)).collect()
     }
 }

@@ -26,7 +26,7 @@ impl PrefixTree {
         for (key, node) in &self.nodes {
             let key = key as NodeKey;
             if node.parent != key {
-                past.nodes.push((key, node.parent, node.block()));
+                past.nodes.push((key, node.parent, self.block(key)));
                 past.tokens.extend_from_slice(self.tokens_of(key));
             }
         }
