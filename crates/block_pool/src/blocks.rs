@@ -5,7 +5,7 @@ use std::ops::{Deref, Range};
 
 use smallvec::SmallVec;
 
-use crate::ledger::{Owned, Sought, Taken};
+use crate::ledger::{Owned, Sought};
 use crate::{BlockId, BlockPool, Found, OutOfBlocks, PrefixKey, ReserveError};
 
 /// Short sequences keep their list inside the table, without an allocation.
@@ -65,9 +65,12 @@ impl Blocks {
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        let rest = ledger.take(n, last, |run| add(ids, run))?;
-        drop(ledger);
-        self.finish(rest);
+        let evicted = ledger.take(n, last, |run| add(ids, run))?;
+        if evicted > 0 {
+            let forgotten = ledger.take_forgotten();
+            drop(ledger);
+            self.clean_up(evicted, &forgotten);
+        }
         Ok(())
     }
 
@@ -82,17 +85,12 @@ impl Blocks {
         Ok(())
     }
 
-    /// What an allocation has left to do: blocks that were remembered a moment ago still have their old content.
-    #[inline]
-    fn finish(&self, taken: Taken) {
-        let Taken { evicted, forgotten } = taken;
-        if evicted > 0 {
-            tracing::trace!(evicted, "remembered blocks gave way");
-            self.pool.poison(&self.ids[self.ids.len() - evicted..]);
-        }
-        if !forgotten.is_empty() {
-            self.pool.release(&forgotten);
-        }
+    /// What an allocation that has evicted blocks has left to do: they still have their old content.
+    #[cold]
+    fn clean_up(&self, evicted: usize, forgotten: &[BlockId]) {
+        tracing::trace!(evicted, "remembered blocks gave way");
+        self.pool.poison(&self.ids[self.ids.len() - evicted..]);
+        self.pool.release(forgotten);
     }
 
     /// Makes block `at` safe to write and adds `n` blocks at the end, in one transaction.
@@ -114,8 +112,15 @@ impl Blocks {
         self.make_room(n.saturating_add(1))?;
         let last = self.ids.last().copied();
         let Self { pool, ids, .. } = self;
-        let (owned, rest) = pool.ledger().own(original, n, last, |run| add(ids, run))?;
-        self.finish(rest);
+        let mut ledger = pool.ledger();
+        let (owned, evicted) = ledger.own(original, n, last, |run| add(ids, run))?;
+        if evicted > 0 {
+            let forgotten = ledger.take_forgotten();
+            drop(ledger);
+            self.clean_up(evicted, &forgotten);
+        } else {
+            drop(ledger);
+        }
         if matches!(owned, Owned::InPlace) {
             return Ok(());
         }
@@ -185,15 +190,14 @@ impl Blocks {
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        ledger.reuse(Sought { key, at, last, tokens }, ids)
+        ledger.reuse(Sought { key, at, last, tokens }, |id| ids.push(id))
     }
 
     /// What [`reuse`](Self::reuse) would find at this moment, and how many blocks it would take to use that and then to have
     /// slots for `slots` tokens from block number `at` on. Nothing is held or counted.
     pub fn find(&self, key: &PrefixKey, at: usize, tokens: &[u32], slots: usize) -> Found {
-        let mut ids = Ids::with_capacity(self.pool.blocks_for(tokens.len()).min(self.pool.blocks()));
         let last = self.ids.last().copied();
-        self.pool.ledger().find(Sought { key, at, last, tokens }, slots, &mut ids)
+        self.pool.ledger().find(Sought { key, at, last, tokens }, slots)
     }
 
     /// By how many the pool's available blocks would become fewer if block `at`, as far as there is one, were made safe to

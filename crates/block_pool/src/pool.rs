@@ -197,6 +197,9 @@ impl BlockPool {
     /// them, and outside the lock.
     #[inline]
     pub(crate) fn release(&self, ids: &[BlockId]) {
+        if ids.is_empty() {
+            return;
+        }
         // While a panic unwinds, the storage may be in the hands of the one who panicked.
         if !self.0.poisons || std::thread::panicking() {
             return self.ledger().release(ids);

@@ -4,9 +4,9 @@ use std::sync::mpsc::Receiver;
 
 use smallvec::SmallVec;
 
-use super::Ledger;
 use super::write::cost_of_copy;
-use crate::prefix::{Match, Past, PrefixTree};
+use super::{Ledger, MOST_HOLDERS};
+use crate::prefix::{Past, PrefixTree};
 use crate::{BlockId, Found, PoolEvent, PrefixKey};
 
 /// A sequence's blocks as far as they matter to what is sought after them.
@@ -23,41 +23,42 @@ pub(crate) struct Sought<'a> {
 }
 
 impl Ledger {
-    /// Holds the cached blocks that continue a sequence, adds them to `ids`, and says how many tokens it has gained. The last
+    /// Holds the cached blocks that continue a sequence, hands them to `held`, and says how many tokens it has gained. The last
     /// block may hold only a part of its tokens.
-    pub(crate) fn reuse(&mut self, sought: Sought<'_>, ids: &mut SmallVec<[BlockId; 8]>) -> usize {
+    pub(crate) fn reuse(&mut self, sought: Sought<'_>, mut held: impl FnMut(BlockId)) -> usize {
         self.stats.queries += 1;
         self.stats.queried_tokens += sought.tokens.len() as u64;
-        let before = ids.len();
-        let found = self.matched(sought, ids);
-        for &id in &ids[before..] {
-            self.hold(id);
-        }
+        let Sought { key, at, last, tokens } = sought;
+        let Self { tree, holders, remembered, .. } = self;
+        let found = tree.longest(key, at, last, tokens, |id| {
+            let holders = &mut holders[id.index()];
+            if *holders == 0 {
+                remembered.remove(id);
+            }
+            *holders = MOST_HOLDERS.min(*holders + 1);
+            held(id);
+        });
         self.tree.count_use(found);
         self.stats.hit_tokens += found.tokens as u64;
         found.tokens
     }
 
     /// What [`reuse`](Self::reuse) would find, and what the sequence would take of the pool to have slots for `slots` tokens
-    /// from there on. `ids` is memory for it.
-    pub(crate) fn find(&self, sought: Sought<'_>, slots: usize, ids: &mut SmallVec<[BlockId; 8]>) -> Found {
-        let before = ids.len();
-        let tokens = self.matched(sought, ids).tokens;
-        let holders = |id: &BlockId| self.holders[id.index()];
-        let remembered = ids[before..].iter().filter(|id| holders(id) == 0).count();
-        let growth = slots.div_ceil(self.block_size).saturating_sub(tokens.div_ceil(self.block_size));
-        let copy = match ids[before..].last() {
-            // The sequence goes on inside the last block.
-            Some(last) if !tokens.is_multiple_of(self.block_size) && slots > tokens => cost_of_copy(holders(last)),
-            _ => 0,
-        };
-        let blocks = remembered.saturating_add(growth).saturating_add(copy);
-        Found { tokens, held: ids.len() - before - remembered, remembered, blocks }
-    }
-
-    fn matched(&self, sought: Sought<'_>, ids: &mut SmallVec<[BlockId; 8]>) -> Match {
+    /// from there on.
+    pub(crate) fn find(&self, sought: Sought<'_>, slots: usize) -> Found {
         let Sought { key, at, last, tokens } = sought;
-        self.tree.longest(key, at, last, tokens, ids)
+        let (mut held, mut remembered, mut of_last) = (0usize, 0usize, 0);
+        let found = self.tree.longest(key, at, last, tokens, |id| {
+            of_last = self.holders[id.index()];
+            *if of_last > 0 { &mut held } else { &mut remembered } += 1;
+        });
+        let tokens = found.tokens;
+        let growth = slots.div_ceil(self.block_size).saturating_sub(tokens.div_ceil(self.block_size));
+        // The sequence goes on inside the last block.
+        let inside = !tokens.is_multiple_of(self.block_size) && slots > tokens;
+        let copy = if inside { cost_of_copy(of_last) } else { 0 };
+        let blocks = remembered.saturating_add(growth).saturating_add(copy);
+        Found { tokens, held, remembered, blocks }
     }
 
     /// Makes `ids[at..]` findable, whose tokens are `head` followed by `tokens`, as many as fill whole blocks. Where a

@@ -42,21 +42,14 @@ pub(crate) struct Ledger {
     /// How often everything was forgotten. What was computed before is not cached after.
     epoch: u64,
     block_size: usize,
+    /// Blocks that were forgotten with their prefix by an eviction, held by the one who allocated, who is to free them.
+    forgotten: Vec<BlockId>,
 }
 
-/// A count that has come this far is not kept any more: the block is never freed. Four thousand million holders are a leak,
-/// and a count that wraps would give the block to another sequence.
-const UNCOUNTED: u32 = u32::MAX;
-
-/// What an allocation leaves to do without the lock.
-#[derive(Debug, Default)]
-#[must_use]
-pub(crate) struct Taken {
-    /// How many of the blocks, the last ones, were remembered until now, and still have their old content.
-    pub(crate) evicted: usize,
-    /// Blocks that were forgotten with their prefix, held by the caller, who is to free them.
-    pub(crate) forgotten: Vec<BlockId>,
-}
+/// A count that grows beyond this is set back to it. Counts are far below as long as every list is dropped: more lists than
+/// this take hundreds of gigabytes. It is for those that are forgotten (`std::mem::forget`), whose blocks are never freed, and
+/// must not become so by a count that wraps.
+const MOST_HOLDERS: u32 = 0xf000_0000;
 
 impl Ledger {
     pub(crate) fn new(blocks: usize, block_size: usize) -> Self {
@@ -69,6 +62,7 @@ impl Ledger {
             stats: Stats::default(),
             epoch: 0,
             block_size,
+            forgotten: Vec::new(),
         }
     }
 
@@ -90,14 +84,15 @@ impl Ledger {
     }
 
     /// Takes `n` blocks, free ones first, side by side where possible and right after `after`; all or none. Hands them to
-    /// `taken` in runs of neighbours.
+    /// `taken` in runs of neighbours, and returns how many of them, the last ones, were remembered until now. If any were, the
+    /// caller asks for what was [forgotten](Self::take_forgotten).
     #[inline]
     pub(crate) fn take(
         &mut self,
         n: usize,
         after: Option<BlockId>,
         mut taken: impl FnMut(Range<usize>),
-    ) -> Result<Taken, OutOfBlocks> {
+    ) -> Result<usize, OutOfBlocks> {
         let available = self.available();
         if n > available {
             return Err(OutOfBlocks { requested: n, available });
@@ -108,33 +103,45 @@ impl Ledger {
             holders[run.clone()].fill(1);
             taken(run);
         });
-        let mut rest = Taken { evicted: n - free, forgotten: Vec::new() };
         for _ in free..n {
-            let Some(id) = self.evict(&mut rest.forgotten) else { break };
+            let Some(id) = self.evict() else { break };
             self.holders[id.index()] = 1;
             taken(id.index()..id.index() + 1);
         }
-        Ok(rest)
+        Ok(n - free)
+    }
+
+    /// Blocks that are held by nobody but the caller, who is to free them: what evictions have forgotten of other prefixes.
+    pub(crate) fn take_forgotten(&mut self) -> Vec<BlockId> {
+        std::mem::take(&mut self.forgotten)
     }
 
     /// Takes the remembered block that is next to give way. It is the one that was let go longest ago, and never one that is
     /// needed to find another: a sequence lets its blocks go from its end to its start, so that what follows a block was let
     /// go before it, or is followed by what a window, or a sequence that was written anew, has left there.
-    fn evict(&mut self, forgotten: &mut Vec<BlockId>) -> Option<BlockId> {
+    #[inline]
+    fn evict(&mut self) -> Option<BlockId> {
         let victim = self.remembered.next_victim()?;
         self.remembered.remove(victim);
         self.forget(victim);
         self.stats.evictions += 1;
+        if self.tree.has_too_many_tombstones() {
+            self.forget_cold_prefixes();
+        }
+        Some(victim)
+    }
+
+    #[cold]
+    fn forget_cold_prefixes(&mut self) {
         while self.tree.has_too_many_tombstones() {
-            let Some(lost) = self.tree.forget_coldest() else { break };
+            let Some(lost) = self.tree.forget_coldest() else { return };
             let Some(id) = lost else { continue };
             self.listeners.tell(|| PoolEvent::Removed { block: id });
             if self.holders[id.index()] == 0 {
                 self.hold(id);
-                forgotten.push(id);
+                self.forgotten.push(id);
             }
         }
-        Some(victim)
     }
 
     /// The block cannot be found any more.
@@ -144,10 +151,16 @@ impl Ledger {
         }
     }
 
+    /// One holder more for each of these blocks, which somebody holds.
     pub(crate) fn share(&mut self, ids: &[BlockId]) {
+        let mut any = 0;
         for id in ids {
             let holders = &mut self.holders[id.index()];
-            *holders = holders.saturating_add(1);
+            *holders += 1;
+            any |= *holders;
+        }
+        if any > MOST_HOLDERS {
+            self.limit(ids);
         }
     }
 
@@ -158,7 +171,15 @@ impl Ledger {
         if *holders == 0 {
             self.remembered.remove(id);
         }
-        *holders = holders.saturating_add(1);
+        *holders = MOST_HOLDERS.min(*holders + 1);
+    }
+
+    #[cold]
+    fn limit(&mut self, ids: &[BlockId]) {
+        for id in ids {
+            let holders = &mut self.holders[id.index()];
+            *holders = MOST_HOLDERS.min(*holders);
+        }
     }
 
     /// One holder less for each block, from the last to the first: the tail of a sequence is evicted before its head.
@@ -167,11 +188,10 @@ impl Ledger {
         let mut pending = Pending::default();
         for &id in ids.iter().rev() {
             let holders = &mut self.holders[id.index()];
-            if *holders != 1 {
-                *holders -= u32::from(*holders != UNCOUNTED);
+            *holders -= 1;
+            if *holders > 0 {
                 continue;
             }
-            *holders = 0;
             if self.tree.contains(id) {
                 self.remembered.insert(id);
             } else {

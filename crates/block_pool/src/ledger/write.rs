@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Ledger, Taken};
+use super::Ledger;
 use crate::{BlockId, OutOfBlocks};
 
 /// What became of a request for a block that may be written and for more after it.
@@ -48,7 +48,7 @@ pub(super) fn cost_of_copy(others: u32) -> usize {
 }
 
 impl Ledger {
-    /// Makes sure that the caller, who holds `block`, may write to it, and takes `n` more.
+    /// Makes sure that the caller, who holds `block`, may write to it, and takes `n` more; returns as [`take`](Self::take).
     #[inline]
     pub(crate) fn own(
         &mut self,
@@ -56,21 +56,21 @@ impl Ledger {
         n: usize,
         last: Option<BlockId>,
         taken: impl FnMut(Range<usize>),
-    ) -> Result<(Owned, Taken), OutOfBlocks> {
+    ) -> Result<(Owned, usize), OutOfBlocks> {
         let (alone, cached) = (self.holders[block.index()] == 1, self.tree.contains(block));
         if alone && !cached && n == 0 {
-            return Ok((Owned::InPlace, Taken::default()));
+            return Ok((Owned::InPlace, 0));
         }
         let way = Way::of(alone, cached, n, self.available());
         let after = if matches!(way, Way::Copy) { None } else { last };
-        let rest = self.take(way.blocks(n), after, taken)?;
+        let evicted = self.take(way.blocks(n), after, taken)?;
         match way {
-            Way::InPlace => return Ok((Owned::InPlace, rest)),
+            Way::InPlace => return Ok((Owned::InPlace, evicted)),
             // Whatever followed it that nobody holds has been evicted by now: there was no room but that.
             Way::Forget => self.forget(block),
-            Way::Copy => return Ok((Owned::Copy, rest)),
+            Way::Copy => return Ok((Owned::Copy, evicted)),
         }
-        Ok((Owned::InPlace, rest))
+        Ok((Owned::InPlace, evicted))
     }
 
     /// By how many the blocks that are available would be fewer after [`own`](Self::own), and how many it needs at least.

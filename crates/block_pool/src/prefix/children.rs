@@ -41,15 +41,23 @@ impl Children {
     }
 
     /// The child with exactly these tokens.
-    #[inline]
+    #[inline(always)]
     pub(super) fn get<'t>(&self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> Option<NodeKey> {
-        match self {
-            Self::Few(children) => match children.as_slice() {
-                [] => None,
+        if let Self::Few(children) = self {
+            match children.as_slice() {
+                [] => return None,
                 // Most prefixes do not branch.
-                [only] => (tokens_of(only.node) == tokens).then_some(only.node),
-                children => search(children, tokens, tokens_of).ok().map(|at| children[at].node),
-            },
+                [only] => return (tokens_of(only.node) == tokens).then_some(only.node),
+                _ => {}
+            }
+        }
+        self.get_of_several(tokens, tokens_of)
+    }
+
+    #[inline(never)]
+    fn get_of_several<'t>(&self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> Option<NodeKey> {
+        match self {
+            Self::Few(children) => search(children, tokens, tokens_of).ok().map(|at| children[at].node),
             Self::Many(children) => children.get(tokens).copied(),
         }
     }

@@ -2,60 +2,93 @@
 
 use super::{NodeKey, PrefixTree, ROOT};
 
-/// A leaf's neighbours in a ring; the root of those without key, which is no leaf, is both its ends.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Links {
-    colder: NodeKey,
-    hotter: NodeKey,
+/// The leaves as a ring of links. It is apart from the nodes, which are larger: a chain that grows or is evicted makes each of
+/// its nodes a leaf for a while.
+#[derive(Debug, Default)]
+pub(super) struct Leaves {
+    /// `[colder, hotter]` of each node, of leaves only; the root of those without key, which is no leaf, is both ends.
+    links: Vec<[NodeKey; 2]>,
+}
+
+const COLDER: usize = 0;
+const HOTTER: usize = 1;
+
+impl Leaves {
+    /// None of so many nodes is a leaf.
+    pub(super) fn with_room(nodes: usize) -> Self {
+        Self { links: vec![[ROOT; 2]; nodes] }
+    }
+
+    /// Room for this many nodes.
+    pub(super) fn make_room(&mut self, nodes: usize) {
+        self.links.resize(nodes, [ROOT; 2]);
+    }
+
+    pub(super) fn coldest(&self) -> Option<NodeKey> {
+        Some(self.links.first()?[HOTTER]).filter(|&node| node != ROOT)
+    }
+
+    #[inline]
+    pub(super) fn insert_hottest(&mut self, node: NodeKey) {
+        self.insert_between(self.links[ROOT as usize][COLDER], node, ROOT);
+    }
+
+    #[inline]
+    pub(super) fn insert_coldest(&mut self, node: NodeKey) {
+        self.insert_between(ROOT, node, self.links[ROOT as usize][HOTTER]);
+    }
+
+    #[inline]
+    pub(super) fn remove(&mut self, node: NodeKey) {
+        let [colder, hotter] = self.links[node as usize];
+        self.links[colder as usize][HOTTER] = hotter;
+        self.links[hotter as usize][COLDER] = colder;
+    }
+
+    /// Puts a node in the place of another.
+    #[inline]
+    pub(super) fn replace(&mut self, old: NodeKey, new: NodeKey) {
+        let [colder, hotter] = self.links[old as usize];
+        self.insert_between(colder, new, hotter);
+    }
+
+    /// Puts a child in the place of its parent, which no longer is a leaf, as the hottest.
+    #[inline]
+    pub(super) fn extend(&mut self, parent: NodeKey, child: NodeKey) {
+        if self.links[parent as usize][HOTTER] == ROOT {
+            self.replace(parent, child);
+        } else {
+            self.remove(parent);
+            self.insert_hottest(child);
+        }
+    }
+
+    #[inline]
+    fn insert_between(&mut self, colder: NodeKey, node: NodeKey, hotter: NodeKey) {
+        self.links[node as usize] = [colder, hotter];
+        self.links[colder as usize][HOTTER] = node;
+        self.links[hotter as usize][COLDER] = node;
+    }
+
+    /// From the coldest to the hottest.
+    fn iter(&self) -> impl Iterator<Item = NodeKey> + '_ {
+        let next = |node: &NodeKey| Some(self.links[*node as usize][HOTTER]).filter(|&node| node != ROOT);
+        std::iter::successors(self.coldest(), next)
+    }
 }
 
 impl PrefixTree {
-    pub(super) fn coldest_leaf(&self) -> Option<NodeKey> {
-        Some(self.links(ROOT).hotter).filter(|&key| key != ROOT)
-    }
-
-    pub(super) fn link_hottest(&mut self, key: NodeKey) {
-        let hottest = self.links(ROOT).colder;
-        self.link_between(hottest, key, ROOT);
-    }
-
-    pub(super) fn link_coldest(&mut self, key: NodeKey) {
-        let coldest = self.links(ROOT).hotter;
-        self.link_between(ROOT, key, coldest);
-    }
-
-    /// Takes a leaf out of the ring. Roots are never in it.
-    pub(super) fn unlink_leaf(&mut self, key: NodeKey) {
-        if self.nodes[key as usize].parent == key {
-            return;
-        }
-        let Links { colder, hotter } = self.links(key);
-        self.nodes[colder as usize].links.hotter = hotter;
-        self.nodes[hotter as usize].links.colder = colder;
-    }
-
-    fn link_between(&mut self, colder: NodeKey, key: NodeKey, hotter: NodeKey) {
-        self.nodes[key as usize].links = Links { colder, hotter };
-        self.nodes[colder as usize].links.hotter = key;
-        self.nodes[hotter as usize].links.colder = key;
-    }
-
-    fn links(&self, key: NodeKey) -> Links {
-        self.nodes[key as usize].links
-    }
-
     /// What is wrong with the ring, if anything is.
     pub(super) fn leaf_inconsistency(&self) -> Option<String> {
-        let leaves = self.nodes.iter().filter(|(key, node)| node.parent as usize != *key && node.children.is_empty());
-        let (mut linked, mut at) = (0, self.links(ROOT).hotter);
-        while at != ROOT && linked <= self.nodes.len() {
-            let node = &self.nodes[at as usize];
-            if !node.children.is_empty() || self.links(node.links.hotter).colder != at {
-                return Some(format!("node {at} is in the ring of leaves"));
-            }
-            (linked, at) = (linked + 1, node.links.hotter);
+        let is_leaf = |node: NodeKey| {
+            let found = self.nodes.get(node as usize);
+            found.is_some_and(|found| found.parent != node && found.children.is_empty())
+        };
+        let linked: Vec<NodeKey> = self.leaves.iter().take(self.nodes.len()).collect();
+        if let Some(node) = linked.iter().find(|&&node| !is_leaf(node)) {
+            return Some(format!("node {node} is among the leaves"));
         }
-        let leaves = leaves.count();
-        (linked != leaves).then(|| format!("{leaves} leaves, {linked} in their ring"))
+        let leaves = self.nodes.iter().filter(|(node, _)| is_leaf(*node as NodeKey)).count();
+        (linked.len() != leaves).then(|| format!("{leaves} leaves, {} in their ring", linked.len()))
     }
 }

@@ -16,20 +16,21 @@ pub(crate) struct Match {
 
 impl PrefixTree {
     /// Finds the longest cached prefix of `tokens`, a sequence's tokens from its block number `at` on, where `last` is the
-    /// block before. Adds the blocks to `ids` that a table of that length holds: all of them, or, through a window, those of
-    /// the sinks and those that the next token sees.
+    /// block before. Hands the blocks to `found` that a table of that length holds, in order: all of them, or, through a
+    /// window, those of the sinks and those that the next token sees.
+    #[inline]
     pub(crate) fn longest(
         &self,
         key: &PrefixKey,
         at: usize,
         last: Option<BlockId>,
         tokens: &[u32],
-        ids: &mut SmallVec<[BlockId; 8]>,
+        found: impl FnMut(BlockId),
     ) -> Match {
         let Some(start) = self.start(key, at, last) else { return Match::default() };
         match key.window {
-            None => self.longest_of_all(start, tokens, ids),
-            Some(window) => self.longest_through(window, start, at, tokens, ids),
+            None => self.longest_of_all(start, tokens, found),
+            Some(window) => self.longest_through(window, start, at, tokens, found),
         }
     }
 
@@ -41,18 +42,19 @@ impl PrefixTree {
     }
 
     /// Without a window the blocks before a missing one are what there is.
-    fn longest_of_all(&self, start: NodeKey, tokens: &[u32], ids: &mut SmallVec<[BlockId; 8]>) -> Match {
-        let mut found = Match { tokens: 0, end: start };
+    #[inline]
+    fn longest_of_all(&self, start: NodeKey, tokens: &[u32], mut found: impl FnMut(BlockId)) -> Match {
+        let mut longest = Match { tokens: 0, end: start };
         for block in tokens.chunks_exact(self.block_size) {
-            let Some((child, Some(id))) = self.child(found.end, block) else { break };
-            ids.push(id);
-            found = Match { tokens: found.tokens + self.block_size, end: child };
+            let Some((child, Some(id))) = self.child(longest.end, block) else { break };
+            found(id);
+            longest = Match { tokens: longest.tokens + self.block_size, end: child };
         }
-        if let Some((id, part)) = self.nearest_child(found.end, &tokens[found.tokens..]) {
-            ids.push(id);
-            found.tokens += part;
+        if let Some((id, part)) = self.nearest_child(longest.end, &tokens[longest.tokens..]) {
+            found(id);
+            longest.tokens += part;
         }
-        found
+        longest
     }
 
     /// Through a window the sinks and the blocks that the next token sees are needed, whatever is missing between them: the
@@ -63,9 +65,10 @@ impl PrefixTree {
         start: NodeKey,
         at: usize,
         tokens: &[u32],
-        ids: &mut SmallVec<[BlockId; 8]>,
+        found: impl FnMut(BlockId),
     ) -> Match {
-        let (block_size, sinks, before) = (self.block_size, window.sink_blocks(self.block_size), ids.len());
+        let (block_size, sinks) = (self.block_size, window.sink_blocks(self.block_size));
+        let mut ids = SmallVec::<[BlockId; 64]>::new();
         let first_seen = |len: usize| sinks + window.passed_blocks(len, block_size);
         // The node reached and how many blocks lead there; all from number `there` on have a block, as have the sinks.
         let (mut node, mut blocks, mut there) = (start, at, 0);
@@ -91,7 +94,7 @@ impl PrefixTree {
         }
         let tokens = (whole - at) * block_size + part.map_or(0, |(_, n)| n);
         let sinks = sinks.clamp(at, whole);
-        ids.truncate(before + sinks - at);
+        ids.truncate(sinks - at);
         let seen = first_seen(at * block_size + tokens).clamp(sinks, whole);
         let first = ids.len();
         let mut node = end;
@@ -101,6 +104,7 @@ impl PrefixTree {
         }
         ids[first..].reverse();
         ids.extend(part.map(|(id, _)| id));
+        ids.into_iter().for_each(found);
         Match { tokens, end }
     }
 

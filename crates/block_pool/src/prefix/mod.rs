@@ -4,8 +4,7 @@
 //! block while the keys and values of its tokens are in the pool. It can lose the block and keep its place and its tokens (a
 //! *tombstone*), because what follows it may still be found: through a window, only the last blocks of a prefix are needed.
 //!
-//! What a node's block is, is for the block to say: the node names it, and it counts if the block names the node. So evicting
-//! a block that others follow is one write in a dense array, and reads no node.
+//! Which block a node has, and which node a block, are two dense arrays: evicting a block that others follow reads no node.
 //!
 //! Tokens are always compared; there are no hashes but the one that finds a key's root, and that map compares keys.
 
@@ -20,9 +19,8 @@ use slab::Slab;
 
 use crate::{BlockId, PrefixKey};
 use children::Children;
-use leaves::Links;
+use leaves::Leaves;
 
-pub(crate) use matching::Match;
 pub(crate) use past::Past;
 
 /// A node's key in the slab. The root of [`PrefixKey::new`] is always there and has key 0, so that 0 can stand for "no
@@ -30,8 +28,10 @@ pub(crate) use past::Past;
 pub(crate) type NodeKey = u32;
 
 const ROOT: NodeKey = 0;
-/// In [`PrefixTree::node_of`], beside a node: another one follows it.
+/// In [`PrefixTree::node_of`], with a node: it has children.
 const FOLLOWED: u32 = 1 << 31;
+/// In [`PrefixTree::block_of`]: no block. Memory that is zero and was never touched costs nothing.
+const NONE: u32 = 0;
 
 /// Tombstones for each block of the pool, at most. They cost some hundred bytes each; without a bound, an endless sequence
 /// with a window would leave one for each block of tokens that it has passed.
@@ -45,12 +45,8 @@ struct Node {
     /// Of a root: itself.
     parent: NodeKey,
     root: NodeKey,
-    /// The block that holds its tokens' keys and values, or has held them; of a root none.
-    block: Option<BlockId>,
     /// When it was last inserted, or the end of a match: a reading of [`PrefixTree::clock`].
     used: u32,
-    /// In the ring of leaves, for nodes without children.
-    links: Links,
     children: Children,
     /// A sequence that holds what follows has let the block go: from then on it may be evicted before what follows it.
     passed: bool,
@@ -58,7 +54,7 @@ struct Node {
 
 impl Node {
     fn new(parent: NodeKey, root: NodeKey, used: u32) -> Self {
-        Self { parent, root, block: None, used, links: Links::default(), children: Children::default(), passed: false }
+        Self { parent, root, used, children: Children::default(), passed: false }
     }
 }
 
@@ -71,12 +67,17 @@ pub(crate) struct PrefixTree {
     keys: HashMap<NodeKey, PrefixKey>,
     /// Each block's node, with [`FOLLOWED`] if that has children; or 0.
     node_of: Vec<u32>,
+    /// One more than the index of the block that holds the keys and values of each node's tokens, or [`NONE`].
+    block_of: Vec<u32>,
+    /// The nodes without children, roots excepted.
+    leaves: Leaves,
     /// Each node's tokens, at `node * block_size`. Made when the first block is cached: a pool without prefix reuse pays
     /// nothing.
     tokens: Vec<u32>,
     /// Nodes that have a block.
     cached: usize,
     clock: u32,
+    most_tombstones: usize,
     block_size: usize,
 }
 
@@ -84,9 +85,21 @@ impl PrefixTree {
     pub(crate) fn new(blocks: usize, block_size: usize) -> Self {
         let mut nodes = Slab::new();
         nodes.insert(Node::new(ROOT, ROOT, 0));
-        let keys = HashMap::from([(ROOT, PrefixKey::new())]);
-        let node_of = vec![0; blocks];
-        Self { nodes, roots: HashMap::new(), keys, node_of, tokens: Vec::new(), cached: 0, clock: 0, block_size }
+        // A key has 31 bits, and each node may have a root of its own.
+        let keys = (FOLLOWED as usize / 2).saturating_sub(blocks);
+        Self {
+            nodes,
+            roots: HashMap::new(),
+            keys: HashMap::from([(ROOT, PrefixKey::new())]),
+            node_of: vec![0; blocks],
+            block_of: Vec::new(),
+            leaves: Leaves::default(),
+            tokens: Vec::new(),
+            cached: 0,
+            clock: 0,
+            most_tombstones: keys.min(TOMBSTONES_PER_BLOCK * blocks),
+            block_size,
+        }
     }
 
     #[inline]
@@ -99,11 +112,9 @@ impl PrefixTree {
         self.nodes.len() - self.keys.len() - self.cached
     }
 
+    #[inline]
     pub(crate) fn has_too_many_tombstones(&self) -> bool {
-        let blocks = self.node_of.len();
-        // A key has 31 bits, and each node may have a root of its own.
-        let keys = (FOLLOWED as usize / 2).saturating_sub(blocks);
-        self.tombstones() > keys.min(TOMBSTONES_PER_BLOCK * blocks)
+        self.tombstones() > self.most_tombstones
     }
 
     /// The node of a block that can be found.
@@ -115,7 +126,8 @@ impl PrefixTree {
     /// The block of a node, if it has one.
     #[inline]
     fn block(&self, node: NodeKey) -> Option<BlockId> {
-        self.nodes[node as usize].block.filter(|&id| self.node_of[id.index()] & !FOLLOWED == node)
+        let index = self.block_of.get(node as usize)?.checked_sub(1)?;
+        Some(BlockId::new(index as usize))
     }
 
     /// The node after which block number `at` of a sequence is found: that of the block before it, `last`, or the key's root.
@@ -162,15 +174,23 @@ impl PrefixTree {
     /// [`insert`](Self::insert) follows.
     pub(crate) fn next_tokens(&mut self) -> &mut [u32] {
         if self.tokens.is_empty() {
-            let blocks = self.node_of.len();
+            let (blocks, nodes) = (self.node_of.len(), self.node_of.len() + self.nodes.len());
             self.nodes.reserve(blocks);
-            self.tokens = vec![0; (blocks + self.nodes.len()) * self.block_size];
+            (self.block_of, self.leaves) = (vec![NONE; nodes], Leaves::with_room(nodes));
+            self.tokens = vec![0; nodes * self.block_size];
         }
-        let at = self.nodes.vacant_key() * self.block_size;
-        if at + self.block_size > self.tokens.len() {
-            self.tokens.resize(2 * self.tokens.len(), 0);
+        let node = self.nodes.vacant_key();
+        if node >= self.block_of.len() {
+            self.make_room(2 * node);
         }
-        &mut self.tokens[at..][..self.block_size]
+        &mut self.tokens[node * self.block_size..][..self.block_size]
+    }
+
+    #[cold]
+    fn make_room(&mut self, nodes: usize) {
+        self.block_of.resize(nodes, NONE);
+        self.leaves.make_room(nodes);
+        self.tokens.resize(nodes * self.block_size, 0);
     }
 
     /// Caches a block after `parent`, under the tokens that were filled in just now. When there is a block with the same
@@ -181,31 +201,29 @@ impl PrefixTree {
         let new = self.nodes.vacant_key() as NodeKey;
         let Self { nodes, tokens, block_size, .. } = self;
         let of = |node: NodeKey| &tokens[node as usize * *block_size..][..*block_size];
-        let Node { children, root, .. } = &mut nodes[parent as usize];
-        let (root, had_children) = (*root, !children.is_empty());
-        let node = match children.get(of(new), of) {
-            Some(node) => {
-                self.touch(node);
-                node
+        let above = &mut nodes[parent as usize];
+        let known = above.children.get(of(new), of);
+        let node = known.unwrap_or(new);
+        if known.is_some() {
+            if let Some(same) = self.block(node) {
+                return (node, Some(same));
             }
-            None => {
-                children.insert(of(new), new, of);
-                self.clock = self.clock.wrapping_add(1);
-                nodes.insert(Node::new(parent, root, self.clock));
-                if !had_children {
-                    self.unlink_leaf(parent);
-                    self.note_follower(parent, true);
-                }
-                self.link_hottest(new);
-                new
+            self.touch(node);
+        } else {
+            let (first, is_root, root) = (above.children.is_empty(), above.parent == parent, above.root);
+            above.children.insert(of(new), new, of);
+            self.clock = self.clock.wrapping_add(1);
+            nodes.insert(Node::new(parent, root, self.clock));
+            if first && !is_root {
+                self.leaves.extend(parent, new);
+                self.note_follower(parent, FOLLOWED);
+            } else {
+                self.leaves.insert_hottest(new);
             }
-        };
-        if let Some(same) = self.block(node) {
-            return (node, Some(same));
         }
-        let Node { block, children, .. } = &mut self.nodes[node as usize];
-        *block = Some(id);
-        self.node_of[id.index()] = if children.is_empty() { node } else { node | FOLLOWED };
+        let followed = if self.nodes[node as usize].children.is_empty() { 0 } else { FOLLOWED };
+        self.block_of[node as usize] = id.index() as u32 + 1;
+        self.node_of[id.index()] = node | followed;
         self.cached += 1;
         (node, None)
     }
@@ -217,30 +235,33 @@ impl PrefixTree {
         let node = &mut self.nodes[key as usize];
         node.used = self.clock;
         if node.children.is_empty() && node.parent != key {
-            self.unlink_leaf(key);
-            self.link_hottest(key);
+            self.leaves.remove(key);
+            self.leaves.insert_hottest(key);
         }
     }
 
     /// Notes at a node's block, if it has one, whether the node has children.
-    fn note_follower(&mut self, node: NodeKey, has_children: bool) {
+    #[inline]
+    fn note_follower(&mut self, node: NodeKey, followed: u32) {
         if let Some(id) = self.block(node) {
-            self.node_of[id.index()] = if has_children { node | FOLLOWED } else { node };
+            self.node_of[id.index()] = node | followed;
         }
     }
 
     /// Takes a block out of the tree: says whether it was there. Its node stays as long as another comes after it.
     #[inline]
     pub(crate) fn lose(&mut self, id: BlockId) -> bool {
-        let node = std::mem::take(&mut self.node_of[id.index()]);
-        if node == 0 {
-            return false;
-        }
+        let (node, followed) = match std::mem::take(&mut self.node_of[id.index()]) {
+            0 => return false,
+            node => (node & !FOLLOWED, node & FOLLOWED != 0),
+        };
+        self.block_of[node as usize] = NONE;
         self.cached -= 1;
-        if node & FOLLOWED == 0 {
-            self.unlink_leaf(node);
-            self.remove_leaf(node, false);
-            self.clear_dead_ends();
+        if !followed {
+            self.remove_leaf(node);
+            if self.tombstones() > 0 {
+                self.clear_dead_ends();
+            }
         }
         true
     }
@@ -257,14 +278,13 @@ impl PrefixTree {
     /// Forgets the last block of tokens of the prefix that has not been used for longest, and what of it was in the pool, if
     /// anything. Called again, it goes on with the same prefix: one is lost, instead of a part of each.
     pub(crate) fn forget_coldest(&mut self) -> Option<Option<BlockId>> {
-        let key = self.coldest_leaf()?;
+        let key = self.leaves.coldest()?;
         let block = self.block(key);
         if let Some(id) = block {
-            self.node_of[id.index()] = 0;
+            (self.node_of[id.index()], self.block_of[key as usize]) = (0, NONE);
             self.cached -= 1;
         }
-        self.unlink_leaf(key);
-        self.remove_leaf(key, true);
+        self.remove_leaf(key);
         Some(block)
     }
 
@@ -272,25 +292,24 @@ impl PrefixTree {
     /// long sequence leaves a long row of them at once.
     fn clear_dead_ends(&mut self) {
         for _ in 0..DEAD_ENDS_AT_ONCE {
-            let Some(key) = self.coldest_leaf().filter(|&key| self.block(key).is_none()) else { return };
-            self.unlink_leaf(key);
-            self.remove_leaf(key, false);
+            let Some(key) = self.leaves.coldest().filter(|&key| self.block(key).is_none()) else { return };
+            self.remove_leaf(key);
         }
     }
 
-    /// Removes a node without block and children, which is in no ring any more. A parent that has no other child becomes a
-    /// leaf: the coldest if it leads nowhere or `goes_whole`, unless it was used later than what followed it.
-    fn remove_leaf(&mut self, key: NodeKey, goes_whole: bool) {
+    /// Removes a node without block and children. A parent that has no other child becomes a leaf in its place: the coldest if
+    /// it leads nowhere, the hottest if it was used later than what followed it.
+    fn remove_leaf(&mut self, key: NodeKey) {
         let Node { parent, used, .. } = self.nodes.remove(key as usize);
         let Self { nodes, tokens, block_size, .. } = self;
         let of = |node: NodeKey| &tokens[node as usize * *block_size..][..*block_size];
         let above = &mut nodes[parent as usize];
         above.children.remove(of(key), of);
-        if !above.children.is_empty() {
-            return;
-        }
-        if above.parent == parent {
-            if parent != ROOT {
+        let (followed, is_root) = (!above.children.is_empty(), above.parent == parent);
+        let used_later = (above.used.wrapping_sub(used) as i32) > 0;
+        if followed || is_root {
+            self.leaves.remove(key);
+            if !followed && parent != ROOT {
                 self.nodes.remove(parent as usize);
                 if let Some(key) = self.keys.remove(&parent) {
                     self.roots.remove(&key);
@@ -298,12 +317,16 @@ impl PrefixTree {
             }
             return;
         }
-        let used_later = (above.used.wrapping_sub(used) as i32) > 0;
-        self.note_follower(parent, false);
-        if self.block(parent).is_none() || (goes_whole && !used_later) {
-            self.link_coldest(parent);
+        self.note_follower(parent, 0);
+        if self.block(parent).is_some() && !used_later {
+            self.leaves.replace(key, parent);
+            return;
+        }
+        self.leaves.remove(key);
+        if self.block(parent).is_none() {
+            self.leaves.insert_coldest(parent);
         } else {
-            self.link_hottest(parent);
+            self.leaves.insert_hottest(parent);
         }
     }
 
