@@ -67,7 +67,7 @@ fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random
         _ => {}
     }
     step.attend(1, &k, &k, &k, &attention).unwrap();
-    step.commit();
+    step.commit().unwrap();
 }
 
 #[test]
