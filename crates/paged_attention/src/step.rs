@@ -287,6 +287,9 @@ impl Drop for Step<'_> {
         for Pushed { table } in &mut self.pushed {
             table.roll_back();
         }
-        self.cache.record_metrics();
+        // A recorder is somebody else's code: if it panicked while a panic unwinds, the process would be aborted.
+        if !std::thread::panicking() {
+            self.cache.record_metrics();
+        }
     }
 }
