@@ -7,6 +7,7 @@ default:
 ci:
     .ci/run
 
+# All tests. Those that need the model are skipped without it, loudly; `PAGED_KV_NEEDS_MODEL=1 just test` makes that an error
 test:
     cargo test --workspace
 

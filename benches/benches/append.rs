@@ -34,12 +34,12 @@ fn main() -> Result<()> {
         let mut step = cache.step();
         step.push(&mut table, &vec![0; context])?;
         step.write(0, &all, &all)?;
-        step.commit();
+        step.commit()?;
         let ours = Stopwatch::time(c, &format!("paged/{context}"), || {
             let mut step = cache.step();
             step.push(&mut table, &[0]).expect("there is room");
             step.write(0, &one, &one).expect("the shapes fit");
-            step.commit();
+            step.commit().expect("the layer is written");
             table.truncate(context).expect("there is no window");
         });
 

@@ -97,7 +97,7 @@ impl Case {
             for layer in 0..shape.layers {
                 step.write(layer, &history, &history)?;
             }
-            step.commit();
+            step.commit()?;
         }
         Ok((cache, tables))
     }

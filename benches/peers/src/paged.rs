@@ -84,7 +84,7 @@ impl Decode {
             for layer in 0..case.layers {
                 step.write(layer, &k, &v)?;
             }
-            step.commit();
+            step.commit()?;
         }
         Ok(Self { case: case.clone(), cache, tables })
     }
@@ -152,7 +152,7 @@ pub fn append(case: &Case) -> Result<Contender<'static>> {
     let mut step = cache.step();
     step.push(&mut table, &vec![0; case.context])?;
     step.write(0, &history, &history)?;
-    step.commit();
+    step.commit()?;
     let (context, room) = (case.context, case.room);
     Ok(Contender::new(NAME, move |times| {
         let mut time = Duration::ZERO;
@@ -164,7 +164,7 @@ pub fn append(case: &Case) -> Result<Contender<'static>> {
                 let mut step = cache.step();
                 step.push(&mut table, &[0])?;
                 step.write(0, &k, &v)?;
-                step.commit();
+                step.commit()?;
             }
             time += started.elapsed();
             table.truncate(context)?;

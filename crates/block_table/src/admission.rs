@@ -83,9 +83,10 @@ impl<T> Admission<T> {
 
     /// Puts back, before the others, one who had started and had to yield.
     pub fn requeue(&mut self, request: T) {
-        metrics::counter!("kv_cache_preemptions").increment(1);
-        tracing::debug!(waiting = self.waiting.len() + 1, "a sequence yields");
         self.waiting.push_front(Waiting { request, skipped: 0 });
+        // Last: these call the host's code, which may panic.
+        metrics::counter!("kv_cache_preemptions").increment(1);
+        tracing::debug!(waiting = self.waiting.len(), "a sequence yields");
     }
 
     /// How many wait.

@@ -26,10 +26,12 @@ impl BlockTable {
     pub fn swap_out(&mut self) -> Result<SwappedTable, StorageError> {
         self.roll_back();
         let blocks = self.blocks.swap_out()?;
-        tracing::debug!(tokens = self.len, bytes = blocks.bytes(), "swapped out");
         let tail = self.tail.replace(Tokens::new());
         let (len, gap) = (std::mem::take(&mut self.len), std::mem::take(&mut self.gap));
-        Ok(SwappedTable { blocks, len, gap, key: self.key.clone(), private: self.private, tail })
+        let swapped = SwappedTable { blocks, len, gap, key: self.key.clone(), private: self.private, tail };
+        // Last: this calls the host's code, which may panic.
+        tracing::debug!(tokens = len, bytes = swapped.bytes(), "swapped out");
+        Ok(swapped)
     }
 }
 

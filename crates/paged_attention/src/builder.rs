@@ -1,5 +1,7 @@
 //! How a cache is made.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use block_pool::{BlockPool, KvDtype, KvShape, KvTensors, PoolMetrics};
 use candle_core::Device;
 
@@ -36,7 +38,7 @@ pub struct KvCacheBuilder {
     backend: Backend,
     kernel: Kernel,
     poison: bool,
-    name: String,
+    name: Option<String>,
 }
 
 impl KvCacheBuilder {
@@ -50,7 +52,7 @@ impl KvCacheBuilder {
             backend: Backend::Auto,
             kernel: Kernel::best(),
             poison: cfg!(debug_assertions),
-            name: "kv".into(),
+            name: None,
         }
     }
 
@@ -95,9 +97,13 @@ impl KvCacheBuilder {
         Self { poison, ..self }
     }
 
-    /// What the cache is called in metrics, as the label `cache`; `kv` unless told.
+    /// What the cache is called in metrics, as the label `cache`. Two caches of one name overwrite each other's
+    /// numbers.
+    ///
+    /// Unless told, the first cache that the process builds without a name is `kv`, the next ones are `kv-2`,
+    /// `kv-3`...; a number is not given twice, so that no counter goes back.
     pub fn name(self, name: impl Into<String>) -> Self {
-        Self { name: name.into(), ..self }
+        Self { name: Some(name.into()), ..self }
     }
 
     /// Allocates the pool.
@@ -124,7 +130,8 @@ impl KvCacheBuilder {
         let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, fused, self.dtype, &self.device)?
             .poisoned(self.poison);
         let pool = BlockPool::with_storage(blocks, self.block_size, tensors.clone())?;
-        Ok(KvCache::from_parts(pool, tensors, self.shape, self.kernel, PoolMetrics::new(&self.name)))
+        let metrics = PoolMetrics::new(&self.name.unwrap_or_else(next_name));
+        Ok(KvCache::from_parts(pool, tensors, self.shape, self.kernel, metrics))
     }
 
     fn block_count(&self) -> Result<usize, CacheError> {
@@ -139,5 +146,14 @@ impl KvCacheBuilder {
             Some(0) => Err(CacheError::TooLittleMemory { bytes, bytes_per_block }),
             Some(blocks) => Ok(blocks),
         }
+    }
+}
+
+/// The name of the next cache that has none.
+fn next_name() -> String {
+    static UNNAMED: AtomicU64 = AtomicU64::new(0);
+    match UNNAMED.fetch_add(1, Ordering::Relaxed) {
+        0 => "kv".into(),
+        before => format!("kv-{}", before + 1),
     }
 }

@@ -77,6 +77,15 @@ pub enum CommitError {
         /// The tokens it has in the step.
         pushed: usize,
     },
+    /// A layer has no keys and values of the new tokens: whoever found them by their prefix would read what was left
+    /// there.
+    #[error("layer {layer} was not written in this step: the cache has {layers} layers")]
+    Unwritten {
+        /// The first such layer.
+        layer: usize,
+        /// The layers there are.
+        layers: usize,
+    },
 }
 
 impl From<ReserveError> for PushError {

@@ -6,6 +6,7 @@ mod cache;
 mod cpu;
 mod error;
 mod gather;
+mod layers;
 mod parts;
 mod plan;
 mod step;

@@ -4,16 +4,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use block_pool::Order;
 use block_table::BlockTable;
-use candle_core::{Result, Tensor};
+use candle_core::{Error, Result, Tensor};
 
+use crate::layers::Layers;
 use crate::plan::{Plan, Span};
-use crate::{Attention, CommitError, KvCache, PushError, cpu, gather, validate};
+use crate::{AttendError, Attention, CommitError, KvCache, PushError, cpu, gather, validate};
 
 /// One forward pass over a batch of sequences, prefill and decode alike.
 ///
 /// Sequences join with [`push`](Self::push), each layer calls [`attend`](Self::attend) once, and
-/// [`commit`](Self::commit) makes the new tokens part of their sequences. A step that is dropped instead, by an early
-/// return or a panic, rolls every sequence back.
+/// [`commit`](Self::commit) makes the new tokens part of their sequences, if every layer has been written. A step that
+/// is dropped instead, by an early return or a panic, rolls every sequence back.
 ///
 /// The step borrows its tables: pushing one twice, or dropping one in mid-step, does not compile.
 ///
@@ -25,7 +26,7 @@ use crate::{Attention, CommitError, KvCache, PushError, cpu, gather, validate};
 /// let mut step = cache.step();
 /// step.push(&mut table, &[1, 2]).unwrap();
 /// drop(table); // error[E0505]: cannot move out of `table` because it is borrowed
-/// step.commit();
+/// step.commit().unwrap();
 /// ```
 #[derive(Debug)]
 #[must_use = "dropping a step rolls its sequences back"]
@@ -36,6 +37,8 @@ pub struct Step<'t> {
     token_ids: Vec<u32>,
     /// Whether some layer has been written: from then on nobody may join.
     started: AtomicBool,
+    /// Layers that have the new tokens' keys and values, or were declared to do without.
+    written: Layers,
 }
 
 #[derive(Debug)]
@@ -51,6 +54,7 @@ impl<'t> Step<'t> {
             plan: Plan::default(),
             token_ids: Vec::new(),
             started: AtomicBool::new(false),
+            written: Layers::none_of(cache.shape().layers),
         }
     }
 
@@ -139,21 +143,24 @@ impl<'t> Step<'t> {
     ///
     /// # Errors
     ///
-    /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist or a shape, dtype or device is
-    /// wrong; nothing was written then. Otherwise what the device reports.
+    /// [`AttendError`], wrapped, when the layer does not exist or a shape, dtype or device is wrong; nothing was
+    /// written then. Otherwise what the device reports; the layer then counts as not written, until a later call
+    /// succeeds.
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
         let _span =
             tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();
         let heads = validate::queries(&self.cache, self.plan.rows(), q, k, attention)?;
-        self.write(layer, k, v)?;
+        self.fill(layer, k, v)?;
         let tensor = validate::layer(self.cache.tensors(), layer)?;
-        match self.cache.layout().order {
+        let attended = match self.cache.layout().order {
             Order::HeadMajor | Order::Int8 => {
                 let (layout, kernel) = (self.cache.layout(), self.cache.kernel());
-                cpu::attend(tensor, q, &cpu::Call { layout, plan: &self.plan, heads, attention, kernel })
+                cpu::attend(tensor, q, &cpu::Call { layout, plan: &self.plan, heads, attention, kernel })?
             }
-            Order::TokenMajor => gather::attend(tensor, self.cache.layout(), &self.plan, q, attention),
-        }
+            Order::TokenMajor => gather::attend(tensor, self.cache.layout(), &self.plan, q, attention)?,
+        };
+        self.written.insert(layer);
+        Ok(attended)
     }
 
     /// Stores the new tokens' keys and values in one layer without attending, both `(tokens, kv_heads, head_dim)`: for
@@ -163,22 +170,77 @@ impl<'t> Step<'t> {
     ///
     /// As [`attend`](Self::attend).
     pub fn write(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.fill(layer, k, v)?;
+        self.written.insert(layer);
+        Ok(())
+    }
+
+    /// Stores keys and values. The layer counts as not written from the first change on, for the caller to decide when
+    /// it is.
+    fn fill(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let tensor = validate::layer(self.cache.tensors(), layer)?;
         validate::keys_and_values(&self.cache, self.plan.rows(), k, v)?;
         self.started.store(true, Ordering::Relaxed);
+        self.written.remove(layer);
         match self.cache.layout().order {
             Order::HeadMajor | Order::Int8 => cpu::write(tensor, k, v, self.cache.layout(), &self.plan),
             Order::TokenMajor => gather::write(tensor, self.cache.layout(), &self.plan, k, v),
         }
     }
 
+    /// Declares that these layers get no keys and values in this step, so that it can be committed without: for a model
+    /// that leaves early, or that skips layers. Can be said at any time before the commit, in the model's loop over its
+    /// layers too.
+    ///
+    /// Nobody may attend to the step's tokens in these layers: not this sequence later, not one that shares its prefix.
+    /// There they hold anything. If some passes of a model write a layer and others do not, give their tables different
+    /// [salts](crate::Salt).
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use paged_attention::{KvCache, KvShape};
+    /// # let cache = KvCache::builder(KvShape { layers: 12, kv_heads: 1, head_dim: 4 }).blocks(4).build()?;
+    /// # let mut table = cache.table();
+    /// # let x = Tensor::zeros((2, 1, 4), DType::F32, &Device::Cpu)?;
+    /// let mut step = cache.step();
+    /// step.push(&mut table, &[1, 2])?;
+    /// for layer in 0..7 {
+    ///     step.write(layer, &x, &x)?;
+    /// }
+    /// step.leave_unwritten(7..12)?;
+    /// step.commit()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`AttendError::NoLayer`], wrapped, for the first layer that does not exist; none is declared then.
+    pub fn leave_unwritten(&self, layers: impl IntoIterator<Item = usize>) -> Result<()> {
+        let declared = Layers::none_of(self.written.layers());
+        for layer in layers {
+            if !declared.insert(layer) {
+                return Err(Error::wrap(AttendError::NoLayer { layer, layers: declared.layers() }));
+            }
+        }
+        self.written.insert_all(&declared);
+        Ok(())
+    }
+
     /// Makes the new tokens part of their sequences. Blocks that are full now can be found by others.
-    pub fn commit(mut self) {
+    ///
+    /// # Errors
+    ///
+    /// [`CommitError::Unwritten`] when a layer has neither been written nor [declared to stay
+    /// unwritten](Self::leave_unwritten). Every sequence is rolled back then. A step without sequences has nothing to
+    /// write.
+    pub fn commit(mut self) -> std::result::Result<(), CommitError> {
+        self.check_written()?;
         let all = std::mem::take(&mut self.pushed);
         for (Pushed { table }, span) in all.into_iter().zip(&self.plan.spans) {
             let committed = table.commit_tokens(&self.token_ids[span.rows.clone()]);
             debug_assert!(committed.is_ok(), "`push` has reserved them");
         }
+        Ok(())
     }
 
     /// Makes only the first few of each sequence's new tokens part of it, and rolls the rest back: for speculative
@@ -188,7 +250,7 @@ impl<'t> Step<'t> {
     /// # Errors
     ///
     /// [`CommitError`] when there are not as many numbers as sequences, or one is greater than the number of tokens
-    /// pushed. Every sequence is rolled back then.
+    /// pushed; and as [`commit`](Self::commit), whatever was accepted. Every sequence is rolled back then.
     pub fn commit_accepted(mut self, accepted: &[usize]) -> std::result::Result<(), CommitError> {
         if accepted.len() != self.pushed.len() {
             return Err(CommitError::Sequences { accepted: accepted.len(), pushed: self.pushed.len() });
@@ -199,6 +261,7 @@ impl<'t> Step<'t> {
                 return Err(CommitError::Tokens { sequence, accepted, pushed: span.rows.len() });
             }
         }
+        self.check_written()?;
         for ((Pushed { table }, span), accepted) in self.pushed.iter_mut().zip(&self.plan.spans).zip(accepted) {
             let tokens = &self.token_ids[span.rows.clone()][..*accepted];
             let committed = table.commit_tokens(tokens);
@@ -207,6 +270,16 @@ impl<'t> Step<'t> {
         // What was not accepted is rolled back as the step is dropped.
         Ok(())
     }
+
+    /// Others will read every layer of what is committed.
+    fn check_written(&self) -> std::result::Result<(), CommitError> {
+        match self.written.first_missing() {
+            Some(layer) if !self.pushed.is_empty() => {
+                Err(CommitError::Unwritten { layer, layers: self.written.layers() })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Drop for Step<'_> {
@@ -214,6 +287,9 @@ impl Drop for Step<'_> {
         for Pushed { table } in &mut self.pushed {
             table.roll_back();
         }
-        self.cache.record_metrics();
+        // A recorder is somebody else's code: if it panicked while a panic unwinds, the process would be aborted.
+        if !std::thread::panicking() {
+            self.cache.record_metrics();
+        }
     }
 }

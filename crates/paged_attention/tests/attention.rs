@@ -105,7 +105,7 @@ impl Case {
         let got = step.attend(layers - 1, &qt, &kt, &vt, &self.attention(scale)).unwrap();
         assert_eq!(got.dims(), qt.dims());
         let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
-        step.commit();
+        step.commit().unwrap();
 
         let width = self.heads * head_dim;
         let mut row = 0;
@@ -351,7 +351,7 @@ fn bits(
         let y = pool.install(|| step.attend(0, &q, &k, &k, attention).unwrap());
         let y = y.narrow(0, rows, n).unwrap().flatten_all().unwrap();
         out.extend(y.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits));
-        step.commit();
+        step.commit().unwrap();
         at += n;
     }
     out
@@ -472,7 +472,8 @@ fn what_is_stored_can_be_read_back() {
         step.push(&mut table, &[1; 9]).unwrap();
         let (k, v) = (tensor(&k, 2, 5, DType::F32), tensor(&v, 2, 5, DType::F32));
         step.attend(1, &k, &k, &v, &Attention::new(1.0)).unwrap();
-        step.commit();
+        step.leave_unwritten([0]).unwrap();
+        step.commit().unwrap();
         let fork = table.fork_at(7).unwrap();
         for (table, len) in [(&table, 9), (&fork, 7)] {
             let (stored_k, stored_v) = cache.keys_and_values(table, 1).unwrap();

@@ -112,7 +112,8 @@ fn one_part_is_a_step_to_the_last_bit() {
     step.push(b, &[2; 600]).unwrap();
     let attention = Attention::new(0.1);
     let stepped = step.attend(LAYER, &q, &k, &v, &attention).unwrap();
-    step.commit();
+    step.leave_unwritten(0..LAYER).unwrap();
+    step.commit().unwrap();
     let parts = [Part { cache: &cache, tables: &tables, start: 0, end: 600 }];
     let got = attend_parts(&parts, LAYER, 0, &q, &attention).unwrap();
     let numbers = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -131,7 +132,8 @@ fn writing_without_a_step_copies_what_others_read() {
     let mut step = cache.step();
     step.push(&mut table, &[1, 2, 3, 4, 5, 6]).unwrap();
     step.write(LAYER, &full(1.0, 6), &full(1.0, 6)).unwrap();
-    step.commit();
+    step.leave_unwritten(0..LAYER).unwrap();
+    step.commit().unwrap();
     let mut fork = [table.fork()];
     cache.write_at(LAYER, &mut fork, 2, &full(2.0, 3), &full(2.0, 3)).unwrap();
     assert_eq!((first(&table, 0..6), first(&fork[0], 1..6)), (vec![1.0; 6], vec![1.0, 2.0, 2.0, 2.0, 1.0]));

@@ -28,7 +28,7 @@ fn append(cache: &KvCache, table: &mut BlockTable, tokens: &[u32]) {
     let mut step = cache.step();
     step.push(table, tokens).unwrap();
     write(&step).unwrap();
-    step.commit();
+    step.commit().unwrap();
 }
 
 /// What `write` has left for these tokens is what the table holds.

@@ -4,12 +4,13 @@
 
 mod common;
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use candle_core::{DType, Device, Tensor};
 use common::{Random, tensor, ways};
 use paged_attention::{
-    Attention, Backend, BlockTable, CacheError, KvCache, KvDtype, KvShape, OutOfBlocks, PoolError, PushError,
+    Attention, Backend, BlockTable, CacheError, KvCache, KvDtype, KvShape, OutOfBlocks, PoolError, PushError, Step,
 };
 
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: 4 };
@@ -26,11 +27,16 @@ fn rows(n: usize, seed: u64) -> Tensor {
 fn forward(cache: &KvCache, table: &mut BlockTable, n: usize, seed: u64) {
     let mut step = cache.step();
     step.push(table, &vec![0; n]).unwrap();
-    for layer in 0..SHAPE.layers {
-        let x = rows(n, seed + layer as u64);
+    attend(&step, 0..SHAPE.layers, seed);
+    step.commit().unwrap();
+}
+
+/// Some layers of a step.
+fn attend(step: &Step<'_>, layers: Range<usize>, seed: u64) {
+    for layer in layers {
+        let x = rows(step.tokens(), seed + layer as u64);
         step.attend(layer, &x, &x, &x, &Attention::new(1.0)).unwrap();
     }
-    step.commit();
 }
 
 fn stored(cache: &KvCache, table: &BlockTable) -> Vec<Vec<Vec<f32>>> {
@@ -62,7 +68,8 @@ fn a_step_packs_prefill_and_decode() {
     assert_eq!(step.token_ids().unwrap().to_vec1::<u32>().unwrap(), [7, 8, 9, 10, 11]);
     assert_eq!(step.positions().unwrap().to_vec1::<u32>().unwrap(), [6, 0, 1, 2, 0]);
     assert_eq!(step.last_rows().unwrap().to_vec1::<u32>().unwrap(), [0, 3, 4]);
-    step.commit();
+    attend(&step, 0..SHAPE.layers, 2);
+    step.commit().unwrap();
     assert_eq!((a.len(), b.len(), c.len()), (7, 3, 1));
 }
 
@@ -116,7 +123,8 @@ fn a_full_pool_refuses_one_sequence_and_keeps_the_others() {
         other => panic!("{other:?}"),
     }
     assert_eq!(step.tokens(), 8);
-    step.commit();
+    attend(&step, 0..SHAPE.layers, 3);
+    step.commit().unwrap();
     assert_eq!((a.len(), b.len(), cache.pool().held()), (8, 0, 2));
 }
 

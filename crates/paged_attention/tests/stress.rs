@@ -1,5 +1,5 @@
-//! More threads than cores on one cache, for seconds: joining, stepping, forking, truncating, swapping, leaving, and
-//! panicking in mid-step. At the end every block is accounted for, and all along every sequence holds its own tokens.
+//! More threads than cores on one cache, thousands of actions: joining, stepping, forking, truncating, swapping, leaving,
+//! and panicking in mid-step. At the end every block is accounted for, and all along every sequence holds its own tokens.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -9,17 +9,71 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use common::Random;
 use paged_attention::{Attention, BlockTable, KvCache, KvShape, PushError, SequenceError, SequenceId, Sequences};
 
 const THREADS: usize = 8;
+/// What each thread does, and goes on to do at most while something has not happened yet.
+const ACTIONS: usize = 20_000;
+const MOST_ACTIONS: usize = 1_000_000;
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: 4 };
 
 /// What a worker throws on purpose.
 struct OnPurpose;
+
+/// What has to happen for the test to prove something.
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    Joined,
+    FoundAPrefix,
+    Left,
+    Forked,
+    Truncated,
+    SwappedOut,
+    SwappedIn,
+    Committed,
+    RolledBack,
+    Panicked,
+    PoolFull,
+    Busy,
+}
+
+use Event::*;
+
+const EVENTS: [Event; 12] = [
+    Joined,
+    FoundAPrefix,
+    Left,
+    Forked,
+    Truncated,
+    SwappedOut,
+    SwappedIn,
+    Committed,
+    RolledBack,
+    Panicked,
+    PoolFull,
+    Busy,
+];
+
+/// How often each of them has happened.
+#[derive(Default)]
+struct Counts([AtomicUsize; EVENTS.len()]);
+
+impl Counts {
+    fn add(&self, event: Event) {
+        self.0[event as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn of(&self, event: Event) -> usize {
+        self.0[event as usize].load(Ordering::Relaxed)
+    }
+
+    fn missing(&self) -> Option<Event> {
+        EVENTS.into_iter().find(|&event| self.of(event) == 0)
+    }
+}
 
 /// The keys that a sequence's tokens leave behind, and its tokens, which are few different ones so that prefixes meet.
 fn keys(tokens: &[u32]) -> Tensor {
@@ -38,7 +92,7 @@ fn assert_holds(cache: &KvCache, table: &BlockTable, tokens: &[u32]) {
 }
 
 /// One step with a few of the sequences. Panics in the middle of it now and then.
-fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random: &mut Random) {
+fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random: &mut Random, counts: &Counts) {
     let mut step = cache.step();
     let mut new = vec![];
     let mut pushed = 0;
@@ -48,7 +102,10 @@ fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random
         let more: Vec<u32> = (0..n).map(|_| random.below(2) as u32).collect();
         match step.push(table, &more) {
             Ok(()) => {}
-            Err(PushError::OutOfBlocks(_)) => break,
+            Err(PushError::OutOfBlocks(_)) => {
+                counts.add(PoolFull);
+                break;
+            }
             Err(error) => panic!("{error}"),
         }
         new.extend(&more);
@@ -62,12 +119,16 @@ fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random
     let attention = Attention::new(0.5);
     step.attend(0, &k, &k, &k, &attention).unwrap();
     match random.below(10) {
-        0 => return,
+        0 => {
+            counts.add(RolledBack);
+            return;
+        }
         1 => resume_unwind(Box::new(OnPurpose)),
         _ => {}
     }
     step.attend(1, &k, &k, &k, &attention).unwrap();
-    step.commit();
+    step.commit().unwrap();
+    counts.add(Committed);
 }
 
 #[test]
@@ -76,15 +137,16 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
     let sequences = Sequences::new(cache.pool());
     // The tokens of each sequence, known beside the cache.
     let known: Mutex<Vec<(SequenceId, Vec<u32>)>> = Mutex::new(vec![]);
-    let [panics, busy, steps] = [(); 3].map(|()| AtomicUsize::new(0));
-    let end = Instant::now() + Duration::from_secs(3);
+    let counts = Counts::default();
     thread::scope(|scope| {
         for t in 0..THREADS {
-            let (cache, sequences, known) = (&cache, &sequences, &known);
-            let (panics, busy, steps) = (&panics, &busy, &steps);
+            let (cache, sequences, known, counts) = (&cache, &sequences, &known, &counts);
             scope.spawn(move || {
                 let mut random = Random::new(t as u64 + 1);
-                while Instant::now() < end {
+                for action in 0..MOST_ACTIONS {
+                    if action >= ACTIONS && counts.missing().is_none() {
+                        break;
+                    }
                     // As many sequences as fill the pool, but not more.
                     let pick = {
                         let known = known.lock().unwrap();
@@ -95,7 +157,10 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                         // A new sequence with a prompt that others may have computed.
                         let prompt: Vec<u32> = (0..random.below(20) + 1).map(|i| (i / 9) as u32 % 2).collect();
                         let mut table = cache.table();
-                        table.reuse(&prompt);
+                        if table.reuse(&prompt) > 0 {
+                            counts.add(FoundAPrefix);
+                        }
+                        counts.add(Joined);
                         assert_holds(cache, &table, &prompt);
                         let id = sequences.insert(table);
                         known.lock().unwrap().push((id, prompt));
@@ -106,6 +171,7 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                             // Whoever removes it forgets it; others find it unknown.
                             if sequences.remove(id).is_ok() {
                                 known.lock().unwrap().retain(|(other, _)| *other != id);
+                                counts.add(Left);
                             }
                         }
                         2 => {
@@ -117,6 +183,7 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                                 if let Some(tokens) = tokens {
                                     let tokens = tokens[..fork.len()].to_vec();
                                     known.lock().unwrap().push((sequences.insert(fork), tokens));
+                                    counts.add(Forked);
                                 }
                             }
                         }
@@ -126,11 +193,18 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                                 let Some(mut tokens) = current(known, id) else { continue };
                                 assert_holds(cache, &taken, &tokens);
                                 match random.below(6) {
-                                    0 => taken.truncate(random.below(30)).unwrap(),
+                                    0 => {
+                                        taken.truncate(random.below(30)).unwrap();
+                                        counts.add(Truncated);
+                                    }
                                     1 => {
                                         let swapped = taken.swap_out().unwrap();
+                                        counts.add(SwappedOut);
                                         match swapped.swap_in() {
-                                            Ok(table) => *taken = table,
+                                            Ok(table) => {
+                                                *taken = table;
+                                                counts.add(SwappedIn);
+                                            }
                                             Err(_) => tokens.clear(),
                                         }
                                     }
@@ -138,21 +212,18 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                                         let mut other = cache.table();
                                         let mut others = vec![];
                                         let mut tables = [(&mut *taken, &mut tokens), (&mut other, &mut others)];
-                                        let work = || step(cache, &mut tables, &mut random);
+                                        let work = || step(cache, &mut tables, &mut random, counts);
                                         if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
                                             assert!(panic.is::<OnPurpose>(), "a panic that nobody ordered");
-                                            panics.fetch_add(1, Ordering::Relaxed);
+                                            counts.add(Panicked);
                                         }
-                                        steps.fetch_add(1, Ordering::Relaxed);
                                     }
                                 }
                                 tokens.truncate(taken.len());
                                 assert_holds(cache, &taken, &tokens);
                                 set(known, id, tokens);
                             }
-                            Err(SequenceError::Busy(_)) => {
-                                busy.fetch_add(1, Ordering::Relaxed);
-                            }
+                            Err(SequenceError::Busy(_)) => counts.add(Busy),
                             Err(SequenceError::Unknown(_)) => {}
                         },
                     }
@@ -161,9 +232,9 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
         }
     });
     let known = known.into_inner().unwrap();
-    let counts = [&panics, &busy, &steps].map(|count| count.load(Ordering::Relaxed));
-    println!("{} sequences left, panics, busy, steps: {counts:?}, {:?}", known.len(), cache.pool().stats());
-    assert!(counts.iter().all(|&count| count > 0), "{counts:?}");
+    let happened = EVENTS.map(|event| (event, counts.of(event)));
+    println!("{} sequences left, {happened:?}, {:?}", known.len(), cache.pool().stats());
+    assert!(counts.missing().is_none(), "{happened:?}");
     assert_eq!(sequences.len(), known.len());
     let ids: Vec<SequenceId> = known.iter().map(|(id, _)| *id).collect();
     let tables = sequences.take_all(ids).unwrap();

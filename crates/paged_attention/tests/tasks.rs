@@ -46,7 +46,7 @@ impl Sequence {
             tensor(&numbers, heads, SHAPE.head_dim, DType::F32)
         });
         let attended = step.attend(0, &q, &k, &v, &Attention::scaled_by(SHAPE.head_dim)).unwrap();
-        step.commit();
+        step.commit().unwrap();
         drop(fork);
         self.attended.extend(attended.flatten_all().unwrap().to_vec1::<f32>().unwrap());
     }

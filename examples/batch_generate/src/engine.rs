@@ -338,7 +338,7 @@ impl<'a> Engine<'a> {
 
         let logits = model.forward(&step)?.to_vec2::<f32>()?;
         let new_tokens = step.tokens();
-        step.commit();
+        step.commit()?;
         drop(tables);
         self.outcome.computed_prompt_tokens += prompt_tokens;
         for (sequence, found) in found {

@@ -57,7 +57,7 @@ impl<'m> Filled<'m> {
             step.push(&mut first, piece)?;
             let logits = model.forward(&step)?.to_vec2::<f32>()?;
             next = likeliest(&logits[0])?;
-            step.commit();
+            step.commit()?;
         }
         let prefill = Work { tokens: context, time: started.elapsed() };
 
@@ -85,7 +85,7 @@ impl<'m> Filled<'m> {
                 step.push(table, &[*token])?;
             }
             let logits = self.model.forward(&step)?.to_vec2::<f32>()?;
-            step.commit();
+            step.commit()?;
             for (token, logits) in next.iter_mut().zip(&logits) {
                 *token = likeliest(logits)?;
             }

@@ -67,11 +67,40 @@ pub fn obtain(model: Option<&Path>, progress: &dyn Fn(&str)) -> Result<ModelFile
     )
 }
 
-/// The default model, if it is in the cache already.
+/// Set to anything but nothing or 0, it makes tests that need the default model fail where they would be skipped because
+/// the model is not in the cache. `.ci/run` sets it once the model is there.
 #[cfg(test)]
-pub(crate) fn cached() -> Option<PathBuf> {
-    let path = cache_folder().ok()?.join(MODEL.name);
-    MODEL.verify(&path).is_ok().then_some(path)
+const TEST_VARIABLE: &str = "PAGED_KV_NEEDS_MODEL";
+
+/// The default model for a test, if it is in the cache already. If not, says that the test is skipped.
+///
+/// # Errors
+///
+/// If it is not there, and the environment demands it.
+#[cfg(test)]
+pub(crate) fn for_test() -> Result<Option<PathBuf>> {
+    let demanded = env::var_os(TEST_VARIABLE).is_some_and(|value| !value.is_empty() && value != "0");
+    let path = cache_folder().and_then(|folder| MODEL.verified_in(&folder));
+    // Not `eprintln`, which the test harness swallows when the test passes.
+    found_or_skipped(path, demanded, &mut io::stderr())
+}
+
+#[cfg(test)]
+fn found_or_skipped(path: Result<PathBuf>, demanded: bool, out: &mut dyn io::Write) -> Result<Option<PathBuf>> {
+    match path {
+        Ok(path) => Ok(Some(path)),
+        Err(error) if demanded => Err(error.context(format!("{TEST_VARIABLE} demands the model"))),
+        Err(error) => {
+            let test = thread::current().name().unwrap_or("a test").to_owned();
+            let said = format!(
+                "\nSKIPPED {test}, which needs the model: {error:#}\n  \
+                 `cargo run --release -p batch_generate` brings it; {TEST_VARIABLE}=1 makes this an error\n"
+            );
+            // At once, or other tests' lines get in between.
+            out.write_all(said.as_bytes())?;
+            Ok(None)
+        }
+    }
 }
 
 fn given(path: &Path) -> Result<ModelFile> {
@@ -111,6 +140,12 @@ impl Pinned {
         }
         ensure!(sum == self.sha256, "{} is not the right file: its sha-256 is {sum}", path.display());
         Ok(())
+    }
+
+    #[cfg(test)]
+    fn verified_in(&self, folder: &Path) -> Result<PathBuf> {
+        let path = folder.join(self.name);
+        self.verify(&path).map(|()| path)
     }
 }
 
@@ -387,6 +422,30 @@ mod tests {
         };
         obtain_in(folder.path(), &HELLO, &[Source { name: "a source", fetch: &fetch }], &silent)?;
         assert!(locked.get());
+        Ok(())
+    }
+
+    #[test]
+    fn a_test_without_the_model_says_so_or_fails() -> Result<()> {
+        let folder = TempDir::new()?;
+        let ask = |demanded| {
+            let mut said = Vec::new();
+            let found = found_or_skipped(HELLO.verified_in(folder.path()), demanded, &mut said);
+            (found.map_err(|error| format!("{error:#}")), String::from_utf8_lossy(&said).into_owned())
+        };
+        let name = "model_file::tests::a_test_without_the_model_says_so_or_fails";
+        for content in [None, Some("hell")] {
+            content.map_or(Ok(()), |content| fs::write(folder.path().join(HELLO.name), content))?;
+            let (found, said) = ask(false);
+            assert_eq!(found, Ok(None));
+            assert!(said.contains(&format!("SKIPPED {name}")) && said.contains("PAGED_KV_NEEDS_MODEL=1"), "{said}");
+            let (found, said) = ask(true);
+            let error = found.expect_err("it is demanded");
+            assert!(error.contains("PAGED_KV_NEEDS_MODEL demands") && error.contains(HELLO.name), "{error}");
+            assert_eq!(said, "");
+        }
+        fs::write(folder.path().join(HELLO.name), "hello")?;
+        assert_eq!([ask(false), ask(true)].map(|(found, _)| found.ok().flatten().is_some()), [true, true]);
         Ok(())
     }
 }

@@ -59,7 +59,7 @@ impl Verifier<'_> {
         let mut step = self.cache.step();
         step.push(table, tokens)?;
         let logits = self.paged.forward(&step)?;
-        step.commit();
+        step.commit()?;
         likeliest(&logits)
     }
 
@@ -200,7 +200,7 @@ impl Verifier<'_> {
                 let mut step = cache.step();
                 step.push(&mut table, &pending)?;
                 let next = likeliest(&self.paged.forward(&step)?)?;
-                step.commit();
+                step.commit()?;
                 tokens.push(next);
                 pending = vec![next];
             }

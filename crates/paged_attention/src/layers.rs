@@ -1,0 +1,121 @@
+//! A set of a cache's layers.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Layers per word.
+const WORD: usize = u64::BITS as usize;
+
+/// A set of the layers `0..layers`, which threads can add to at the same time. Up to 64 layers need no allocation.
+///
+/// Nothing is read through it: who asks for what is missing has the set to itself, and with it everything that other
+/// threads did before. So relaxed operations suffice.
+#[derive(Debug)]
+pub(crate) struct Layers {
+    layers: usize,
+    /// The first 64 layers.
+    first: AtomicU64,
+    /// 64 layers each.
+    rest: Box<[AtomicU64]>,
+}
+
+impl Layers {
+    /// None of so many layers.
+    pub(crate) fn none_of(layers: usize) -> Self {
+        let words = layers.div_ceil(WORD).saturating_sub(1);
+        Self { layers, first: AtomicU64::new(0), rest: (0..words).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    /// How many layers there are, in the set or not.
+    pub(crate) fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// Adds a layer, if there is such a layer, and says whether there is.
+    pub(crate) fn insert(&self, layer: usize) -> bool {
+        match self.place(layer) {
+            Some((word, bit)) => {
+                word.fetch_or(bit, Ordering::Relaxed);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Takes a layer out; it seldom is there, and then this only reads.
+    pub(crate) fn remove(&self, layer: usize) {
+        if let Some((word, bit)) = self.place(layer)
+            && word.load(Ordering::Relaxed) & bit != 0
+        {
+            word.fetch_and(!bit, Ordering::Relaxed);
+        }
+    }
+
+    /// Adds all layers of another set, which has as many.
+    pub(crate) fn insert_all(&self, other: &Layers) {
+        for (word, other) in self.words().zip(other.words()) {
+            word.fetch_or(other.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    /// The first layer that is not in the set.
+    pub(crate) fn first_missing(&self) -> Option<usize> {
+        let missing = |(i, word): (usize, &AtomicU64)| i * WORD + word.load(Ordering::Relaxed).trailing_ones() as usize;
+        let full = |(i, missing): &(usize, usize)| *missing == (i + 1) * WORD;
+        let first = self.words().enumerate().map(|at| (at.0, missing(at))).find(|at| !full(at));
+        first.map(|(_, missing)| missing).filter(|missing| *missing < self.layers)
+    }
+
+    fn words(&self) -> impl Iterator<Item = &AtomicU64> {
+        std::iter::once(&self.first).chain(&self.rest)
+    }
+
+    fn place(&self, layer: usize) -> Option<(&AtomicU64, u64)> {
+        let word = match layer / WORD {
+            _ if layer >= self.layers => return None,
+            0 => &self.first,
+            word => self.rest.get(word - 1)?,
+        };
+        Some((word, 1 << (layer % WORD)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn it_is_a_set_of_any_number_of_layers() {
+        for layers in [0, 1, 2, 63, 64, 65, 127, 128, 129, 1000] {
+            let set = Layers::none_of(layers);
+            assert_eq!(set.rest.len(), layers.saturating_sub(1) / 64, "{layers} layers");
+            let mut model = BTreeSet::new();
+            let mut state = 1u64;
+            let check = |model: &BTreeSet<usize>| {
+                assert_eq!(set.first_missing(), (0..layers).find(|layer| !model.contains(layer)), "{model:?}");
+            };
+            for _ in 0..layers * 8 {
+                check(&model);
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let layer = (state >> 33) as usize % layers;
+                if state >> 63 == 0 {
+                    set.remove(layer);
+                    model.remove(&layer);
+                } else {
+                    assert!(set.insert(layer));
+                    model.insert(layer);
+                }
+            }
+            for beyond in [layers, layers + 1, layers + 64, usize::MAX] {
+                assert!(!set.insert(beyond));
+                set.remove(beyond);
+            }
+            check(&model);
+            let all = Layers::none_of(layers);
+            (0..layers).filter(|layer| !model.contains(layer)).for_each(|layer| assert!(all.insert(layer)));
+            all.insert_all(&set);
+            assert_eq!(all.first_missing(), None);
+        }
+    }
+}

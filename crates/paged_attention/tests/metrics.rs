@@ -1,0 +1,101 @@
+//! What a recorder of metrics is told, and that it can do no harm.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+use paged_attention::{BlockTable, KvCache, KvCacheBuilder, KvShape};
+
+const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
+
+/// The caches that report `kv_cache_blocks` when each of these makes a step, and how many blocks each has.
+fn reported(caches: &[KvCache]) -> Vec<(String, f64)> {
+    let recorder = DebuggingRecorder::new();
+    metrics::with_local_recorder(&recorder, || caches.iter().for_each(|cache| drop(cache.step())));
+    let mut found = vec![];
+    for (key, _, _, value) in recorder.snapshotter().snapshot().into_vec() {
+        let label = |name| key.key().labels().find(|label| label.key() == name).map(|label| label.value().to_owned());
+        if let (DebugValue::Gauge(blocks), Some("free")) = (value, label("state").as_deref()) {
+            found.push((label("cache").unwrap(), blocks.into_inner()));
+        }
+    }
+    found
+}
+
+fn build(blocks: usize, with: impl Fn(KvCacheBuilder) -> KvCacheBuilder) -> KvCache {
+    with(KvCache::builder(SHAPE).blocks(blocks)).build().unwrap()
+}
+
+#[test]
+fn caches_without_a_name_do_not_overwrite_each_other() {
+    let builder = KvCache::builder(SHAPE).blocks(6);
+    let caches = [build(4, |b| b), build(5, |b| b), builder.clone().build().unwrap(), builder.build().unwrap()];
+    let mut reported = reported(&caches);
+    let names: BTreeSet<_> = reported.iter().map(|(name, _)| name.clone()).collect();
+    assert_eq!(names.len(), 4, "{reported:?}");
+    // `kv`, then `kv-2` and so on; other tests of this process may have built some in between.
+    assert!(names.iter().all(|name| name == "kv" || name.strip_prefix("kv-").unwrap().parse::<u64>().unwrap() > 1));
+    reported.sort_by(|a, b| a.1.total_cmp(&b.1));
+    assert_eq!(reported.iter().map(|(_, blocks)| *blocks).collect::<Vec<_>>(), [4.0, 5.0, 6.0, 6.0]);
+
+    // A handle to the same cache has its name. A name that is given is taken as it is, and costs no number.
+    let same = caches[0].clone();
+    assert_eq!(self::reported(&[caches[0].clone(), same]).len(), 1);
+    assert_eq!(
+        self::reported(&[build(4, |b| b.name("draft")), build(7, |b| b.name("draft"))]),
+        [("draft".into(), 7.0)]
+    );
+    assert!(KvCache::builder(SHAPE).blocks(0).build().is_err());
+}
+
+/// A recorder with a defect.
+struct Panics;
+
+impl Recorder for Panics {
+    fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+    fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+    fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+    fn register_counter(&self, _: &Key, _: &Metadata<'_>) -> Counter {
+        panic!("the recorder's panic")
+    }
+
+    fn register_gauge(&self, _: &Key, _: &Metadata<'_>) -> Gauge {
+        panic!("the recorder's panic")
+    }
+
+    fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
+        panic!("the recorder's panic")
+    }
+}
+
+/// Two panics at once abort the process, so that nobody can catch the first one.
+#[test]
+fn a_panic_in_mid_step_does_not_call_the_recorder() {
+    let cache = build(4, |b| b);
+    let mut table = cache.table();
+    let mid_step = |table: &mut BlockTable| {
+        let mut step = cache.step();
+        step.push(table, &[1, 2]).unwrap();
+        resume_unwind(Box::new("layer 0 fails"))
+    };
+    let panicked = catch_unwind(AssertUnwindSafe(|| metrics::with_local_recorder(&Panics, || mid_step(&mut table))));
+    assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"layer 0 fails"));
+    assert_eq!((table.len(), cache.pool().available()), (0, 4));
+    cache.pool().check_held([table.blocks()]).unwrap();
+
+    // Without a panic the recorder is called, and can only fail after the sequences have been rolled back.
+    let drops = |table: &mut BlockTable| {
+        let mut step = cache.step();
+        step.push(table, &[1, 2]).unwrap();
+    };
+    let panicked = catch_unwind(AssertUnwindSafe(|| metrics::with_local_recorder(&Panics, || drops(&mut table))));
+    assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"the recorder's panic"));
+    cache.pool().check_held([table.blocks()]).unwrap();
+    assert_eq!(cache.pool().available(), 4);
+}
