@@ -58,9 +58,11 @@ impl Stores {
         }
         let there: usize = all.iter().map(|cache| cache.pool().blocks()).sum();
         let cache = self.builder.clone().blocks(there.max(blocks)).build()?;
-        tracing::debug!(blocks = cache.pool().blocks(), "the cache grows");
         self.growths.fetch_add(1, Ordering::Relaxed);
         all.push(cache.clone());
+        // A subscriber is the host's code, which may ask for this lock.
+        drop(all);
+        tracing::debug!(blocks = cache.pool().blocks(), "the cache grows");
         Ok(cache)
     }
 

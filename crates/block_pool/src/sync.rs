@@ -14,7 +14,7 @@ const PAUSES: std::ops::RangeInclusive<u32> = 9..=11;
 
 /// Locks `mutex`. What it guards is taken to be whole, even if a thread has panicked.
 ///
-/// The pool's lock is held for nanoseconds, hundreds of times shorter than putting a thread to sleep and waking it
+/// The pool's lock is mostly held for some nanoseconds a block, much shorter than putting a thread to sleep and waking it
 /// takes. So a thread that finds it taken first waits with growing pauses, in which the owner has the lock's cache line
 /// for itself, and sleeps only if that was not enough.
 #[inline]
