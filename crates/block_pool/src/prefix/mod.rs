@@ -374,7 +374,7 @@ impl PrefixTree {
                 self.cached
             ));
         }
-        if self.has_too_many_tombstones() {
+        if self.tombstones() > TOMBSTONES_PER_BLOCK * self.node_of.len() {
             return Some(format!("{} nodes have no block", self.tombstones()));
         }
         self.leaf_inconsistency()
