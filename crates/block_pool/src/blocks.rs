@@ -88,9 +88,10 @@ impl Blocks {
     /// What an allocation that has evicted blocks has left to do: they still have their old content.
     #[cold]
     fn clean_up(&self, evicted: usize, forgotten: &[BlockId]) {
-        tracing::trace!(evicted, "remembered blocks gave way");
         self.pool.poison(&self.ids[self.ids.len() - evicted..]);
         self.pool.release(forgotten);
+        // Last: this calls the host's code, which may panic.
+        tracing::trace!(evicted, "remembered blocks gave way");
     }
 
     /// Makes block `at` safe to write and adds `n` blocks at the end, in one transaction.

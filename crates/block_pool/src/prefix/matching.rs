@@ -25,12 +25,12 @@ impl PrefixTree {
         at: usize,
         last: Option<BlockId>,
         tokens: &[u32],
-        found: impl FnMut(BlockId),
+        mut found: impl FnMut(BlockId),
     ) -> Match {
         let Some(start) = self.start(key, at, last) else { return Match::default() };
         match key.window {
             None => self.longest_of_all(start, tokens, found),
-            Some(window) => self.longest_through(window, start, at, tokens, found),
+            Some(window) => self.longest_through(window, start, at, tokens, &mut found),
         }
     }
 
@@ -45,27 +45,38 @@ impl PrefixTree {
     #[inline]
     fn longest_of_all(&self, start: NodeKey, tokens: &[u32], mut found: impl FnMut(BlockId)) -> Match {
         let mut longest = Match { tokens: 0, end: start };
-        for block in tokens.chunks_exact(self.block_size) {
-            let Some((child, Some(id))) = self.child(longest.end, block) else { break };
-            found(id);
-            longest = Match { tokens: longest.tokens + self.block_size, end: child };
-        }
-        if let Some((id, part)) = self.nearest_child(longest.end, &tokens[longest.tokens..]) {
+        // Blocks are handed on in one place, so that what becomes of them is compiled into the loop.
+        loop {
+            let rest = &tokens[longest.tokens..];
+            let whole = rest.get(..self.block_size).and_then(|block| self.child(longest.end, block));
+            let (id, part) = match whole {
+                Some((child, Some(id))) => {
+                    longest.end = child;
+                    (id, self.block_size)
+                }
+                _ => match self.nearest_child(longest.end, rest) {
+                    Some(part) => part,
+                    None => return longest,
+                },
+            };
             found(id);
             longest.tokens += part;
+            if part < self.block_size {
+                return longest;
+            }
         }
-        longest
     }
 
     /// Through a window the sinks and the blocks that the next token sees are needed, whatever is missing between them: the
     /// end is the last one before which these are there (as vLLM looks for the neighbours before an end, from the right).
+    #[inline(never)]
     fn longest_through(
         &self,
         window: Window,
         start: NodeKey,
         at: usize,
         tokens: &[u32],
-        found: impl FnMut(BlockId),
+        found: &mut dyn FnMut(BlockId),
     ) -> Match {
         let (block_size, sinks) = (self.block_size, window.sink_blocks(self.block_size));
         let mut ids = SmallVec::<[BlockId; 64]>::new();
@@ -109,7 +120,7 @@ impl PrefixTree {
     }
 
     /// The child with exactly these tokens, one block of them, and its block if it has one.
-    #[inline]
+    #[inline(always)]
     fn child(&self, parent: NodeKey, tokens: &[u32]) -> Option<(NodeKey, Option<BlockId>)> {
         let key = self.nodes[parent as usize].children.get(tokens, |child| self.tokens_of(child))?;
         Some((key, self.block(key)))
