@@ -1,6 +1,6 @@
 //! What a cache can be told.
 
-use paged_attention::Salt;
+use paged_attention::{Salt, Window};
 
 /// What happens when a sequence grows past `max_seq_len`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -10,7 +10,9 @@ pub enum Overflow {
     #[default]
     Error,
     /// The cache goes on as a ring: a token sees the first `sinks` tokens of its sequence and the last
-    /// `max_seq_len - sinks`, itself included. Blocks that no later token sees are given back. Positions go on counting.
+    /// `max_seq_len - sinks`, itself included. Positions go on counting. Blocks that neither the last token of any layer sees,
+    /// nor a later one, are given back when the next pass begins. So a layer can be read at any time, and going back over the
+    /// last pass always works.
     ///
     /// A pass over several tokens holds all of them until the next one begins, so the pool needs room for a ring and the
     /// longest pass.
@@ -20,6 +22,23 @@ pub enum Overflow {
     },
     /// The cache takes more memory, as much as it has, and copies nothing: the sequence goes on in the new part.
     Grow,
+}
+
+impl Overflow {
+    /// What a token sees of a cache that is circular.
+    pub(crate) fn window(self, max_seq_len: usize) -> Option<Window> {
+        match self {
+            Self::Circular { sinks } => Some(Window::new(max_seq_len.saturating_sub(sinks)).with_sinks(sinks)),
+            _ => None,
+        }
+    }
+
+    /// What the tables of a circular cache keep. A table's window holds what the *next* token sees, and a cache is asked for
+    /// what the *last* one sees, which begins one position earlier.
+    pub(crate) fn held(self, max_seq_len: usize) -> Option<Window> {
+        let window = self.window(max_seq_len)?;
+        Some(Window::new(window.tokens().saturating_add(1)).with_sinks(window.sinks()))
+    }
 }
 
 /// What a request's cache differs in from others of the same pool.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use paged_attention::{KvCache, KvDtype, KvShape, TableOptions, Window};
+use paged_attention::{KvCache, KvDtype, KvShape, TableOptions};
 
 use crate::error::Result;
 use crate::rows::Taken;
@@ -91,9 +91,9 @@ impl PagedKVPool {
     pub(crate) fn table_options(&self, options: &CacheOptions) -> TableOptions {
         let table = TableOptions::default().salt(options.salt.clone());
         let table = if options.batch == 1 { table } else { table.private() };
-        match self.0.overflow {
-            Overflow::Circular { sinks } => table.window(Window::new(self.0.max_seq_len - sinks).with_sinks(sinks)),
-            _ => table,
+        match self.0.overflow.held(self.0.max_seq_len) {
+            Some(window) => table.window(window),
+            None => table,
         }
     }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use paged_attention::{Attention, KvShape, Part as Stretch, attend_parts};
+use paged_attention::{Attention, KvShape, Part as Stretch, Window, attend_parts};
 
 use crate::KvError;
 use crate::error::Result;
@@ -20,8 +20,8 @@ pub(crate) struct View {
     pub(crate) layer: usize,
     /// The tokens that the layer has.
     pub(crate) len: usize,
-    /// The positions that its last token sees.
-    pub(crate) seen: [Range<usize>; 2],
+    /// How far its tokens look back.
+    pub(crate) window: Option<Window>,
     pub(crate) parts: Arc<Vec<Part>>,
 }
 
@@ -48,7 +48,10 @@ impl View {
             }
         };
         self.pool.taken.number(q, "q")?;
-        let attention = Attention::new(scale).causal(causal);
+        let mut attention = Attention::new(scale).causal(causal);
+        if let Some(window) = self.window {
+            attention = attention.window(window); // the tables hold more than a token sees
+        }
         let q = q.transpose(1, 2)?; // (batch, tokens, heads, head_dim)
         let first = len - tokens;
         let mut outputs = Vec::with_capacity(1);
@@ -61,6 +64,16 @@ impl View {
         }
         let out = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 1)? };
         Ok(out.transpose(1, 2)?)
+    }
+
+    /// The positions that the layer's last token sees: the sinks, and those behind them.
+    fn seen(&self) -> [Range<usize>; 2] {
+        let (sinks, start) = match self.window {
+            Some(window) => (window.sinks(), window.start(self.len.saturating_sub(1))),
+            None => (0, 0),
+        };
+        let sinks = sinks.min(self.len);
+        [0..sinks, start.max(sinks)..self.len]
     }
 
     /// Queries cut where parts begin: a part that begins behind a query has nothing for it.
@@ -89,10 +102,15 @@ impl View {
     /// those that its last token sees.
     pub(crate) fn keys_and_values(&self) -> Result<(Tensor, Tensor)> {
         let taken = &self.pool.taken;
+        if self.len == 0 {
+            let KvShape { kv_heads, head_dim, .. } = taken.shape;
+            let empty = Tensor::zeros((self.batch, 0, kv_heads, head_dim), taken.dtype, &taken.device)?;
+            return Ok((empty.clone(), empty));
+        }
         let (mut keys, mut values) = (vec![], vec![]);
         for sequence in 0..self.batch {
             let (mut k_parts, mut v_parts) = (vec![], vec![]);
-            for seen in &self.seen {
+            for seen in self.seen() {
                 for at in 0..self.parts.len() {
                     let bounds = Part::bounds(&self.parts, at);
                     let positions = seen.start.max(bounds.start)..seen.end.min(bounds.end);
@@ -105,11 +123,6 @@ impl View {
                     k_parts.push(k.to_dtype(taken.dtype)?);
                     v_parts.push(v.to_dtype(taken.dtype)?);
                 }
-            }
-            if k_parts.is_empty() {
-                let empty = Tensor::zeros((0, taken.shape.kv_heads, taken.shape.head_dim), taken.dtype, &taken.device)?;
-                k_parts.push(empty.clone());
-                v_parts.push(empty);
             }
             keys.push(Tensor::cat(&k_parts, 0)?);
             values.push(Tensor::cat(&v_parts, 0)?);

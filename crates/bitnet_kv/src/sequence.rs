@@ -77,11 +77,8 @@ impl Sequence {
     pub(crate) fn view(&self, layer: usize) -> Result<View> {
         self.layer(layer)?;
         let len = self.len(layer);
-        let seen = match self.overflow {
-            Overflow::Circular { sinks } if len > self.max_seq_len => [0..sinks, len - (self.max_seq_len - sinks)..len],
-            _ => [0..len, 0..0],
-        };
-        Ok(View { pool: self.pool.clone(), batch: self.batch, layer, len, seen, parts: self.parts.clone() })
+        let window = self.overflow.window(self.max_seq_len);
+        Ok(View { pool: self.pool.clone(), batch: self.batch, layer, len, window, parts: self.parts.clone() })
     }
 
     /// Adds tokens to a layer.

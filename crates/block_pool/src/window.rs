@@ -4,6 +4,9 @@
 /// tokens of its sequence ("Efficient Streaming Language Models with Attention Sinks", Xiao et al. 2023, section 3;
 /// here positions go on counting instead of being renumbered).
 ///
+/// A table holds what its *next* token sees. What its last token has seen begins one position earlier: whoever attends
+/// with it again, or reads what it sees, gives the table a window of one token more.
+///
 /// Blocks that lie wholly before the window are freed, so that a sequence of any length takes the memory of its
 /// window and its sinks, each rounded up to whole blocks, and of one more block where the window begins inside one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,7 +40,8 @@ impl Window {
 
     /// The first position after the sinks that the token at `position` sees.
     pub fn start(&self, position: usize) -> usize {
-        position.saturating_add(1).saturating_sub(self.tokens)
+        // There is at least one token, so nothing wraps, whatever the position.
+        position.saturating_sub(self.tokens - 1)
     }
 
     /// How many blocks after those of the sinks the next token of a sequence of `len` tokens does not see any more:

@@ -12,10 +12,10 @@ pub struct NotReserved {
     pub reserved: usize,
 }
 
-/// A sequence with a window cannot go back this far: tokens that it would see again have been given back. Compute it
-/// anew, or keep more tokens in the window.
+/// A sequence cannot go back this far: tokens that it would see again have been given back, by its window or by
+/// [`release_before`](crate::BlockTable::release_before). Compute it anew, or keep more tokens in the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("asked to go back to {len} tokens, which see position {seen}; the window has given back all before {held}")]
+#[error("asked to go back to {len} tokens, which see position {seen}; all before {held} has been given back")]
 pub struct BehindWindow {
     /// The length asked for.
     pub len: usize,

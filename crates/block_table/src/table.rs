@@ -311,10 +311,14 @@ impl BlockTable {
 
     /// Keeps the first `len` tokens and gives back every block behind them. Does nothing if there are no more.
     ///
+    /// With a window, the sequence then still holds all that its *next* token sees, the one at position `len`. What the last of
+    /// the `len` tokens sees begins one position earlier, and may be gone: to attend with that token again, truncate to
+    /// `len - 1` and compute it anew, or make the window one token larger than what a token sees.
+    ///
     /// # Errors
     ///
-    /// [`BehindWindow`] when the sequence has a window that has moved on too far; the table is then unchanged. Never
-    /// without a window.
+    /// [`BehindWindow`] when the sequence has a window that has moved on too far, or its first tokens were
+    /// [given back](Self::release_before) and `len` ends among them; the table is then unchanged.
     pub fn truncate(&mut self, len: usize) -> Result<(), BehindWindow> {
         if len < self.len {
             let gap = self.gap_at(len)?;
@@ -396,7 +400,8 @@ impl BlockTable {
         }
     }
 
-    /// The gap of the table with its first `len` tokens only: the same, or none, if these lie before it.
+    /// The gap of the table with its first `len` tokens only: the same, or none, if these lie before it. What counts is what
+    /// the token at position `len` sees, which is the next one.
     fn gap_at(&self, len: usize) -> Result<usize, BehindWindow> {
         if self.gap == 0 {
             return Ok(0);

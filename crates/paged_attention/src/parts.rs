@@ -5,10 +5,13 @@ use std::ops::Range;
 
 use block_pool::{KvShape, Order};
 use block_table::BlockTable;
-use candle_core::{Error, Result, Tensor};
+use candle_core::{DType, Error, Result, Tensor};
 
-use crate::plan::{Plan, gap_of};
+use crate::plan::{Plan, Span, gap_of};
 use crate::{AttendError, Attention, KvCache, cpu, gather, validate};
+
+/// The last position that there can be: distances between positions are signed.
+const LAST_POSITION: usize = isize::MAX as usize;
 
 /// Consecutive tokens of some sequences, in the cache where they lie; see [`attend_parts`].
 #[derive(Debug, Clone, Copy)]
@@ -19,7 +22,7 @@ pub struct Part<'a> {
     pub tables: &'a [BlockTable],
     /// Which token of its sequence a table's first one is.
     pub start: usize,
-    /// The position behind the last token that counts, in the sequence.
+    /// The position behind the last token that counts, in the sequence; not before `start`.
     pub end: usize,
 }
 
@@ -33,8 +36,9 @@ impl KvCache {
     ///
     /// # Errors
     ///
-    /// [`AttendError`], wrapped, when the layer does not exist, a shape, dtype or device is wrong, or a position has no slot;
-    /// nothing was written then. Otherwise what the device reports, or the pool when it has no room for a copy.
+    /// [`AttendError`], wrapped, when the layer does not exist, a shape, dtype or device is wrong, a position has no slot, or
+    /// positions go beyond `usize::MAX`; nothing was written then. Otherwise what the device reports, or the pool when it has
+    /// no room for a copy.
     pub fn write_at(
         &self,
         layer: usize,
@@ -50,11 +54,14 @@ impl KvCache {
         if tokens * tables.len() != rows {
             return parts_error(format!("{rows} rows cannot be shared out among {} tables", tables.len()));
         }
+        let Some(end) = start.checked_add(tokens) else {
+            return parts_error(format!("{tokens} tokens from position {start} on end beyond {}", usize::MAX));
+        };
         for table in tables.iter() {
             validate::table(self.pool(), table)?;
             // A window may have given some of them back.
-            if let Some(missing) = (start..start + tokens).find(|&at| table.slot(at).is_none()) {
-                let (end, capacity) = (start + tokens, table.capacity());
+            if let Some(missing) = (start..end).find(|&at| table.slot(at).is_none()) {
+                let capacity = table.capacity();
                 return parts_error(format!(
                     "positions {start}..{end} are not reserved: {missing} is not held, the table ends at {capacity}"
                 ));
@@ -62,8 +69,8 @@ impl KvCache {
         }
         let mut plan = Plan::default();
         for table in tables {
-            table.own(start..start + tokens).map_err(Error::wrap)?;
-            plan.slots.extend((start..start + tokens).filter_map(|at| table.slot(at)).map(|slot| slot as u32));
+            table.own(start..end).map_err(Error::wrap)?;
+            plan.slots.extend((start..end).filter_map(|at| table.slot(at)).map(|slot| slot as u32));
         }
         match self.layout().order {
             Order::HeadMajor | Order::Int8 => cpu::write(tensor, k, v, self.layout(), &plan),
@@ -72,21 +79,31 @@ impl KvCache {
     }
 
     /// Copies the keys and values at these positions of a table out of one layer, each `(tokens, kv_heads, head_dim)`, in the
-    /// type in which they are stored, or f32 if that is 8-bit. Positions that were reserved and not written hold anything.
+    /// type in which they are stored, or f32 if that is 8-bit. Positions that were reserved and not written hold anything. An
+    /// empty range gives no tokens, wherever it lies.
     ///
     /// # Errors
     ///
-    /// When the layer does not exist, the table is of another pool, a position has no slot, or the device refuses.
+    /// When the layer does not exist, the table is of another pool, the range ends before it starts, a position has no slot,
+    /// or the device refuses.
     pub fn read_at(&self, layer: usize, table: &BlockTable, positions: Range<usize>) -> Result<(Tensor, Tensor)> {
         let tensor = validate::layer(self.tensors(), layer)?;
         validate::table(self.pool(), table)?;
+        let Range { start, end } = positions;
+        if end < start {
+            return parts_error(format!("positions {start}..{end} end before they start"));
+        }
         let block_size = self.pool().block_size();
-        let first = positions.start / block_size;
-        let slots = (first..positions.end.div_ceil(block_size).max(first)).map(|block| table.slot(block * block_size));
+        let (mut before, tokens) = (start % block_size, end - start);
+        let mut blocks = start / block_size..end.div_ceil(block_size);
+        if tokens == 0 {
+            (before, blocks) = (0, 0..0);
+        }
+        // A range that is too long ends at the first block that is missing.
+        let slots = blocks.map(|block| table.slot(block * block_size));
         let Some(blocks) = slots.map(|slot| Some((slot? / block_size) as u32)).collect::<Option<Vec<_>>>() else {
-            return parts_error(format!("the table does not hold all positions of {positions:?}"));
+            return parts_error(format!("the table does not hold all positions of {start}..{end}"));
         };
-        let (before, tokens) = (positions.start % block_size, positions.len());
         let (k, v) = match self.layout().order {
             Order::HeadMajor | Order::Int8 => cpu::read(tensor, self.layout(), &blocks, before + tokens)?,
             Order::TokenMajor => gather::gather(tensor, self.layout(), &blocks, before + tokens)?,
@@ -98,13 +115,18 @@ impl KvCache {
 /// Attends with `q (sequences * tokens, heads, head_dim)` to what the parts hold in one layer; the result has q's shape and
 /// type. The parts follow each other, the first ones first; the queries are the sequences' tokens from position `at` on.
 ///
+/// A sequence begins where its first part does: sinks are the first tokens there, and what a table without a window has given
+/// back ([`BlockTable::release_before`]) is not a part of it. A query that sees nothing gets zeros.
+///
 /// Each part is read where it lies, and what comes of it is weighed by the logarithm of its weights ("Flash-Decoding", Dao
 /// et al. 2023): parts may be stored in different types.
 ///
 /// # Errors
 ///
-/// [`AttendError`], wrapped, when a shape, dtype or device is wrong, the parts do not fit each other, a causal query comes
-/// before the last part, or a window with sinks looks over several parts. Otherwise what the device reports.
+/// [`AttendError`], wrapped, when a shape, dtype or device is wrong; the parts do not fit each other or hold nothing; a query
+/// comes before the last part and its position matters, since attention is causal, has a window, or weighs by distance; a
+/// query sees a position that a table's window has given back; a window with sinks looks over several parts; or a position is
+/// greater than `isize::MAX`. Otherwise what the device reports.
 pub fn attend_parts(parts: &[Part<'_>], layer: usize, at: usize, q: &Tensor, attention: &Attention) -> Result<Tensor> {
     let heads = check(parts, layer, at, q, attention)?;
     let parts: Vec<_> = parts.iter().filter(|part| part.first() < part.end).collect();
@@ -129,6 +151,34 @@ impl Part<'_> {
     /// The position of the first token that the part holds.
     fn first(&self) -> usize {
         self.start + self.tables.first().map_or(0, |table| gap_of(table).1)
+    }
+
+    /// Whether each table holds what its queries see: a window that has moved on has given back what earlier tokens see. (The
+    /// new tokens of a [`Step`](crate::Step) come behind all that its table has, and for these a table holds everything.)
+    fn check_held(&self, at: usize, rows: usize, attention: &Attention) -> Result<()> {
+        for table in self.tables {
+            let ((before, missing), _) = gap_of(table);
+            if missing == 0 {
+                continue;
+            }
+            let block_size = table.pool().block_size();
+            let (first, held) = (before * block_size, (before + missing) * block_size);
+            let span = Span::of_queries(0..rows, at.saturating_sub(self.start), self.end - self.start, table.window());
+            // Sinks are never given back.
+            let given_back = |row: usize| {
+                let recent = span.sight(row, attention).recent;
+                let seen = recent.start.max(first);
+                (seen < recent.end.min(held)).then_some((at + row, self.start + seen))
+            };
+            if let Some((query, seen)) = (0..rows).find_map(given_back) {
+                let held = self.start + held;
+                return parts_error(format!(
+                    "the query at position {query} sees position {seen}, which was given back: the window holds what lies \
+                     from {held} on"
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn plan(&self, at: usize, rows: usize) -> Plan {
@@ -164,7 +214,11 @@ fn merge(parts: &[(Vec<f32>, Vec<f32>)], head_dim: usize) -> Vec<f32> {
 /// The way for every device: what the parts hold is copied together.
 fn gathered(parts: &[&Part<'_>], layer: usize, at: usize, q: &Tensor, attention: &Attention) -> Result<Tensor> {
     let sequences = parts.first().map_or(0, |part| part.tables.len());
-    let rows = q.dims()[0] / sequences.max(1);
+    let (rows, heads, head_dim) = q.dims3()?;
+    let rows = rows / sequences.max(1);
+    // Positions are counted from where the first part begins, as the fused backend does.
+    let origin = parts.first().map_or(0, |part| part.first());
+    let (at, end) = (at.saturating_sub(origin), parts.last().map_or(0, |part| part.end - origin));
     let of_sequence = |sequence: usize| {
         let (mut positions, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
         for part in parts {
@@ -177,17 +231,24 @@ fn gathered(parts: &[&Part<'_>], layer: usize, at: usize, q: &Tensor, attention:
                 _ => [0..end.min(before * block_size), ((before + missing) * block_size).min(end)..end],
             };
             for run in runs.into_iter().filter(|run| !run.is_empty()) {
-                positions.extend(run.clone().map(|position| part.start + position));
+                positions.extend(run.clone().map(|position| part.start + position - origin));
                 let (k, v) = part.cache.read_at(layer, table, run)?;
                 keys.push(k.to_dtype(q.dtype())?);
                 values.push(v.to_dtype(q.dtype())?);
             }
         }
         let window = parts.first().and_then(|part| part.tables[sequence].window());
-        let end = parts.last().map_or(0, |part| part.end);
+        // A window moves on: where it lies behind all tokens, it does for all further queries.
+        let span = Span::of_queries(0..rows, at, end, window);
+        let seeing = (0..rows).take_while(|&row| span.sight(row, attention).sees_something()).count();
+        let blind = Tensor::zeros((rows - seeing, heads, head_dim), DType::F32, q.device())?;
+        if seeing == 0 {
+            return Ok(blind);
+        }
         let (k, v) = (Tensor::cat(&keys, 0)?, Tensor::cat(&values, 0)?);
-        let q = q.narrow(0, sequence * rows, rows)?;
-        gather::attend_to(&q, &k, &v, &positions, at, end, window, attention)
+        let q = q.narrow(0, sequence * rows, seeing)?;
+        let out = gather::attend_to(&q, &k, &v, &positions, at, end, window, attention)?;
+        if seeing == rows { Ok(out) } else { Tensor::cat(&[out, blind], 0) }
     };
     let outputs = (0..sequences).map(of_sequence).collect::<Result<Vec<_>>>()?;
     Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())
@@ -202,8 +263,16 @@ fn check(parts: &[Part<'_>], layer: usize, at: usize, q: &Tensor, attention: &At
     if sequences == 0 || !rows.is_multiple_of(sequences) {
         return parts_error(format!("{rows} queries cannot be shared out among {sequences} sequences"));
     }
+    let rows = rows / sequences;
+    if at.checked_add(rows).is_none_or(|end| end > LAST_POSITION) {
+        return parts_error(format!("{rows} queries from position {at} on end beyond {LAST_POSITION}"));
+    }
     let mut before: Option<&Part<'_>> = None;
     for part in parts {
+        let Part { start, end, .. } = *part;
+        if end < start || end > LAST_POSITION {
+            return parts_error(format!("a part at {start}..{end} ends before it starts, or beyond {LAST_POSITION}"));
+        }
         validate::layer(part.cache.tensors(), layer)?;
         let (KvShape { kv_heads, head_dim, .. }, expected) = (part.cache.shape(), first.cache.shape());
         if (kv_heads, head_dim) != (expected.kv_heads, expected.head_dim) || part.tables.len() != sequences {
@@ -211,8 +280,8 @@ fn check(parts: &[Part<'_>], layer: usize, at: usize, q: &Tensor, attention: &At
         }
         for table in part.tables {
             validate::table(part.cache.pool(), table)?;
-            if part.end < part.start || table.capacity() < part.end - part.start {
-                let (start, end, capacity) = (part.start, part.end, table.capacity());
+            if table.capacity() < end - start {
+                let capacity = table.capacity();
                 return parts_error(format!("a part at {start}..{end} lies in a table for {capacity} tokens"));
             }
             if table.gap() != part.tables[0].gap() {
@@ -224,17 +293,24 @@ fn check(parts: &[Part<'_>], layer: usize, at: usize, q: &Tensor, attention: &At
         }
         before = Some(part);
     }
-    let (last, total) = before.map_or((0, 0), |part| (part.first(), part.end));
-    let sees_nothing = total == 0 || first.first() == total;
-    if sees_nothing || (attention.causal && at < last) {
+    if parts.iter().all(|part| part.end <= part.first()) {
+        return parts_error("the parts hold nothing that queries could see".into());
+    }
+    let windowed = parts.iter().any(|part| part.tables.iter().any(|table| table.window().is_some()));
+    let last = before.map_or(0, Part::first);
+    // What comes before a part has no position in it.
+    let placed = attention.causal || attention.window.is_some() || attention.slopes.is_some() || windowed;
+    if placed && at < last {
         return parts_error(format!(
-            "queries at {at} do not come behind position {last} of the last part, or see nothing"
+            "queries at {at} do not come behind position {last} of the last part; they see what they see by their position"
         ));
     }
-    let windowed = |part: &Part<'_>| part.tables.iter().any(|table| table.window().is_some());
     let sinks = attention.window.is_some_and(|window| window.sinks() > 0);
-    if parts.len() > 1 && (sinks || parts.iter().any(windowed)) {
+    if parts.len() > 1 && (sinks || windowed) {
         return parts_error("a table's window, or a window with sinks, cannot look over several parts".into());
+    }
+    for part in parts {
+        part.check_held(at, rows, attention)?;
     }
     Ok(heads)
 }

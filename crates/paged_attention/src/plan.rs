@@ -33,6 +33,11 @@ pub(crate) struct Sight {
 }
 
 impl Sight {
+    /// Whether there is a position in it.
+    pub(crate) fn sees_something(&self) -> bool {
+        self.sinks > 0 || !self.recent.is_empty()
+    }
+
     /// What it is of these positions, counted from their start.
     #[inline]
     pub(crate) fn within(&self, positions: &Range<usize>) -> Self {

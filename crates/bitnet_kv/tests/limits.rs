@@ -1,0 +1,119 @@
+//! Whatever lengths, layers and sizes a cache is asked for: an error with the numbers, or what is documented, and at once.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use bitnet_kv::{CacheOptions, KVCache, KVCacheOptions, KvError, KvShape, Overflow, PagedKVPool, PagedLayerKVCache};
+use candle_core::{DType, Device, Tensor};
+use common::{Random, numbers};
+
+const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
+
+/// Numbers at which arithmetic goes wrong.
+const EXTREMES: [usize; 8] = [
+    1 << 31,
+    1 << 40,
+    isize::MAX as usize - 1,
+    isize::MAX as usize,
+    isize::MAX as usize + 1,
+    usize::MAX / 2,
+    usize::MAX - 1,
+    usize::MAX,
+];
+
+fn overflows() -> [Overflow; 4] {
+    [Overflow::Error, Overflow::Circular { sinks: 0 }, Overflow::Circular { sinks: 3 }, Overflow::Grow]
+}
+
+/// `[1, 2, tokens, 8]`.
+fn random(tokens: usize) -> Tensor {
+    Random::new(1).tensor(&[1, 2, tokens, 8])
+}
+
+#[test]
+fn extreme_lengths_of_a_paged_cache() {
+    for overflow in overflows() {
+        for n in EXTREMES {
+            let pool = PagedKVPool::builder(SHAPE).blocks(8).block_size(4).overflow(overflow).max_seq_len(n);
+            let pool = pool.build().unwrap();
+            let mut cache = pool.cache();
+            let kv = random(9);
+            cache.layers.iter_mut().for_each(|layer| layer.append(&kv, &kv).unwrap());
+            cache.layers.iter_mut().for_each(|layer| layer.append(&random(1), &random(1)).unwrap());
+            cache.truncate(n).unwrap();
+            assert_eq!((cache.seq_len(), cache.max_seq_len(), cache.layer_mut(n).is_none()), (10, n, true));
+            cache.truncate(9).unwrap();
+            let q = random(9);
+            for layer in &cache.layers {
+                assert_eq!(numbers(&layer.keys().unwrap()), numbers(&kv));
+                assert_eq!(layer.attend(&q, 0.3, true).unwrap().dims(), q.dims());
+            }
+        }
+        // As long as sinks allow, and as short.
+        for max_seq_len in [1, 4] {
+            let pool = PagedKVPool::builder(SHAPE).blocks(8).block_size(4).max_seq_len(max_seq_len);
+            for sinks in [max_seq_len, usize::MAX] {
+                let error = pool.clone().overflow(Overflow::Circular { sinks }).build().unwrap_err().to_string();
+                assert!(error.contains(&format!("{sinks} sinks leave nothing of a ring of {max_seq_len}")), "{error}");
+            }
+        }
+    }
+    for n in EXTREMES {
+        // Pools that cannot be had, and batches that nobody brings.
+        assert!(PagedKVPool::builder(SHAPE).blocks(n).build().is_err());
+        assert!(PagedKVPool::builder(SHAPE).blocks(8).block_size(n).build().is_err());
+        assert!(PagedLayerKVCache::new(n, 2, n, 8, &Device::Cpu).is_err());
+        let pool = PagedKVPool::builder(SHAPE).blocks(8).build().unwrap();
+        let mut cache = pool.cache_with(&CacheOptions::default().batch(n));
+        let error = cache.layers[0].append(&random(1), &random(1)).unwrap_err();
+        assert!(matches!(error, KvError::Batch { expected, got: 1, .. } if expected == n), "{error}");
+        assert_eq!((cache.seq_len(), cache.blocks_held()), (0, [0, 0]));
+        if n <= 1 << 40 {
+            assert_eq!(cache.layers[0].keys().unwrap().dims(), [n, 2, 0, 8]); // more is beyond candle's shapes
+        }
+        cache.truncate(n).unwrap();
+        // Old is what is older than all there is, and nothing moves.
+        let pool = PagedKVPool::builder(SHAPE).blocks(8).block_size(4).compress_older_than(n).build().unwrap();
+        let mut cache = pool.cache();
+        (0..3).for_each(|_| cache.layers.iter_mut().for_each(|layer| layer.append(&random(5), &random(5)).unwrap()));
+        assert_eq!(cache.blocks_held(), [4, 0]);
+    }
+}
+
+#[test]
+fn extreme_lengths_of_an_updated_cache() {
+    for overflow in overflows() {
+        let options = KVCacheOptions::default().overflow(overflow);
+        let make = |max_seq_len| KVCache::with_options(max_seq_len, 2, 2, 8, &Device::Cpu, &options);
+        for n in EXTREMES {
+            assert!(make(n).is_err(), "{n} tokens that are allocated at once");
+            let mut cache = make(20).unwrap();
+            let kv = random(9);
+            (0..2).for_each(|layer| cache.update(layer, kv.clone(), kv.clone(), 9).unwrap());
+            for given in [0, 1, 9] {
+                match cache.update(0, random(given), random(given), n) {
+                    Err(KvError::Length { tokens, current: 9, seq_len, .. }) => {
+                        assert_eq!((tokens, seq_len), (given, n))
+                    }
+                    other => panic!("{n}: {other:?}"),
+                }
+            }
+            let no_layer = |error: KvError| assert!(matches!(error, KvError::Layer { layer, layers: 2 } if layer == n));
+            no_layer(cache.update(n, random(1), random(1), 10).unwrap_err());
+            no_layer(cache.get(n).unwrap_err());
+            no_layer(cache.prefetch(n, n).unwrap_err());
+            no_layer(cache.attend(n, &random(1), 0.3, true).unwrap_err());
+            cache.prefetch(0, n).unwrap();
+            assert_eq!((cache.seq_len(n), cache.seq_len(0)), (0, 9));
+            // From nothing, too, and back to nothing.
+            cache.update(1, random(0), random(0), 0).unwrap();
+            assert!(cache.update(1, random(1), random(1), n).is_err());
+            assert_eq!((cache.get(0).unwrap().0.dims()[0], cache.get(1).unwrap().0.dims()[0]), (9, 0));
+        }
+    }
+    let none = Tensor::zeros((1, 2, 0, 8), DType::F32, &Device::Cpu).unwrap();
+    let mut cache = KVCache::new(20, 2, 2, 8, &Device::Cpu).unwrap();
+    cache.update(0, none.clone(), none.clone(), 0).unwrap();
+    assert!(cache.attend(0, &none, 0.3, true).is_err());
+}
