@@ -12,7 +12,7 @@ impl BlockTable {
     /// starts has none.
     ///
     /// When committed tokens are among them, the table no longer knows what it holds: its prefixes are neither stored nor
-    /// sought from then on.
+    /// sought from then on. What was stored before stays so, blocks of the table that are not exchanged included.
     ///
     /// # Errors
     ///

@@ -6,20 +6,22 @@
 //! 2. A failed request changes nothing: the table, the holders of every block and the number of blocks that can be had
 //!    are as before.
 //! 3. A table holds exactly as many blocks as its tokens need, plus what it has reserved, minus what lies behind its
-//!    window.
+//!    window or was released.
 //! 4. Every block is free, or remembered, or counted exactly as often as tables hold it.
 //! 5. What is found by its tokens is what a sequence with these tokens, the same salt and the same window has computed:
 //!    never another one's, never what was not committed, never what was computed before a reset. The last token sought
 //!    is always left to compute.
 //! 6. Nothing is forgotten while there are free blocks: a prefix whose blocks are all still stored is found in full.
 //! 7. The stream of events tells what can be found: applied in order, each stored block's parent is stored, no block with
-//!    children is removed but where there is a window, and at the end the same blocks are stored as in the pool. A stream that
+//!    children is removed but where a sequence has let it go before them, and at the end the same blocks are stored as in the pool. A stream that
 //!    begins late tells the same.
 //! 8. A sequence that was swapped out comes back byte for byte.
 //! 9. All tables dropped means all blocks available, and as many can be taken as are said to be available.
 //! 10. As much is found as there is: of whole blocks never less than what the stored blocks, as the events tell of them,
 //!     allow, and never more.
 //! 11. A look-up takes nothing, and tells exactly what is found and taken if it is acted upon.
+//! 12. What was made safe to write is in blocks that nobody else holds or finds. A table whose committed tokens may have been
+//!     written over is private from then on: it finds nothing, and nothing more of it is stored than could be found before.
 //!
 //! `PROPTEST_CASES` sets the number of histories.
 
@@ -28,6 +30,7 @@
 mod common;
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use block_table::{
     BlockId, BlockPool, BlockState, BlockTable, PoolEvent, PoolEvents, PrefixKey, ReserveError, Salt, SwappedTable,
@@ -70,6 +73,20 @@ enum Action {
         table: usize,
         len: usize,
     },
+    /// Write some positions again, as layers do that do not take their tokens together.
+    Own {
+        table: usize,
+        start: usize,
+        tokens: usize,
+    },
+    ShrinkTo {
+        table: usize,
+        end: usize,
+    },
+    ReleaseBefore {
+        table: usize,
+        position: usize,
+    },
     Fork {
         table: usize,
         len: usize,
@@ -104,6 +121,10 @@ fn action() -> impl Strategy<Value = Action> {
             }),
         1 => (table.clone(), 0..30usize).prop_map(|(table, tokens)| Action::Reserve { table, tokens }),
         3 => (table.clone(), 0..60usize).prop_map(|(table, len)| Action::Truncate { table, len }),
+        1 => (table.clone(), 0..60usize, 0..20usize)
+            .prop_map(|(table, start, tokens)| Action::Own { table, start, tokens }),
+        1 => (table.clone(), 0..90usize).prop_map(|(table, end)| Action::ShrinkTo { table, end }),
+        1 => (table.clone(), 0..60usize).prop_map(|(table, position)| Action::ReleaseBefore { table, position }),
         3 => (table.clone(), 0..60usize).prop_map(|(table, len)| Action::Fork { table, len }),
         3 => table.clone().prop_map(|table| Action::Drop { table }),
         1 => table.clone().prop_map(|table| Action::SwapOut { table }),
@@ -125,19 +146,36 @@ struct Model {
     /// Which resets it has lived through and which salt and window it has: what its content depends on beside tokens.
     kind: usize,
     era: u64,
+    /// How many of its first tokens have been released.
+    released: usize,
+    /// Those of its blocks that could be found when it became private, if it has.
+    private: Option<HashSet<BlockId>>,
+}
+
+impl Model {
+    fn truncate(&mut self, len: usize) {
+        self.stream.truncate(len);
+        self.written.truncate(len);
+        if len == 0 {
+            self.released = 0;
+        }
+    }
 }
 
 struct World {
     pool: BlockPool,
     slots: Slots,
     tables: Vec<(BlockTable, Model)>,
-    swapped: Vec<(SwappedTable, Model)>,
+    /// And how many of their first blocks could be found.
+    swapped: Vec<(SwappedTable, Model, usize)>,
     hoard: Vec<BlockTable>,
     events: PoolEvents,
     /// What a router knows: the prefix that each stored block ends, and whether what follows a block goes before it.
     router: HashMap<BlockId, (PrefixKey, Vec<u32>)>,
     era: u64,
     serial: u32,
+    /// Whether a sequence without a window has let blocks go and kept what follows them, which may then outlive them.
+    let_go: bool,
 }
 
 /// Three salts, with and without a window.
@@ -158,7 +196,7 @@ fn stream(prompt: usize, branch: u32) -> Vec<u32> {
 }
 
 /// What a router does with an event.
-fn route(router: &mut HashMap<BlockId, (PrefixKey, Vec<u32>)>, event: PoolEvent) -> Check {
+fn route(router: &mut HashMap<BlockId, (PrefixKey, Vec<u32>)>, event: PoolEvent, let_go: bool) -> Check {
     match event {
         PoolEvent::Stored { block, parent, tokens, key } => {
             let before = match parent {
@@ -176,7 +214,10 @@ fn route(router: &mut HashMap<BlockId, (PrefixKey, Vec<u32>)>, event: PoolEvent)
                 return Err(TestCaseError::fail("removed, but not stored"));
             };
             let orphan = |(other, longer): &(PrefixKey, Vec<u32>)| *other == key && longer.starts_with(&prefix);
-            prop_assert!(key.window.is_some() || !router.values().any(orphan), "a parent went before its child");
+            prop_assert!(
+                key.window.is_some() || let_go || !router.values().any(orphan),
+                "a parent went before its child"
+            );
         }
         PoolEvent::Cleared => router.clear(),
         other => return Err(TestCaseError::fail(format!("{other:?}"))),
@@ -200,6 +241,7 @@ impl World {
             router: HashMap::new(),
             era: 0,
             serial: 1000,
+            let_go: false,
         }
     }
 
@@ -249,6 +291,7 @@ impl World {
         prop_assert_eq!(had, model.written.len());
         let promised = table.find(&model.stream);
         let found = table.reuse(&model.stream);
+        prop_assert!(found == 0 || model.private.is_none(), "what was written over is not continued");
         prop_assert_eq!(table.len(), had + found);
         prop_assert_eq!(promised.tokens, found);
         prop_assert!(found == 0 || table.len() < model.stream.len(), "a token is left to compute");
@@ -262,12 +305,57 @@ impl World {
         Ok(())
     }
 
+    /// Makes positions safe to write, and writes all of them that have a slot.
+    fn own(&mut self, t: usize, positions: Range<usize>) -> Check {
+        let table = &mut self.tables[t].0;
+        let slots = |table: &BlockTable| -> Vec<_> { (0..table.capacity()).map(|at| table.slot(at)).collect() };
+        let (len, capacity, before) = (table.len(), table.capacity(), slots(table));
+        let done = table.own(positions.clone());
+        prop_assert_eq!((table.len(), table.capacity()), (len, capacity));
+        match done {
+            // Some blocks may have been exchanged for copies, which is checked like everything that is read.
+            Err(ReserveError::OutOfBlocks(error)) => {
+                prop_assert!(error.requested > error.available);
+                prop_assert_eq!(error.available, self.pool.available());
+                return Ok(());
+            }
+            Err(ReserveError::Storage(_)) => {
+                prop_assert!(self.slots.fails());
+                return Ok(());
+            }
+            Ok(()) => {}
+        }
+        self.follow_events()?;
+        let states = self.pool.snapshot().blocks;
+        let (table, model) = &mut self.tables[t];
+        let block_size = self.pool.block_size();
+        for (at, before) in before.into_iter().enumerate() {
+            let slot = table.slot(at);
+            prop_assert_eq!(slot.is_some(), before.is_some());
+            let Some(slot) = slot.filter(|_| positions.contains(&at)) else { continue };
+            prop_assert_eq!(states[slot / block_size], BlockState::Held(1), "somebody else reads position {}", at);
+            let stored = self.router.keys().any(|id| id.index() == slot / block_size);
+            prop_assert!(!stored, "position {} could be found", at);
+            self.serial += 1;
+            let what = u64::from(self.serial) << 32;
+            self.slots.write(slot, what);
+            if at < len {
+                model.written[at] = what;
+            }
+        }
+        if !positions.is_empty() && positions.start < len && model.private.is_none() {
+            model.private = Some(table.blocks().iter().filter(|id| self.router.contains_key(id)).copied().collect());
+        }
+        Ok(())
+    }
+
     fn apply(&mut self, action: &Action) -> Check {
         match *action {
             Action::Create { kind, prompt, branch } => {
                 let kind = kind % 6;
                 let table = BlockTable::with_options(&self.pool, &options(kind));
-                let model = Model { stream: stream(prompt, branch), written: vec![], kind, era: self.era };
+                let (stream, era) = (stream(prompt, branch), self.era);
+                let model = Model { stream, written: vec![], kind, era, released: 0, private: None };
                 self.tables.push((table, model));
                 self.reuse(self.tables.len() - 1)?;
             }
@@ -340,12 +428,13 @@ impl World {
                     Ok(()) => {
                         if len < before.0 {
                             // Another continuation, so that the streams part.
-                            model.stream.truncate(len);
-                            model.written.truncate(len);
+                            model.truncate(len);
                         }
+                        prop_assert!(len == 0 || len >= model.released);
                     }
                     Err(error) => {
-                        prop_assert!(table.window().is_some() && error.seen < error.held);
+                        prop_assert!(table.window().is_some() || (1..model.released).contains(&len));
+                        prop_assert!(error.seen < error.held);
                         prop_assert_eq!(before, (table.len(), table.blocks().to_vec()));
                     }
                 }
@@ -357,10 +446,40 @@ impl World {
                 if let Ok(fork) = table.fork_at(len) {
                     prop_assert_eq!(self.pool.available(), available);
                     let mut model = model.clone();
-                    model.written.truncate(len);
-                    model.stream.truncate(len);
+                    model.truncate(len);
                     self.tables.push((fork, model));
                 }
+            }
+            Action::Own { table, start, tokens } => {
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
+                let table = &self.tables[t].0;
+                self.let_go |= start / self.pool.block_size() + 1 < table.capacity() / self.pool.block_size();
+                self.own(t, start..start + tokens)?;
+            }
+            Action::ShrinkTo { table, end } => {
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
+                let table = &mut self.tables[t].0;
+                let before = (table.len(), table.capacity(), self.pool.available());
+                table.shrink_to(end);
+                let capacity = end.max(before.0).next_multiple_of(self.pool.block_size());
+                prop_assert_eq!((table.len(), table.capacity()), (before.0, capacity.min(before.1)));
+                prop_assert!(self.pool.available() >= before.2);
+            }
+            Action::ReleaseBefore { table, position } => {
+                let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
+                let (table, model) = &mut self.tables[t];
+                let (len, blocks, block_size) = (table.len(), table.blocks().to_vec(), self.pool.block_size());
+                table.release_before(position);
+                if table.window().is_none() {
+                    let released = position.min(len) / block_size * block_size;
+                    let more = released.saturating_sub(model.released) / block_size;
+                    prop_assert_eq!(table.blocks(), &blocks[more..]);
+                    self.let_go |= more > 0;
+                    model.released = model.released.max(released);
+                } else {
+                    prop_assert_eq!(table.blocks(), blocks);
+                }
+                prop_assert_eq!(table.len(), len);
             }
             Action::Drop { table } => {
                 let Some(t) = Self::pick(table, self.tables.len()) else { return Ok(()) };
@@ -371,12 +490,13 @@ impl World {
                 let table = &mut self.tables[t].0;
                 table.roll_back();
                 let before = (table.len(), table.blocks().to_vec());
+                let findable = before.1.iter().take_while(|id| self.router.contains_key(id)).count();
                 match table.swap_out() {
                     Ok(swapped) => {
                         prop_assert_eq!((table.len(), table.blocks().len()), (0, 0));
                         prop_assert_eq!((swapped.len(), swapped.blocks()), (before.0, before.1.len()));
                         let (_, model) = self.tables.swap_remove(t);
-                        self.swapped.push((swapped, model));
+                        self.swapped.push((swapped, model, findable));
                     }
                     Err(_) => {
                         prop_assert!(self.slots.fails());
@@ -389,7 +509,11 @@ impl World {
                 let before = self.holders();
                 match self.swapped[s].0.swap_in() {
                     Ok(table) => {
-                        let (_, model) = self.swapped.swap_remove(s);
+                        let (_, mut model, findable) = self.swapped.swap_remove(s);
+                        // What could be found of its beginning is stored again.
+                        if model.private.is_some() {
+                            model.private = Some(table.blocks()[..findable].iter().copied().collect());
+                        }
                         self.tables.push((table, model));
                     }
                     Err(error) => self.check_refusal(&error, &before)?,
@@ -446,11 +570,11 @@ impl World {
             if let PoolEvent::Stored { tokens, .. } = &event {
                 prop_assert_eq!(tokens.len(), self.pool.block_size());
             }
-            route(&mut self.router, event)?;
+            route(&mut self.router, event, self.let_go)?;
         }
         let mut late = HashMap::new();
         for event in self.pool.listen().try_iter() {
-            route(&mut late, event)?;
+            route(&mut late, event, self.let_go)?;
         }
         prop_assert_eq!(&late, &self.router);
         Ok(())
@@ -464,7 +588,7 @@ impl World {
 
         for (table, model) in &self.tables {
             prop_assert_eq!(table.len(), model.written.len());
-            let first_seen = table.window().map_or(0, |window| window.start(table.len()));
+            let first_seen = table.window().map_or(model.released, |window| window.start(table.len()));
             let sinks = table.window().map_or(0, |window| window.sinks());
             for (position, &what) in model.written.iter().enumerate() {
                 match table.slot(position) {
@@ -482,6 +606,13 @@ impl World {
         }
 
         self.follow_events()?;
+        for (table, model) in &mut self.tables {
+            if let Some(stored) = &mut model.private {
+                let now = table.blocks().iter().filter(|id| self.router.contains_key(id)).copied().collect();
+                prop_assert!(stored.is_superset(&now), "a block of a private table was stored");
+                *stored = now;
+            }
+        }
         let states = self.pool.snapshot().blocks;
         for (index, state) in states.iter().enumerate() {
             if *state == BlockState::Remembered {
