@@ -10,7 +10,7 @@ mod sync;
 mod table;
 mod window;
 
-pub use admission::Admission;
+pub use admission::{Admission, Admitted, Need, Room};
 pub use block_pool::{
     BlockId, BlockPool, BlockState, OutOfBlocks, PoolError, PoolEvent, ReserveError, Salt, Snapshot, Stats,
     StorageError,
