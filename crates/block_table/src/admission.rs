@@ -10,21 +10,29 @@ use block_pool::BlockPool;
 /// that the pool is not idle because of one long prompt. Only so many are looked at, and nobody is passed over more
 /// than so often. Room is left for those who run to grow into, since a sequence that must yield is computed twice.
 ///
+/// Nobody waits for ever: if everything that runs comes to an end, every request either starts or is handed back as one
+/// that can never start.
+///
 /// It decides and keeps the queue; the blocks are taken by the tables themselves.
 ///
 /// ```
 /// use block_pool::BlockPool;
-/// use block_table::Admission;
+/// use block_table::{Admission, Admitted, Need, Room};
 ///
 /// let pool = BlockPool::new(/* blocks */ 10, 16)?;
 /// let mut waiting = Admission::new();
-/// waiting.enqueue("a long prompt");
-/// waiting.enqueue("a short one");
-/// let blocks_needed = |request: &&str| if request.contains("long") { 40 } else { 2 };
+/// ["a long prompt", "a short one", "a library"].map(|request| waiting.enqueue(request));
+/// let need = |request: &&str| match *request {
+///     "a short one" => Need::Blocks(2),
+///     "a long prompt" => Need::Blocks(8),
+///     _ => Need::Blocks(4000),
+/// };
 ///
-/// let available = pool.available();
-/// assert_eq!(waiting.admit(&pool, available, /* running */ 3, blocks_needed), Some("a short one"));
-/// assert_eq!(waiting.admit(&pool, available - 2, 4, blocks_needed), None);
+/// let room = Room { available: 6, running: 3 };
+/// assert_eq!(waiting.admit(&pool, room, need), Some(Admitted::Start("a short one")));
+/// let room = Room { available: 4, running: 4 };
+/// assert_eq!(waiting.admit(&pool, room, need), Some(Admitted::Never("a library")));
+/// assert_eq!(waiting.admit(&pool, room, need), None); // the long prompt waits for more room
 ///
 /// // Computed tokens of those who run: the least computed yields.
 /// assert_eq!(Admission::<&str>::who_yields([120, 35, 80]), Some(1));
@@ -36,6 +44,38 @@ pub struct Admission<T> {
     skip_ahead: usize,
     max_skips: u32,
     headroom: usize,
+}
+
+/// What a request takes to start, as the caller of [`Admission::admit`] sees it at that moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Need {
+    /// So many of the blocks that are available. More than the pool has is the same as [`Never`](Self::Never).
+    Blocks(usize),
+    /// It cannot start now for another reason than blocks: there is no place in the batch, say. It waits like a request
+    /// that does not fit. The reason must be gone, at the latest, when nobody runs.
+    NotNow,
+    /// It can never start: its prompt is longer than the model's context, say.
+    Never,
+}
+
+/// What there is to give at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Blocks of the pool that are available and not promised to anybody.
+    pub available: usize,
+    /// Sequences that run and need room to grow.
+    pub running: usize,
+}
+
+/// A request that has left the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "the request is in the queue no more"]
+pub enum Admitted<T> {
+    /// It may start: there is room for it.
+    Start(T),
+    /// It can never start, however long it waits.
+    Never(T),
 }
 
 #[derive(Debug, Clone)]
@@ -81,7 +121,7 @@ impl<T> Admission<T> {
         self.waiting.push_back(Waiting { request, skipped: 0 });
     }
 
-    /// Puts back, before the others, one who had started and had to yield.
+    /// Puts back, before the others, one who had started and had to yield. It has not been passed over yet.
     pub fn requeue(&mut self, request: T) {
         self.waiting.push_front(Waiting { request, skipped: 0 });
         // Last: these call the host's code, which may panic.
@@ -109,36 +149,45 @@ impl<T> Admission<T> {
         self.waiting.iter().map(|waiting| waiting.skipped).max().unwrap_or(0)
     }
 
-    /// Takes out of the queue the next who may start.
+    /// Takes out of the queue all who are `gone`, clients that hung up say, and returns them, the first first.
+    pub fn remove_if(&mut self, mut gone: impl FnMut(&T) -> bool) -> Vec<T> {
+        let mut removed = Vec::new();
+        for waiting in std::mem::take(&mut self.waiting) {
+            match gone(&waiting.request) {
+                true => removed.push(waiting.request),
+                false => self.waiting.push_back(waiting),
+            }
+        }
+        removed
+    }
+
+    /// Takes the next who may start out of the queue, or one who can never start. Nothing else changes the queue's order.
     ///
-    /// `available` blocks of `pool` are not promised to anybody; `running` sequences run and need room to grow. `needed`
-    /// says how many blocks a request takes to start. When nobody runs, nobody needs room to grow, and the first request
-    /// that fits at all may start.
-    pub fn admit(
-        &mut self,
-        pool: &BlockPool,
-        available: usize,
-        running: usize,
-        mut needed: impl FnMut(&T) -> usize,
-    ) -> Option<T> {
-        let headroom = pool.blocks_for(running.saturating_mul(self.headroom));
-        let room = available.saturating_sub(headroom);
-        let mut next = None;
-        for (at, waiting) in self.waiting.iter().enumerate().take(self.skip_ahead) {
-            if needed(&waiting.request) <= room {
-                next = Some(at);
-                break;
-            }
-            // Whoever has been passed over often enough is waited for.
-            if waiting.skipped >= self.max_skips {
-                break;
+    /// `need` says what a request takes to start. When nobody runs, nobody needs room to grow, and the first request
+    /// that fits at all may start. Whoever stands before the one that starts has been passed over, whether it lacked
+    /// blocks or said [`Need::NotNow`]; when it has been passed over often enough, it is waited for. One who can never
+    /// start passes nobody over and holds nobody up.
+    pub fn admit(&mut self, pool: &BlockPool, room: Room, mut need: impl FnMut(&T) -> Need) -> Option<Admitted<T>> {
+        let headroom = pool.blocks_for(room.running.saturating_mul(self.headroom));
+        let free = room.available.saturating_sub(headroom);
+        for at in 0..self.skip_ahead.min(self.waiting.len()) {
+            let waiting = &self.waiting[at];
+            match need(&waiting.request) {
+                Need::Never => return self.leave(at).map(Admitted::Never),
+                Need::Blocks(blocks) if blocks > pool.blocks() => return self.leave(at).map(Admitted::Never),
+                Need::Blocks(blocks) if blocks <= free => {
+                    self.waiting.iter_mut().take(at).for_each(|passed| passed.skipped += 1);
+                    return self.leave(at).map(Admitted::Start);
+                }
+                Need::Blocks(_) | Need::NotNow if waiting.skipped >= self.max_skips => return None,
+                Need::Blocks(_) | Need::NotNow => {}
             }
         }
-        let next = next?;
-        for passed in self.waiting.iter_mut().take(next) {
-            passed.skipped += 1;
-        }
-        self.waiting.remove(next).map(|waiting| waiting.request)
+        None
+    }
+
+    fn leave(&mut self, at: usize) -> Option<T> {
+        self.waiting.remove(at).map(|waiting| waiting.request)
     }
 
     /// Which of those who run must yield when the pool is full, by how many tokens each has computed: the least, and

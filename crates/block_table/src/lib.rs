@@ -9,7 +9,7 @@ mod swap;
 mod sync;
 mod table;
 
-pub use admission::Admission;
+pub use admission::{Admission, Admitted, Need, Room};
 pub use block_pool::{
     BlockId, BlockPool, BlockState, Found, OutOfBlocks, PoolError, PoolEvent, PoolEvents, PrefixKey, ReserveError,
     Salt, Snapshot, Stats, StorageError, Window,

@@ -1,8 +1,11 @@
-//! Who may start: in order, except that small requests may pass large ones, and only so often.
+//! Who may start: in order, except that small requests may pass large ones, and only so often. Nobody waits for ever.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use block_table::{Admission, BlockPool};
+use std::collections::HashMap;
+
+use block_table::{Admission, Admitted, BlockPool, Need, Room};
+use proptest::prelude::*;
 
 /// A queue of requests, each of which is the number of blocks it needs.
 fn queue(admission: Admission<usize>, requests: &[usize]) -> Admission<usize> {
@@ -15,46 +18,56 @@ fn pool() -> BlockPool {
     BlockPool::new(100, 16).unwrap()
 }
 
+fn room(available: usize, running: usize) -> Room {
+    Room { available, running }
+}
+
+fn blocks(request: &usize) -> Need {
+    Need::Blocks(*request)
+}
+
+/// Everything that leaves the queue at once, with so much room each time.
+fn all(waiting: &mut Admission<usize>, pool: &BlockPool, room: Room) -> Vec<Admitted<usize>> {
+    std::iter::from_fn(|| waiting.admit(pool, room, blocks)).collect()
+}
+
 #[test]
 fn what_fits_starts_in_order() {
     let mut waiting = queue(Admission::new(), &[3, 1, 2]);
-    let mut started = vec![];
-    while let Some(request) = waiting.admit(&pool(), 10, 0, |&blocks| blocks) {
-        started.push(request);
-    }
-    assert_eq!((started, waiting.is_empty()), (vec![3, 1, 2], true));
+    assert_eq!(all(&mut waiting, &pool(), room(10, 0)), [3, 1, 2].map(Admitted::Start));
+    assert!(waiting.is_empty());
 }
 
 #[test]
 fn small_requests_pass_large_ones_but_only_so_often() {
     let mut waiting = queue(Admission::new().max_skips(2), &[50, 1, 2, 3]);
-    let next = |waiting: &mut Admission<usize>| waiting.admit(&pool(), 10, 0, |&blocks| blocks);
-    assert_eq!([next(&mut waiting), next(&mut waiting)], [Some(1), Some(2)]);
+    let next = |waiting: &mut Admission<usize>| waiting.admit(&pool(), room(10, 0), blocks);
+    assert_eq!([next(&mut waiting), next(&mut waiting)], [1, 2].map(|small| Some(Admitted::Start(small))));
     assert_eq!(waiting.most_skipped(), 2);
     assert_eq!(next(&mut waiting), None, "the large one is waited for");
-    assert_eq!(waiting.admit(&pool(), 60, 0, |&blocks| blocks), Some(50));
-    assert_eq!(next(&mut waiting), Some(3));
+    assert_eq!(waiting.admit(&pool(), room(60, 0), blocks), Some(Admitted::Start(50)));
+    assert_eq!(next(&mut waiting), Some(Admitted::Start(3)));
 }
 
 #[test]
 fn only_so_many_are_looked_at() {
     let mut waiting = queue(Admission::new().skip_ahead(3), &[50, 50, 50, 1]);
-    assert_eq!(waiting.admit(&pool(), 10, 0, |&blocks| blocks), None);
+    assert_eq!(waiting.admit(&pool(), room(10, 0), blocks), None);
     let mut strict = queue(Admission::new().skip_ahead(0), &[50, 1]);
-    assert_eq!(strict.admit(&pool(), 10, 0, |&blocks| blocks), None);
-    assert_eq!(strict.admit(&pool(), 50, 0, |&blocks| blocks), Some(50));
+    assert_eq!(strict.admit(&pool(), room(10, 0), blocks), None);
+    assert_eq!(strict.admit(&pool(), room(50, 0), blocks), Some(Admitted::Start(50)));
 }
 
 #[test]
 fn those_who_run_have_room_to_grow() {
     // 16 tokens each are a block each.
     let mut waiting = queue(Admission::new(), &[5]);
-    assert_eq!(waiting.admit(&pool(), 10, 6, |&blocks| blocks), None);
-    assert_eq!(waiting.admit(&pool(), 10, 5, |&blocks| blocks), Some(5));
+    assert_eq!(waiting.admit(&pool(), room(10, 6), blocks), None);
+    assert_eq!(waiting.admit(&pool(), room(10, 5), blocks), Some(Admitted::Start(5)));
     let mut tight = queue(Admission::new().headroom(0), &[5]);
-    assert_eq!(tight.admit(&pool(), 5, 1000, |&blocks| blocks), Some(5));
+    assert_eq!(tight.admit(&pool(), room(5, 1000), blocks), Some(Admitted::Start(5)));
     let mut absurd = queue(Admission::new().headroom(usize::MAX), &[5]);
-    assert_eq!(absurd.admit(&pool(), 100, usize::MAX, |&blocks| blocks), None);
+    assert_eq!(absurd.admit(&pool(), room(100, usize::MAX), blocks), None);
 }
 
 #[test]
@@ -68,22 +81,214 @@ fn the_least_computed_yields_and_comes_back_first() {
 }
 
 #[test]
-fn nobody_waits_for_ever() {
-    // A large request among an endless stream of small ones, in a pool that is never empty.
+fn one_that_can_never_start_is_handed_back_and_holds_nobody_up() {
+    let pool = BlockPool::new(10, 16).unwrap();
+    let mut waiting = queue(Admission::new(), &[11]);
+    (0..300).for_each(|_| waiting.enqueue(1));
+    let left = all(&mut waiting, &pool, room(10, 0));
+    assert_eq!(left[0], Admitted::Never(11));
+    assert_eq!(left[1..], [Admitted::Start(1); 300]);
+}
+
+#[test]
+fn those_who_can_never_start_do_not_hide_one_who_can() {
+    let pool = BlockPool::new(10, 16).unwrap();
+    let mut waiting = queue(Admission::new(), &[[11; 32].as_slice(), &[1]].concat());
+    let left = all(&mut waiting, &pool, room(10, 0));
+    assert_eq!(left[..32], [Admitted::Never(11); 32]);
+    assert_eq!(left[32..], [Admitted::Start(1)]);
+
+    // One that can never start is handed back however full the pool is, and nobody has been passed over for it.
+    let mut waiting = queue(Admission::new(), &[10, usize::MAX, 0]);
+    assert_eq!(waiting.admit(&pool, room(0, 5), blocks), Some(Admitted::Never(usize::MAX)));
+    assert_eq!(waiting.most_skipped(), 0);
+    assert_eq!(waiting.admit(&pool, room(80, 5), |_| Need::Never), Some(Admitted::Never(10)));
+}
+
+#[test]
+fn one_without_a_place_waits_like_one_without_room() {
+    // Requests for so many places in a batch; each takes one block.
+    let mut waiting = queue(Admission::new().max_skips(1), &[4, 1, 1]);
+    let need = |places: usize| move |request: &usize| if *request > places { Need::NotNow } else { Need::Blocks(1) };
+    assert_eq!(waiting.admit(&pool(), room(100, 7), need(1)), Some(Admitted::Start(1)));
+    assert_eq!(waiting.admit(&pool(), room(100, 7), need(1)), None, "it has been passed over and is waited for");
+    assert_eq!(waiting.admit(&pool(), room(100, 0), need(8)), Some(Admitted::Start(4)));
+    assert_eq!(waiting.most_skipped(), 0);
+}
+
+#[test]
+fn clients_that_went_away_leave_the_queue() {
+    let mut waiting = queue(Admission::new().max_skips(1), &[50, 3, 60, 1, 2]);
+    assert_eq!(waiting.admit(&pool(), room(10, 0), blocks), Some(Admitted::Start(3)));
+    assert_eq!(waiting.remove_if(|&request| request % 2 == 0 && request != 60), [50, 2]);
+    assert_eq!(waiting.iter().copied().collect::<Vec<_>>(), [60, 1], "the others keep their order");
+    assert_eq!(waiting.most_skipped(), 0);
+    assert_eq!(waiting.admit(&pool(), room(10, 0), blocks), Some(Admitted::Start(1)), "nobody waits for who is gone");
+    assert!(waiting.remove_if(|_| false).is_empty());
+    assert_eq!(waiting.most_skipped(), 1, "those who stay are still owed their turn");
+}
+
+#[test]
+fn nobody_waits_for_ever_in_a_pool_that_is_never_empty() {
+    // A large request among an endless stream of small ones.
     let mut waiting = queue(Admission::new(), &[90]);
     let mut running = vec![4usize; 20];
     for turn in 0.. {
         waiting.enqueue(4);
         running.remove(0);
         let available = 100 - running.iter().sum::<usize>();
-        match waiting.admit(&pool(), available, 0, |&blocks| blocks) {
-            Some(90) => {
+        match waiting.admit(&pool(), room(available, 0), blocks) {
+            Some(Admitted::Start(90)) => {
                 assert!(turn > 200, "it was passed over first");
                 return;
             }
-            Some(small) => running.push(small),
+            Some(Admitted::Start(small)) => running.push(small),
+            Some(Admitted::Never(request)) => panic!("{request} blocks fit"),
             None => assert!(waiting.most_skipped() >= 256, "nobody starts because one is waited for"),
         }
         assert!(turn < 1000);
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Request {
+    id: usize,
+    blocks: usize,
+    /// Places in the batch.
+    places: usize,
+    /// Whether it can never start, whatever the blocks.
+    never: bool,
+    /// Turns that it runs before it ends.
+    turns: usize,
+    /// Whether it yields once, half-way.
+    yields: bool,
+    /// Whether its client goes away at this turn of the history, if it still waits.
+    gone: Option<usize>,
+}
+
+fn request() -> impl Strategy<Value = Request> {
+    let never = prop::bool::weighted(0.1);
+    let gone = prop::option::weighted(0.1, 0..60usize);
+    (0..14usize, 1..=4usize, never, 0..6usize, any::<bool>(), gone).prop_map(
+        |(blocks, places, never, turns, yields, gone)| Request { id: 0, blocks, places, never, turns, yields, gone },
+    )
+}
+
+/// The rules, word by word, over a plain list of requests and how often each has been passed over.
+fn by_the_rules(
+    waiting: &mut Vec<(Request, u32)>,
+    (skip_ahead, max_skips): (usize, u32),
+    can_never: impl Fn(&Request) -> bool,
+    fits: impl Fn(&Request) -> bool,
+) -> Option<Admitted<usize>> {
+    // Nobody goes ahead of one who is waited for.
+    let waited_for = |&(request, skips): &(Request, u32)| !can_never(&request) && !fits(&request) && skips >= max_skips;
+    let last = waiting.iter().position(waited_for).map_or(waiting.len(), |at| at + 1);
+    let seen = last.min(skip_ahead.max(1));
+    let at = waiting[..seen].iter().position(|(request, _)| can_never(request) || fits(request))?;
+    let (request, _) = waiting.remove(at);
+    if can_never(&request) {
+        return Some(Admitted::Never(request.id));
+    }
+    waiting[..at].iter_mut().for_each(|(_, skips)| *skips += 1);
+    Some(Admitted::Start(request.id))
+}
+
+const BATCH: usize = 4;
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// In a pool in which all that runs ends, every request starts or is handed back, nobody is passed over more often
+    /// than is said, and all is as the rules say.
+    #[test]
+    fn every_request_starts_or_is_handed_back(
+        pool_blocks in 1..12usize,
+        skip_ahead in 0..5usize,
+        max_skips in 0..4u32,
+        headroom in 0..40usize,
+        arrivals in prop::collection::vec(prop::collection::vec(request(), 0..6), 1..30),
+    ) {
+        let pool = BlockPool::new(pool_blocks, 16).unwrap();
+        let mut waiting = Admission::new().skip_ahead(skip_ahead).max_skips(max_skips).headroom(headroom);
+        let mut model: Vec<(Request, u32)> = Vec::new();
+        let mut running: Vec<Request> = Vec::new();
+        let mut passed_over: HashMap<usize, u32> = HashMap::new();
+        let (mut ended, mut never, mut gone) = (0, 0, 0);
+        let requests: usize = arrivals.iter().map(Vec::len).sum();
+        // Each of the requests runs twice at most, and in the worst case alone.
+        let most_turns = arrivals.len() + 2 * requests * 7 + 1;
+        let mut next_id = 0..;
+        let mut turn = 0;
+        while turn < arrivals.len() || !model.is_empty() || !running.is_empty() {
+            prop_assert!(turn < most_turns, "{} wait for ever", model.len());
+            for &request in arrivals.get(turn).into_iter().flatten() {
+                let request = Request { id: next_id.next().unwrap(), ..request };
+                waiting.enqueue(request);
+                model.push((request, 0));
+            }
+            let left = waiting.remove_if(|request| request.gone == Some(turn));
+            gone += left.len();
+            let left: Vec<usize> = left.iter().map(|request| request.id).collect();
+            let expected: Vec<usize> =
+                model.extract_if(.., |(request, _)| request.gone == Some(turn)).map(|(request, _)| request.id).collect();
+            prop_assert_eq!(left, expected);
+
+            // Some end, some yield, one after the other.
+            running.iter_mut().for_each(|request| request.turns = request.turns.saturating_sub(1));
+            ended += running.extract_if(.., |request| request.turns == 0).count();
+            if let Some(at) = running.iter().position(|request| request.yields) {
+                let request = Request { yields: false, ..running.remove(at) };
+                waiting.requeue(request);
+                model.insert(0, (request, 0));
+                passed_over.remove(&request.id);
+            }
+
+            loop {
+                let held: usize = running.iter().map(|request| request.blocks).sum();
+                let places = BATCH - running.iter().map(|request| request.places).sum::<usize>();
+                let available = pool_blocks - held;
+                let grow = (running.len() * headroom).div_ceil(16);
+                let admitted = waiting.admit(&pool, room(available, running.len()), |request| match request {
+                    Request { never: true, .. } => Need::Never,
+                    Request { places: needed, .. } if *needed > places => Need::NotNow,
+                    Request { blocks, .. } => Need::Blocks(*blocks),
+                });
+                let before = model.clone();
+                // Whether it is the blocks that can never be had is asked only of those for whom there is a place.
+                let can_never = |r: &Request| r.never || r.places <= places && r.blocks > pool_blocks;
+                let fits = |r: &Request| r.places <= places && r.blocks <= available.saturating_sub(grow);
+                let expected = by_the_rules(&mut model, (skip_ahead, max_skips), can_never, fits);
+                let id = |request: Request| request.id;
+                let got = admitted.map(|admitted| match admitted {
+                    Admitted::Start(request) => Admitted::Start(id(request)),
+                    Admitted::Never(request) => Admitted::Never(id(request)),
+                });
+                prop_assert_eq!(&got, &expected);
+                prop_assert_eq!(
+                    waiting.iter().map(|request| request.id).collect::<Vec<_>>(),
+                    model.iter().map(|(request, _)| request.id).collect::<Vec<_>>()
+                );
+                match admitted {
+                    Some(Admitted::Start(request)) => {
+                        prop_assert!(request.blocks <= available && request.places <= places && !request.never);
+                        for (passed, _) in before.iter().take_while(|(other, _)| other.id != request.id) {
+                            let skips = passed_over.entry(passed.id).or_default();
+                            *skips += 1;
+                            prop_assert!(*skips <= max_skips, "{} was passed over {} times", passed.id, skips);
+                        }
+                        running.push(request);
+                    }
+                    Some(Admitted::Never(request)) => {
+                        prop_assert!(request.never || request.blocks > pool_blocks);
+                        never += 1;
+                    }
+                    None => break,
+                }
+            }
+            turn += 1;
+        }
+        prop_assert!(waiting.is_empty());
+        prop_assert_eq!(ended + never + gone, requests);
     }
 }

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use paged_attention::{Admission, KvCache, PushError, Salt, SequenceId, Sequences, Snapshot};
+use paged_attention::{Admission, Admitted, KvCache, Need, PushError, Room, Salt, SequenceId, Sequences, Snapshot};
 
 use crate::model::Model;
 use crate::sampling::{Random, Sampling};
@@ -239,17 +239,23 @@ impl<'a> Engine<'a> {
         loop {
             let places = self.settings.max_batch - self.batch();
             let sequences = &self.sequences;
-            let needed = |group: &Group| {
+            let need = |group: &Group| {
                 if group.len() > places {
-                    return usize::MAX;
+                    return Need::NotNow;
                 }
                 // Blocks for its tokens, less those that others hold, and one for each sample to part with.
                 let tokens = &sequences[group[0]].tokens;
                 let shared = pool.find(&Salt::none(), tokens).held;
-                (pool.blocks_for(tokens.len()) - shared + group.len() - 1).min(pool.blocks())
+                Need::Blocks((pool.blocks_for(tokens.len()) - shared + group.len() - 1).min(pool.blocks()))
             };
             let available = pool.available().saturating_sub(promised);
-            let Some(group) = self.waiting.admit(pool, available, self.running.len(), needed) else { break };
+            let group = match self.waiting.admit(pool, Room { available, running: self.running.len() }, need) {
+                Some(Admitted::Start(group)) => group,
+                Some(Admitted::Never(group)) => {
+                    bail!("prompt {} does not fit into the pool", self.sequences[group[0]].answer.request + 1)
+                }
+                None => break,
+            };
             let tokens = &self.sequences[group[0]].tokens;
             let mut table = self.cache.table();
             let found = table.reuse(tokens);

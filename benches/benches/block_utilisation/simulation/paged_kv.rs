@@ -3,8 +3,8 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
-use paged_attention::{Admission, BlockPool, BlockTable, ReserveError, Salt};
+use anyhow::{Context, Result, bail};
+use paged_attention::{Admission, Admitted, BlockPool, BlockTable, Need, ReserveError, Room, Salt};
 
 use super::allocator::{Allocator, Step, Usage};
 use super::request::Request;
@@ -94,13 +94,29 @@ impl PagedKv<'_> {
     /// Lets those start for whom there is room.
     fn admit(&mut self, step: &mut Step) -> Result<()> {
         let pool = &self.pool;
-        // Blocks for its tokens, less those that others hold, and one to copy where a prefix ends inside a block.
-        let needed = |job: &Job<'_>| {
-            let found = pool.find(&Salt::none(), &job.tokens);
-            let copy = usize::from(found.held + found.remembered > 0);
-            (pool.blocks_for(job.tokens.len()) - found.held + copy).min(pool.blocks())
+        // Blocks for its tokens, less those that others hold, and one to copy where a prefix ends inside a block. In a
+        // pool that is too small for the copy, the prefix is taken over instead.
+        let need = |job: &Job<'_>| match pool.blocks_for(job.tokens.len()) {
+            too_many if too_many > pool.blocks() => Need::Never,
+            blocks => {
+                let found = pool.find(&Salt::none(), &job.tokens);
+                let copy = usize::from(found.held + found.remembered > 0);
+                Need::Blocks((blocks - found.held + copy).min(pool.blocks()))
+            }
         };
-        while let Some(job) = self.waiting.admit(pool, pool.available(), self.running.len(), needed) {
+        loop {
+            let room = Room { available: pool.available(), running: self.running.len() };
+            let job = match self.waiting.admit(pool, room, need) {
+                Some(Admitted::Start(job)) => job,
+                Some(Admitted::Never(job)) => {
+                    bail!(
+                        "a request of {} tokens is larger than the pool of {}",
+                        job.tokens.len(),
+                        pool.blocks() * pool.block_size()
+                    )
+                }
+                None => return Ok(()),
+            };
             step.skipped = step.skipped.max(self.waiting.most_skipped());
             let mut table = BlockTable::new(pool);
             let found = table.reuse(&job.tokens);
@@ -116,7 +132,6 @@ impl PagedKv<'_> {
             }
             self.running.push(Running { table, job });
         }
-        Ok(())
     }
 }
 
