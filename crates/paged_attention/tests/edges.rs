@@ -31,7 +31,7 @@ fn append(cache: &KvCache, table: &mut BlockTable, k: &[f32]) {
     let mut step = cache.step();
     step.push(table, &vec![0; k.dims()[0]]).unwrap();
     step.write(0, &k, &k).unwrap();
-    step.commit();
+    step.commit().unwrap();
 }
 
 /// Dense attention of the queries from position `at` on, over the positions that `sees(query, position)`.
@@ -77,7 +77,7 @@ fn a_query_that_sees_what_was_given_back_is_refused() {
         let mut step = cache.step();
         step.push(&mut tables[0], &[0; 9]).unwrap();
         step.write(0, &k, &v).unwrap();
-        step.commit();
+        step.commit().unwrap();
         assert_eq!((tables[0].slot(3), tables[0].slot(4).is_some()), (None, true));
 
         let attention = Attention::new(SCALE);
@@ -86,7 +86,7 @@ fn a_query_that_sees_what_was_given_back_is_refused() {
             let q = Tensor::ones((rows, 1, DIM), DType::F32, &Device::Cpu).unwrap();
             attend_parts(&parts, 0, at, &q, attention)
                 .map(|y| numbers(&y).into_iter().step_by(DIM).collect::<Vec<f32>>())
-                .map_err(|error| error.to_string())
+                .map_err(|error| error.to_string().lines().next().unwrap_or_default().to_string())
         };
         let refused = |at: usize, seen: usize| {
             let held = "which was given back: the window holds what lies from 4 on";
@@ -197,7 +197,7 @@ fn a_step_of_a_ring_sees_only_what_is_held() {
                 let mut step = cache.step();
                 step.push(&mut table, &vec![0; rows]).unwrap();
                 let got = step.attend(0, &tensor(&q, HEADS, DIM, DType::F32), &new, &new, &Attention::new(SCALE));
-                step.commit();
+                step.commit().unwrap();
                 let sees = |query: usize, position: usize| {
                     position <= query && (position < window.sinks() || position + window.tokens() > query)
                 };

@@ -8,7 +8,9 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use paged_attention::{Admission, Admitted, KvCache, Need, PushError, Room, Salt, SequenceId, Sequences, Snapshot};
+use paged_attention::{
+    Admission, Admitted, KvCache, Need, PrefixKey, PushError, Room, SequenceId, Sequences, Snapshot,
+};
 
 use crate::model::Model;
 use crate::sampling::{Random, Sampling};
@@ -245,7 +247,7 @@ impl<'a> Engine<'a> {
                 }
                 // Blocks for its tokens, less those that others hold, and one for each sample to part with.
                 let tokens = &sequences[group[0]].tokens;
-                let shared = pool.find(&Salt::none(), tokens).held;
+                let shared = pool.find(&PrefixKey::new(), tokens).held;
                 Need::Blocks((pool.blocks_for(tokens.len()) - shared + group.len() - 1).min(pool.blocks()))
             };
             let available = pool.available().saturating_sub(promised);

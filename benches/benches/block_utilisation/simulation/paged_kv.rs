@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use paged_attention::{Admission, Admitted, BlockPool, BlockTable, Need, ReserveError, Room, Salt};
+use paged_attention::{Admission, Admitted, BlockPool, BlockTable, Need, PrefixKey, ReserveError, Room};
 
 use super::allocator::{Allocator, Step, Usage};
 use super::request::Request;
@@ -94,16 +94,8 @@ impl PagedKv<'_> {
     /// Lets those start for whom there is room.
     fn admit(&mut self, step: &mut Step) -> Result<()> {
         let pool = &self.pool;
-        // Blocks for its tokens, less those that others hold, and one to copy where a prefix ends inside a block. In a
-        // pool that is too small for the copy, the prefix is taken over instead.
-        let need = |job: &Job<'_>| match pool.blocks_for(job.tokens.len()) {
-            too_many if too_many > pool.blocks() => Need::Never,
-            blocks => {
-                let found = pool.find(&Salt::none(), &job.tokens);
-                let copy = usize::from(found.held + found.remembered > 0);
-                Need::Blocks((blocks - found.held + copy).min(pool.blocks()))
-            }
-        };
+        let key = PrefixKey::new();
+        let need = |job: &Job<'_>| Need::Blocks(pool.find(&key, &job.tokens).blocks);
         loop {
             let room = Room { available: pool.available(), running: self.running.len() };
             let job = match self.waiting.admit(pool, room, need) {
