@@ -18,5 +18,5 @@ pub use block_pool::{
 pub use error::{BehindWindow, NotReserved};
 pub use sequences::{SequenceError, SequenceId, Sequences, Taken};
 pub use swap::SwappedTable;
-pub use table::{BlockTable, TableOptions};
+pub use table::{BlockTable, Found, TableOptions};
 pub use window::Window;

@@ -1,6 +1,6 @@
 //! One sequence's logical positions, and the blocks they lie in.
 
-use block_pool::{BlockId, BlockPool, Blocks, ReserveError, Salt};
+use block_pool::{BlockId, BlockPool, BlockState, Blocks, ReserveError, Salt};
 use smallvec::SmallVec;
 
 use crate::{BehindWindow, NotReserved, Window};
@@ -91,6 +91,17 @@ impl TableOptions {
     }
 }
 
+/// What a look-up has found: see [`BlockTable::look_up`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Found {
+    /// How many tokens [`BlockTable::reuse`] would add now.
+    pub tokens: usize,
+    /// How many blocks of [`BlockPool::available`] `reuse`, followed by reserving the rest of the tokens, would take, the
+    /// copy of a shared last block included.
+    pub blocks: usize,
+}
+
 impl BlockTable {
     /// An empty table over `pool`.
     pub fn new(pool: &BlockPool) -> Self {
@@ -177,6 +188,32 @@ impl BlockTable {
         self.tail = Some(Tokens::from_slice(&tokens[self.len - self.len % block_size..self.len]));
         self.slide();
         found
+    }
+
+    /// What [`reuse`](Self::reuse) would find at this moment, and what the sequence would take of the pool with it.
+    pub fn look_up(&self, tokens: &[u32]) -> Found {
+        let pool = self.pool();
+        let states = pool.snapshot().blocks;
+        let state = |id: &BlockId| states.get(id.index()).copied().unwrap_or(BlockState::Free);
+        let mut trial = self.fork();
+        let gained = trial.reuse(tokens);
+        let added = &trial.blocks()[self.blocks.len().min(trial.blocks.len())..];
+        let remembered = added.iter().filter(|id| state(id) == BlockState::Remembered).count();
+        let growth = pool.blocks_for(tokens.len()).saturating_sub(trial.blocks.len() + trial.gap);
+        let taken = remembered + growth;
+        let inside = !trial.len.is_multiple_of(pool.block_size()) && tokens.len() > trial.len;
+        let last = trial.place(trial.len / pool.block_size()).filter(|_| inside);
+        let copy = last.and_then(|at| {
+            let stored = trial.blocks.tokens(at, 0, &mut Tokens::new());
+            // Whether this table is, or would be, the only one that holds it.
+            let alone = match (state(trial.blocks.get(at)?), at < self.blocks.len()) {
+                (BlockState::Held(holders), own) => holders <= u32::from(own),
+                _ => true,
+            };
+            let available = states.iter().filter(|state| !matches!(state, BlockState::Held(_))).count();
+            Some(!alone || stored && taken < available)
+        });
+        Found { tokens: gained, blocks: taken + usize::from(copy.unwrap_or(false)) }
     }
 
     /// Makes room to write `n` tokens behind the committed ones.
