@@ -10,8 +10,8 @@ use block_pool::BlockPool;
 /// that the pool is not idle because of one long prompt. Only so many are looked at, and nobody is passed over more
 /// than so often. Room is left for those who run to grow into, since a sequence that must yield is computed twice.
 ///
-/// Nobody waits for ever: if everything that runs comes to an end, every request either starts or is handed back as one
-/// that can never start.
+/// No request waits for ever: if everything that runs ends, every request either starts or is handed back as one that
+/// can never start.
 ///
 /// It decides and keeps the queue; the blocks are taken by the tables themselves.
 ///
@@ -53,7 +53,7 @@ pub enum Need {
     /// So many of the blocks that are available. More than the pool has is the same as [`Never`](Self::Never).
     Blocks(usize),
     /// It cannot start now for another reason than blocks: there is no place in the batch, say. It waits like a request
-    /// that does not fit. The reason must be gone, at the latest, when nobody runs.
+    /// that does not fit. The reason must be gone, at the latest, when nothing runs.
     NotNow,
     /// It can never start: its prompt is longer than the model's context, say.
     Never,
@@ -62,9 +62,9 @@ pub enum Need {
 /// What there is to give at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
-    /// Blocks of the pool that are available and not promised to anybody.
+    /// Blocks of the pool that are available and not promised to a running sequence.
     pub available: usize,
-    /// Sequences that run and need room to grow.
+    /// Sequences that run. Each needs room to grow.
     pub running: usize,
 }
 
@@ -121,7 +121,7 @@ impl<T> Admission<T> {
         self.waiting.push_back(Waiting { request, skipped: 0 });
     }
 
-    /// Puts back, before the others, one who had started and had to yield. It has not been passed over yet.
+    /// Puts back, before the others, a request that had started and had to yield. It counts as not passed over yet.
     pub fn requeue(&mut self, request: T) {
         self.waiting.push_front(Waiting { request, skipped: 0 });
         // Last: these call the host's code, which may panic.
@@ -149,7 +149,8 @@ impl<T> Admission<T> {
         self.waiting.iter().map(|waiting| waiting.skipped).max().unwrap_or(0)
     }
 
-    /// Takes out of the queue all who are `gone`, clients that hung up say, and returns them, the first first.
+    /// Takes the requests that are `gone` out of the queue, of clients that hung up say, and returns them in their
+    /// order.
     pub fn remove_if(&mut self, mut gone: impl FnMut(&T) -> bool) -> Vec<T> {
         let mut removed = Vec::new();
         for waiting in std::mem::take(&mut self.waiting) {
@@ -161,12 +162,14 @@ impl<T> Admission<T> {
         removed
     }
 
-    /// Takes the next who may start out of the queue, or one who can never start. Nothing else changes the queue's order.
+    /// Takes the next request that may start out of the queue, or one that can never start. The others keep their
+    /// order.
     ///
-    /// `need` says what a request takes to start. When nobody runs, nobody needs room to grow, and the first request
-    /// that fits at all may start. Whoever stands before the one that starts has been passed over, whether it lacked
-    /// blocks or said [`Need::NotNow`]; when it has been passed over often enough, it is waited for. One who can never
-    /// start passes nobody over and holds nobody up.
+    /// `need` says what a request takes to start. When nothing runs, no room to grow is needed, and the first request
+    /// that fits at all may start. The requests before the one that starts have been passed over, whether they lacked
+    /// blocks or were [`Need::NotNow`]; a request that has been passed over often enough is waited for. Handing back
+    /// one that can never start does not count as passing over those before it, and it does not keep those after it
+    /// from starting.
     pub fn admit(&mut self, pool: &BlockPool, room: Room, mut need: impl FnMut(&T) -> Need) -> Option<Admitted<T>> {
         let headroom = pool.blocks_for(room.running.saturating_mul(self.headroom));
         let free = room.available.saturating_sub(headroom);

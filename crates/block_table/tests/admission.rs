@@ -1,4 +1,4 @@
-//! Who may start: in order, except that small requests may pass large ones, and only so often. Nobody waits for ever.
+//! Requests start in order, except that small ones may pass large ones, and only so often. None waits for ever.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -81,7 +81,7 @@ fn the_least_computed_yields_and_comes_back_first() {
 }
 
 #[test]
-fn one_that_can_never_start_is_handed_back_and_holds_nobody_up() {
+fn a_request_that_can_never_start_is_handed_back_and_blocks_no_other() {
     let pool = BlockPool::new(10, 16).unwrap();
     let mut waiting = queue(Admission::new(), &[11]);
     (0..300).for_each(|_| waiting.enqueue(1));
@@ -91,14 +91,14 @@ fn one_that_can_never_start_is_handed_back_and_holds_nobody_up() {
 }
 
 #[test]
-fn those_who_can_never_start_do_not_hide_one_who_can() {
+fn requests_that_can_never_start_do_not_hide_one_that_can() {
     let pool = BlockPool::new(10, 16).unwrap();
     let mut waiting = queue(Admission::new(), &[[11; 32].as_slice(), &[1]].concat());
     let left = all(&mut waiting, &pool, room(10, 0));
     assert_eq!(left[..32], [Admitted::Never(11); 32]);
     assert_eq!(left[32..], [Admitted::Start(1)]);
 
-    // One that can never start is handed back however full the pool is, and nobody has been passed over for it.
+    // It is handed back however full the pool is, and the others have not been passed over.
     let mut waiting = queue(Admission::new(), &[10, usize::MAX, 0]);
     assert_eq!(waiting.admit(&pool, room(0, 5), blocks), Some(Admitted::Never(usize::MAX)));
     assert_eq!(waiting.most_skipped(), 0);
@@ -106,7 +106,7 @@ fn those_who_can_never_start_do_not_hide_one_who_can() {
 }
 
 #[test]
-fn one_without_a_place_waits_like_one_without_room() {
+fn a_request_without_a_place_waits_like_one_without_room() {
     // Requests for so many places in a batch; each takes one block.
     let mut waiting = queue(Admission::new().max_skips(1), &[4, 1, 1]);
     let need = |places: usize| move |request: &usize| if *request > places { Need::NotNow } else { Need::Blocks(1) };
@@ -123,13 +123,17 @@ fn clients_that_went_away_leave_the_queue() {
     assert_eq!(waiting.remove_if(|&request| request % 2 == 0 && request != 60), [50, 2]);
     assert_eq!(waiting.iter().copied().collect::<Vec<_>>(), [60, 1], "the others keep their order");
     assert_eq!(waiting.most_skipped(), 0);
-    assert_eq!(waiting.admit(&pool(), room(10, 0), blocks), Some(Admitted::Start(1)), "nobody waits for who is gone");
+    assert_eq!(
+        waiting.admit(&pool(), room(10, 0), blocks),
+        Some(Admitted::Start(1)),
+        "those that are gone are not waited for"
+    );
     assert!(waiting.remove_if(|_| false).is_empty());
-    assert_eq!(waiting.most_skipped(), 1, "those who stay are still owed their turn");
+    assert_eq!(waiting.most_skipped(), 1, "those that stay keep their counts");
 }
 
 #[test]
-fn nobody_waits_for_ever_in_a_pool_that_is_never_empty() {
+fn no_request_waits_for_ever_in_a_pool_that_is_never_empty() {
     // A large request among an endless stream of small ones.
     let mut waiting = queue(Admission::new(), &[90]);
     let mut running = vec![4usize; 20];
@@ -181,7 +185,7 @@ fn by_the_rules(
     can_never: impl Fn(&Request) -> bool,
     fits: impl Fn(&Request) -> bool,
 ) -> Option<Admitted<usize>> {
-    // Nobody goes ahead of one who is waited for.
+    // None goes ahead of one that is waited for.
     let waited_for = |&(request, skips): &(Request, u32)| !can_never(&request) && !fits(&request) && skips >= max_skips;
     let last = waiting.iter().position(waited_for).map_or(waiting.len(), |at| at + 1);
     let seen = last.min(skip_ahead.max(1));
@@ -199,8 +203,8 @@ const BATCH: usize = 4;
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// In a pool in which all that runs ends, every request starts or is handed back, nobody is passed over more often
-    /// than is said, and all is as the rules say.
+    /// In a pool in which all that runs ends, every request starts or is handed back, none is passed over more often
+    /// than `max_skips` says, and all is as the rules say.
     #[test]
     fn every_request_starts_or_is_handed_back(
         pool_blocks in 1..12usize,
@@ -231,7 +235,7 @@ proptest! {
             gone += left.len();
             let left: Vec<usize> = left.iter().map(|request| request.id).collect();
             let expected: Vec<usize> =
-                model.extract_if(.., |(request, _)| request.gone == Some(turn)).map(|(request, _)| request.id).collect();
+                model.extract_if(.., |(r, _)| r.gone == Some(turn)).map(|(request, _)| request.id).collect();
             prop_assert_eq!(left, expected);
 
             // Some end, some yield, one after the other.

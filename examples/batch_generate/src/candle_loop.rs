@@ -142,7 +142,8 @@ pub fn compare(path: &Path, paged: &Model, dtype: KvDtype, weights: Weights) -> 
     let paged = |batch: usize| -> Result<f64> {
         let cache = KvCache::builder(paged.shape()).blocks(batch * 16).dtype(dtype).build()?;
         let requests = vec![request(TOKENS); batch];
-        let settings = Settings { max_batch: 8, samples: 1, seed: 0, sampling: Sampling::greedy() };
+        let (sampling, step_tokens) = (Sampling::greedy(), engine::STEP_TOKENS);
+        let settings = Settings { max_batch: 8, step_tokens, samples: 1, seed: 0, sampling };
         let outcome = engine::generate(paged, &cache, &requests, &settings, |_| false, |_| ())?;
         Ok(outcome.decode.rate().unwrap_or_default())
     };

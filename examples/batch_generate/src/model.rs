@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Embedding, ops, rotary_emb};
 use paged_attention::{Attention, KvShape, Step};
 
+use crate::engine::LanguageModel;
 use crate::weights::{Joined, Linear, Weights};
 
 /// A GGUF file of the llama architecture, opened.
@@ -217,6 +218,16 @@ impl Model {
         }
         let wanted = x.index_select(wanted, 0)?;
         self.output.forward(&self.norm.forward(&wanted)?)
+    }
+}
+
+impl LanguageModel for Model {
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn forward(&self, step: &Step<'_>) -> candle_core::Result<Tensor> {
+        Model::forward(self, step)
     }
 }
 

@@ -65,7 +65,8 @@ pub fn run(args: &Args) -> Result<()> {
         })
         .collect::<Result<Vec<_>>>()?;
     let cache = cache(args, &model)?;
-    let settings = Settings { max_batch: args.max_batch, samples: args.samples, seed: args.seed, sampling };
+    let (samples, step_tokens) = (args.samples, engine::STEP_TOKENS);
+    let settings = Settings { max_batch: args.max_batch, step_tokens, samples, seed: args.seed, sampling };
     let mut outcome = generate(&model, &cache, &requests, &settings, &tokenizer)?;
     let fullest = outcome.fullest.take();
 

@@ -4,7 +4,7 @@
 
 mod common;
 
-use batch_generate::engine::{Answer, Outcome, Request, Settings, generate};
+use batch_generate::engine::{Answer, Outcome, Progress, Request, STEP_TOKENS, Settings, generate};
 use batch_generate::model::Model;
 use batch_generate::sampling::{Random, Sampling};
 use paged_attention::{KvCache, KvDtype};
@@ -18,7 +18,8 @@ fn requests() -> Vec<Request> {
 }
 
 fn settings(samples: usize, temperature: f32) -> Settings {
-    Settings { max_batch: 8, samples, seed: 11, sampling: Sampling::new(temperature, 0.9).unwrap() }
+    let sampling = Sampling::new(temperature, 0.9).unwrap();
+    Settings { max_batch: 8, step_tokens: STEP_TOKENS, samples, seed: 11, sampling }
 }
 
 fn cache(model: &Model, blocks: usize, block_size: usize) -> KvCache {
@@ -157,4 +158,22 @@ fn what_can_never_be_answered_is_refused_at_once_with_the_numbers() {
     assert_eq!(refused(request(0, 8), settings(1, 0.0)), "prompt 1 has no tokens");
     assert_eq!(refused(request(1, 0), settings(1, 0.0)), "0 tokens of answer were asked for, at least one is needed");
     assert_eq!(refused(request(1, 1), settings(9, 0.0)), "9 samples of a prompt do not fit into a batch of 8");
+}
+
+#[test]
+fn the_same_prompt_twice_in_a_pool_that_one_fills_ends() {
+    let (_folder, model) = common::tiny();
+    let prompt: Vec<u32> = (0..42).map(|i| (i * 7 + 13) % common::VOCABULARY as u32).collect();
+    let requests = vec![Request { prompt, max_tokens: 4 }; 2];
+    let settings = settings(1, 0.0);
+    let cache = cache(&model, 7, 7);
+    let mut steps = 0;
+    let count = |progress: Progress| {
+        steps += 1;
+        assert!(steps <= 200, "step {steps}, {progress:?}");
+    };
+    let outcome = generate(&model, &cache, &requests, &settings, |id| id == 95, count).unwrap();
+    let expected = from_scratch(&model, &requests[0], &settings, 0, 0);
+    assert!(outcome.answers.iter().all(|answer| answer.tokens == expected), "{:?}", outcome.answers);
+    assert_eq!(cache.pool().held(), 0);
 }

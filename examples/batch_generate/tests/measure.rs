@@ -4,7 +4,7 @@
 
 mod common;
 
-use batch_generate::engine::{Request, Settings, generate};
+use batch_generate::engine::{Request, STEP_TOKENS, Settings, generate};
 use batch_generate::measure::{Filled, Measured, prompt};
 use batch_generate::sampling::Sampling;
 use paged_attention::{KvCache, KvDtype};
@@ -15,7 +15,8 @@ fn copies_of_a_prompt_go_on_as_the_engine_does() {
     for (batch, context) in [(1, 1), (3, 16), (2, 45)] {
         let cache = KvCache::builder(model.shape()).blocks(16).build().unwrap();
         let request = Request { prompt: prompt(context, common::VOCABULARY), max_tokens: 9 };
-        let settings = Settings { max_batch: 1, samples: 1, seed: 0, sampling: Sampling::greedy() };
+        let settings =
+            Settings { max_batch: 1, step_tokens: STEP_TOKENS, samples: 1, seed: 0, sampling: Sampling::greedy() };
         let outcome = generate(&model, &cache, &[request], &settings, |_| false, |_| ()).unwrap();
         let expected = &outcome.answers[0].tokens;
 

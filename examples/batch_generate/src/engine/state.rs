@@ -1,0 +1,166 @@
+//! What the engine knows of each sequence, and what becomes of it after a step.
+
+use anyhow::{Result, bail};
+use paged_attention::{Admission, KvCache, SequenceId, Sequences};
+
+use super::{Answer, Outcome, Progress, Request, Settings};
+use crate::sampling::Random;
+
+pub(super) struct Sequence {
+    pub(super) answer: Answer,
+    /// Prompt and answer so far.
+    pub(super) tokens: Vec<u32>,
+    max_tokens: usize,
+    /// Tokens that were found again after a preemption.
+    resumed: usize,
+    random: Random,
+}
+
+impl Sequence {
+    /// Counts tokens that need not be computed because they were found.
+    pub(super) fn count_found(&mut self, tokens: usize) {
+        let counter = if self.answer.preemptions == 0 { &mut self.answer.cached_tokens } else { &mut self.resumed };
+        *counter += tokens;
+    }
+}
+
+/// Sequences that start with the same tokens, and so are computed once: the samples of a prompt, until they part.
+pub(super) type Group = Vec<usize>;
+
+pub(super) struct Running {
+    pub(super) id: SequenceId,
+    pub(super) group: Group,
+}
+
+pub(super) struct Engine<'a> {
+    pub(super) cache: &'a KvCache,
+    pub(super) settings: &'a Settings,
+    pub(super) sequences: Vec<Sequence>,
+    pub(super) tables: Sequences,
+    pub(super) waiting: Admission<Group>,
+    /// The earliest admitted first.
+    pub(super) running: Vec<Running>,
+    /// Whether a sequence did not fit into the last step.
+    pub(super) full: bool,
+    finished: usize,
+    /// The sum over all steps.
+    pub(super) utilisation: f64,
+    pub(super) outcome: Outcome,
+}
+
+impl<'a> Engine<'a> {
+    pub(super) fn new(cache: &'a KvCache, requests: &[Request], settings: &'a Settings) -> Self {
+        let mut sequences = Vec::new();
+        let mut waiting = Admission::new();
+        for (i, request) in requests.iter().enumerate() {
+            let first = sequences.len();
+            sequences.extend((0..settings.samples).map(|sample| Sequence {
+                answer: Answer {
+                    request: i,
+                    tokens: Vec::new(),
+                    prompt_tokens: request.prompt.len(),
+                    cached_tokens: 0,
+                    preemptions: 0,
+                },
+                tokens: request.prompt.clone(),
+                max_tokens: request.max_tokens,
+                resumed: 0,
+                random: Random::new(settings.seed.wrapping_add(sample as u64), i),
+            }));
+            waiting.enqueue((first..sequences.len()).collect());
+        }
+        Self {
+            cache,
+            settings,
+            sequences,
+            tables: Sequences::new(cache.pool()),
+            waiting,
+            running: Vec::new(),
+            full: false,
+            finished: 0,
+            utilisation: 0.0,
+            outcome: Outcome::default(),
+        }
+    }
+
+    /// How many sequences run. Each of a group counts.
+    pub(super) fn batch(&self) -> usize {
+        self.running.iter().map(|running| running.group.len()).sum()
+    }
+
+    /// Draws the next token of each sequence of a group; those after the first go on in a fork of its table.
+    pub(super) fn extend(&mut self, i: usize, logits: &[f32]) -> Result<()> {
+        let others = self.running[i].group.split_off(1);
+        let first = self.running[i].group[0];
+        let computed = self.sequences[first].tokens.len();
+        for &member in [first].iter().chain(&others) {
+            let sequence = &mut self.sequences[member];
+            let token = self.settings.sampling.draw(logits, &mut sequence.random)?;
+            sequence.tokens.push(token);
+            sequence.answer.tokens.push(token);
+        }
+        for member in others {
+            // All of the prompt, if this is the first token.
+            let answer = &mut self.sequences[member].answer;
+            answer.cached_tokens = computed.min(answer.prompt_tokens);
+            let id = self.tables.fork(self.running[i].id)?;
+            self.running.push(Running { id, group: vec![member] });
+        }
+        Ok(())
+    }
+
+    /// Removes the sequences that have come to an end, and gives their blocks back. Says how many they are.
+    pub(super) fn retire(&mut self, is_end: &impl Fn(u32) -> bool) -> Result<usize> {
+        let before = self.running.len();
+        for i in (0..before).rev() {
+            let sequence = &self.sequences[self.running[i].group[0]];
+            let tokens = &sequence.answer.tokens;
+            if tokens.len() == sequence.max_tokens || tokens.last().is_some_and(|&token| is_end(token)) {
+                self.tables.remove(self.running.remove(i).id)?;
+            }
+        }
+        let finished = before - self.running.len();
+        self.finished += finished;
+        Ok(finished)
+    }
+
+    /// Sends the sequence with the fewest computed tokens back to the queue.
+    pub(super) fn preempt(&mut self) -> Result<()> {
+        let computed = |running: &Running| self.tables.take(running.id).map(|table| table.len());
+        let lengths = self.running.iter().map(computed).collect::<Result<Vec<_>, _>>()?;
+        let Some(victim) = Admission::<Group>::who_yields(lengths).filter(|_| self.running.len() > 1) else {
+            let pool = self.cache.pool();
+            bail!(
+                "one sequence alone does not fit into the pool: {} of {} blocks are available",
+                pool.available(),
+                pool.blocks()
+            );
+        };
+        let Running { id, group } = self.running.remove(victim);
+        self.tables.remove(id)?;
+        for &member in &group {
+            self.sequences[member].answer.preemptions += 1;
+        }
+        self.waiting.requeue(group);
+        Ok(())
+    }
+
+    pub(super) fn progress(&self) -> Progress {
+        Progress {
+            generated: self.sequences.iter().map(|sequence| sequence.answer.tokens.len()).sum(),
+            finished: self.finished,
+            running: self.batch(),
+            waiting: self.waiting.iter().map(Vec::len).sum(),
+            held: self.cache.pool().held(),
+        }
+    }
+
+    pub(super) fn outcome(self) -> Outcome {
+        Outcome {
+            resumed_tokens: self.sequences.iter().map(|sequence| sequence.resumed).sum(),
+            answers: self.sequences.into_iter().map(|sequence| sequence.answer).collect(),
+            mean_utilisation: self.utilisation / self.outcome.steps.max(1) as f64,
+            ..self.outcome
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! However small the pool, the engine comes to an end, and every sequence gets the answer that it gets alone.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use batch_generate::engine::{LanguageModel, Outcome, Progress, Request, STEP_TOKENS, Settings, generate};
+use batch_generate::sampling::{Random, Sampling};
+use candle_core::{Device, Result, Tensor};
+use paged_attention::{Attention, KvCache, KvDtype, KvShape, Step, TableOptions};
+
+const VOCABULARY: usize = 5;
+const END: u32 = 4;
+const CONTEXT: usize = 400;
+const HEAD_DIM: usize = 4;
+const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: HEAD_DIM };
+
+/// A model that costs next to nothing and forgives nothing: what a row has attended to, to the last bit, decides the
+/// second layer's keys and values and the logits. One wrong number in one slot changes the answer.
+struct StandIn;
+
+impl LanguageModel for StandIn {
+    fn context(&self) -> usize {
+        CONTEXT
+    }
+
+    fn forward(&self, step: &Step<'_>) -> Result<Tensor> {
+        let (tokens, positions) = (step.token_ids()?.to_vec1::<u32>()?, step.positions()?.to_vec1::<u32>()?);
+        let mut states: Vec<u64> =
+            tokens.iter().zip(&positions).map(|(&token, &position)| mix(mix(1, token), position)).collect();
+        for layer in 0..SHAPE.layers {
+            let rows = |kind: u32| {
+                let row = |&state: &u64| (0..HEAD_DIM as u32).map(move |i| number(mix(mix(state, kind), i)));
+                let numbers: Vec<f32> = states.iter().flat_map(row).collect();
+                Tensor::from_vec(numbers, (states.len(), 1, HEAD_DIM), &Device::Cpu)
+            };
+            let y = step.attend(layer, &rows(0)?, &rows(1)?, &rows(2)?, &Attention::scaled_by(HEAD_DIM))?;
+            let seen = y.flatten_from(1)?.to_vec2::<f32>()?; // (tokens, head_dim)
+            states = seen.iter().map(|row| row.iter().fold(3, |state, x| mix(state, x.to_bits()))).collect();
+        }
+        let last = step.last_rows()?.to_vec1::<u32>()?;
+        let logits = |&row: &u32| (0..VOCABULARY as u32).map(move |i| (row, i));
+        let logits: Vec<f32> =
+            last.iter().flat_map(logits).map(|(row, i)| 4.0 * number(mix(states[row as usize], i))).collect();
+        Tensor::from_vec(logits, (last.len(), VOCABULARY), &Device::Cpu)
+    }
+}
+
+/// The finaliser of splitmix64 (Steele et al. 2014) over both.
+fn mix(state: u64, more: u32) -> u64 {
+    let mut x = state.wrapping_mul(31).wrapping_add(u64::from(more)).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// In (-1, 1).
+fn number(state: u64) -> f32 {
+    (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+}
+
+fn cache(blocks: usize, block_size: usize) -> KvCache {
+    KvCache::builder(SHAPE).blocks(blocks).block_size(block_size).dtype(KvDtype::F32).build().unwrap()
+}
+
+/// The answers of sequences that share nothing, in a pool with room for all: no engine, no admission, no prefix, no
+/// fork.
+fn alone(requests: &[Request], settings: &Settings) -> Vec<Vec<u32>> {
+    let total: usize = requests.iter().map(|r| (r.prompt.len() + r.max_tokens).div_ceil(16)).sum();
+    let cache = cache(total * settings.samples, 16);
+    let private = TableOptions::default().private();
+    let mut answers = Vec::new();
+    for (i, request) in requests.iter().enumerate() {
+        for sample in 0..settings.samples {
+            let mut random = Random::new(settings.seed + sample as u64, i);
+            let mut table = cache.table_with(&private);
+            let mut tokens = request.prompt.clone();
+            while tokens.len() < request.prompt.len() + request.max_tokens
+                && !tokens[request.prompt.len()..].contains(&END)
+            {
+                let computed = table.len();
+                let mut step = cache.step();
+                step.push(&mut table, &tokens[computed..]).unwrap();
+                let logits = StandIn.forward(&step).unwrap().to_vec2::<f32>().unwrap();
+                step.commit().unwrap();
+                tokens.push(settings.sampling.draw(&logits[0], &mut random).unwrap());
+            }
+            answers.push(tokens.split_off(request.prompt.len()));
+        }
+    }
+    answers
+}
+
+/// The most steps that there can be: the comment in `generate` has the reasons.
+fn most_steps(requests: &[Request], settings: &Settings) -> usize {
+    let longest = requests.iter().map(|r| r.prompt.len() + r.max_tokens - 1).max().unwrap();
+    requests.len() * settings.samples * (longest + 1) * settings.max_batch
+}
+
+/// Runs to the end, in no more steps than there can be, and compares.
+fn run(blocks: usize, block_size: usize, requests: &[Request], settings: &Settings) -> Outcome {
+    let cache = cache(blocks, block_size);
+    let case = || format!("{blocks} blocks of {block_size}, {settings:?}, {requests:?}");
+    let (mut steps, most) = (0, most_steps(requests, settings));
+    let progress = |progress: Progress| {
+        steps += 1;
+        assert!(steps <= most, "step {steps}, {progress:?}: {}", case());
+    };
+    let outcome = generate(&StandIn, &cache, requests, settings, |token| token == END, progress);
+    let outcome = outcome.unwrap_or_else(|error| panic!("{error}: {}", case()));
+    let answers: Vec<_> = outcome.answers.iter().map(|answer| answer.tokens.clone()).collect();
+    assert_eq!(answers, alone(requests, settings), "{}", case());
+    assert_eq!((cache.pool().held(), cache.pool().check_held([])), (0, Ok(())), "{}", case());
+    outcome
+}
+
+fn settings() -> Settings {
+    let sampling = Sampling::new(1.0, 1.0).unwrap();
+    Settings { max_batch: 8, step_tokens: STEP_TOKENS, samples: 1, seed: 5, sampling }
+}
+
+#[test]
+fn duplicates_that_fill_the_pool_to_the_last_block_end() {
+    let prompt: Vec<u32> = (0..42).map(|i| i * i % 3).collect();
+    let requests = vec![Request { prompt, max_tokens: 4 }; 2];
+    for block_size in [1, 7, 14] {
+        for spare in 0..3 {
+            run(45usize.div_ceil(block_size) + spare, block_size, &requests, &settings());
+        }
+    }
+}
+
+#[test]
+fn samples_part_in_a_pool_with_room_for_one() {
+    for block_size in [1, 3, 4, 5, 12] {
+        for prompt in [11, 12, 13] {
+            let requests = vec![Request { prompt: vec![1; prompt], max_tokens: 6 }; 2];
+            let blocks = (prompt + 5usize).div_ceil(block_size);
+            let outcome = run(blocks, block_size, &requests, &Settings { samples: 4, ..settings() });
+            assert_eq!(outcome.answers.len(), 8);
+        }
+    }
+}
+
+#[test]
+fn a_long_prompt_does_not_keep_the_others_from_talking() {
+    // The long prompt soon has more tokens than the other, and a budget that it could use up.
+    let short = Request { prompt: vec![1, 2, 3], max_tokens: 12 };
+    let long = Request { prompt: (0..120).map(|i| i * i % 4).collect(), max_tokens: 1 };
+    let settings = Settings { step_tokens: 4, sampling: Sampling::greedy(), ..settings() };
+    let cache = cache(64, 4);
+    let mut generated = Vec::new();
+    let progress = |progress: Progress| generated.push(progress.generated);
+    generate(&StandIn, &cache, &[short, long], &settings, |_| false, progress).unwrap();
+    assert_eq!(generated[..12], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+}
+
+/// Two with a prompt of three tokens and one, the last, that has more from the beginning: after which step that one
+/// ends, and how often each had to yield. Each answer has 36 tokens.
+fn the_longest_of_three(prompt: u32) -> (usize, Vec<usize>) {
+    let requests = [(0, 3), (1, 3), (2, prompt)]
+        .map(|(first, n)| Request { prompt: (0..n).map(|i| (first + i) % 4).collect(), max_tokens: 36 });
+    let settings = Settings { sampling: Sampling::greedy(), ..settings() };
+    let mut finished = Vec::new();
+    let progress = |progress: Progress| finished.push(progress.finished);
+    let outcome = generate(&StandIn, &cache(13, 4), &requests, &settings, |_| false, progress).unwrap();
+    let first = finished.iter().position(|&finished| finished > 0).unwrap();
+    (first + 1, outcome.answers.iter().map(|answer| answer.preemptions).collect())
+}
+
+#[test]
+fn the_most_computed_gets_the_last_blocks_and_never_yields() {
+    // After ten decoded tokens all three need a block, and two are left; after eighteen, two need one, and one is left.
+    let (ended, preemptions) = the_longest_of_three(11);
+    assert_eq!(ended, 36, "it has a token in every step");
+    assert!(preemptions[0] > 0 && preemptions[1] > 0 && preemptions[2] == 0, "{preemptions:?}");
+}
+
+#[test]
+fn when_the_most_computed_does_not_fit_another_yields_at_once() {
+    // It alone needs a block when none is left: with 20 tokens, when there are two others, and with 28, when there is
+    // one. They have room for some tokens more.
+    let (ended, preemptions) = the_longest_of_three(10);
+    assert_eq!(ended, 36 + 2, "it is left out of two steps");
+    assert!(preemptions[0] > 0 && preemptions[1] > 0 && preemptions[2] == 0, "{preemptions:?}");
+}
+
+/// Numbers below a bound, the same for the same seed.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = mix(self.0, 7);
+        (self.0 >> 33) as usize % n
+    }
+
+    /// `from` to `to`, both included.
+    fn within(&mut self, from: usize, to: usize) -> usize {
+        from + self.below(to - from + 1)
+    }
+
+    fn tokens(&mut self, n: usize) -> Vec<u32> {
+        (0..n).map(|_| self.below(2) as u32).collect()
+    }
+
+    /// A prompt and the most tokens of its answer, which together fit into `capacity` tokens; the last token of an
+    /// answer needs no room. Many are alike, and many fill the pool.
+    fn request(&mut self, before: &[Request], text: &[u32], capacity: usize) -> Request {
+        let max_tokens = self.within(1, 6.min(capacity));
+        let most = (capacity + 1 - max_tokens).min(text.len());
+        let prompt = match self.below(4) {
+            0 if !before.is_empty() => before[self.below(before.len())].prompt.clone(),
+            1 => text[..most].to_vec(),
+            2 => text[..self.within(1, most)].to_vec(),
+            _ => {
+                let mut prompt = text[..self.within(0, most - 1)].to_vec();
+                let rest = self.within(1, most - prompt.len());
+                prompt.extend(self.tokens(rest));
+                prompt
+            }
+        };
+        Request { max_tokens: max_tokens.min(capacity + 1 - prompt.len()), prompt }
+    }
+}
+
+#[test]
+fn every_run_ends_with_the_answers_of_sequences_that_are_alone() {
+    const RUNS: u64 = 10_000;
+    let (mut steps, mut preemptions, mut resumed, mut cached) = (0, 0, 0, 0);
+    for seed in 0..RUNS {
+        let mut numbers = Numbers(mix(seed, 11));
+        let (blocks, block_size) = (numbers.within(1, 20), numbers.within(1, 16));
+        let capacity = blocks * block_size;
+        let longest = numbers.within(1, 48);
+        let text = numbers.tokens(longest);
+        let mut requests = Vec::new();
+        for _ in 0..numbers.within(1, 5) {
+            let request = numbers.request(&requests, &text, capacity);
+            requests.push(request);
+        }
+        let max_batch = numbers.within(1, 8);
+        let settings = Settings {
+            max_batch,
+            samples: numbers.within(1, max_batch.min(4)),
+            step_tokens: [1, 2, 5, 16, STEP_TOKENS][numbers.below(5)],
+            seed,
+            ..settings()
+        };
+        let outcome = run(blocks, block_size, &requests, &settings);
+        steps += outcome.steps;
+        preemptions += outcome.answers.iter().map(|answer| answer.preemptions).sum::<usize>();
+        resumed += outcome.resumed_tokens;
+        cached += outcome.answers.iter().map(|answer| answer.cached_tokens).sum::<usize>();
+    }
+    println!("{steps} steps, {preemptions} preemptions, {resumed} tokens resumed, {cached} shared");
+    assert!(preemptions > 500 && resumed > 500 && cached > 10_000, "{preemptions}, {resumed}, {cached}");
+}
