@@ -26,8 +26,8 @@ pub use block_pool::{
     ReserveError, Salt, Snapshot, Stats, StorageError,
 };
 pub use block_table::{
-    Admission, Admitted, BehindWindow, BlockTable, Found, Need, NotReserved, Room, SequenceError, SequenceId,
-    Sequences, SwappedTable, TableOptions, Taken, Window,
+    Admission, Admitted, BehindWindow, BlockTable, Need, NotReserved, Room, SequenceError, SequenceId, Sequences,
+    SwappedTable, TableOptions, Taken, Window,
 };
 
 /// The pages whose examples are compiled and run as tests.
