@@ -116,7 +116,7 @@ pub enum KvError {
     /// The pool has too few free blocks: wait, or drop another request's cache.
     #[error(transparent)]
     OutOfBlocks(#[from] OutOfBlocks),
-    /// A circular window has given back what the sequence would see again.
+    /// A circular cache has given back what the last token would see again.
     #[error(transparent)]
     BehindWindow(#[from] BehindWindow),
     /// A prefix is sought for a cache that is empty, and holds one sequence.

@@ -92,7 +92,8 @@ impl PagedKVCache {
     ///
     /// # Errors
     ///
-    /// [`KvError::BehindWindow`] when a circular cache has given back what would be seen again; it is then unchanged.
+    /// [`KvError::BehindWindow`] when a circular cache has given back what the last of the `len` tokens sees; it is then
+    /// unchanged. Going back over the last pass always works.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.shared.lock().truncate(len)
     }
@@ -173,7 +174,8 @@ impl PagedLayerKVCache {
     ///
     /// # Errors
     ///
-    /// [`KvError`] when q has another shape, type or device, or more tokens than the layer.
+    /// [`KvError`] when q has another shape, type or device, or more tokens than the layer, or when one of them sees what a
+    /// circular cache has given back: those of the last pass do not.
     pub fn attend(&self, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
         self.look(|view| view.attend(q, scale, causal))
     }

@@ -128,7 +128,8 @@ impl KVCache {
     /// # Errors
     ///
     /// [`KvError`] when the layer does not exist, a shape, type or device is wrong, the batch is another than before, `T` does
-    /// not lead to `seq_len`, or there is no room. The cache is then as it was.
+    /// not lead to `seq_len`, there is no room, or a circular cache has given back what the last of `seq_len` tokens sees
+    /// ([`KvError::BehindWindow`]). The cache is then as it was.
     pub fn update(&mut self, layer_idx: usize, k: Tensor, v: Tensor, seq_len: usize) -> Result<()> {
         self.layer(layer_idx)?;
         let rows = self.pool.0.taken.rows(&k, &v, true)?;
