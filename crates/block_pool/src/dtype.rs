@@ -14,7 +14,8 @@ pub enum KvDtype {
     /// Two bytes, eight significant bits, the range of f32.
     Bf16,
     /// One byte, and for each token and head one scale for its key and one for its value, so that the largest number of a
-    /// key is stored as 127 ("LLM.int8()", Dettmers et al. 2022, section 2.1, there for whole rows). On CPUs.
+    /// key is stored as 127 ("LLM.int8()", Dettmers et al. 2022, section 2.1, there for whole rows). A number that is not
+    /// finite makes the scale NaN, and with it the whole key, or the whole value, in its head: it stays visible. On CPUs.
     Int8,
 }
 

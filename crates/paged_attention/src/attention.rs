@@ -5,6 +5,9 @@ use std::sync::Arc;
 use block_table::Window;
 
 /// How one attention layer weighs the keys it sees: `softmax(scale * q kᵀ) v`.
+///
+/// Computed in f32. A row whose result is not finite, because it sees NaN or infinity or because its scores or sums leave the
+/// range of f32, is computed again in f64, slowly, and is what it is there.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attention {
     pub(crate) scale: f32,
@@ -40,10 +43,11 @@ impl Attention {
         Self { window: Some(window), ..self }
     }
 
-    /// Keeps scores between `-cap` and `cap`: `cap * tanh(score / cap)` (Gemma 2, section 2). `cap` is greater than 0.
+    /// Keeps scores between `-cap` and `cap`: `cap * tanh(score / cap)` (Gemma 2, section 2). `cap` is greater than 0;
+    /// infinity means that there is none.
     #[must_use]
     pub fn soft_cap(self, cap: f32) -> Self {
-        Self { soft_cap: Some(cap), ..self }
+        Self { soft_cap: (cap != f32::INFINITY).then_some(cap), ..self }
     }
 
     /// Adds `slope * (key's position - query's position)` to the scores, one slope for each query head (ALiBi: "Train Short,
@@ -61,10 +65,10 @@ impl Attention {
         of(whole).chain(of(2 * whole).step_by(2)).take(heads).collect()
     }
 
-    /// What queries are multiplied with before they meet keys: their products are scores in powers of two, or, if they are
-    /// capped, parts of the cap.
+    /// What queries are multiplied with before they meet keys: their products are scores in powers of two, or, if these are
+    /// to be capped, scores.
     pub(crate) fn factor(&self) -> f32 {
-        self.soft_cap.map_or(self.scale * std::f32::consts::LOG2_E, |cap| self.scale / cap)
+        if self.soft_cap.is_some() { self.scale } else { self.scale * std::f32::consts::LOG2_E }
     }
 
     /// The slope of a query head.

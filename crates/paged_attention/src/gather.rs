@@ -3,11 +3,13 @@
 //! Blocks are copied together, and the rest is `softmax(q kᵀ) v` as one would write it for a contiguous cache. On a GPU
 //! this is a fallback; on a CPU it is the independent neighbour that the fused kernels are compared with.
 
+use std::ops::Range;
+
 use block_pool::KvLayout;
-use block_table::Window;
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
 use crate::Attention;
+use crate::dense::Row;
 use crate::plan::{Plan, Sight, Span};
 
 /// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place.
@@ -52,89 +54,210 @@ pub(crate) fn attend(
     q: &Tensor,
     attention: &Attention,
 ) -> Result<Tensor> {
-    let outputs = plan
-        .spans
-        .iter()
-        .map(|span| {
+    let each = |compute: fn(&Sequence<'_>) -> Result<Tensor>| {
+        let one = |span: &Span| {
             let positions: Vec<usize> = span.held(layout.block_size).collect();
             let (k, v) = gather(layer, layout, &plan.blocks[span.blocks.clone()], positions.len())?;
             let q = q.narrow(0, span.rows.start, span.rows.len())?;
-            let mask = mask(span, &positions, attention, q.device())?;
-            one(&q, &k, &v, mask.as_ref(), attention)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())
+            compute(&Sequence::new(span.clone(), attention, positions, &q, &k, &v)?)
+        };
+        Tensor::cat(&plan.spans.iter().map(one).collect::<Result<Vec<_>>>()?, 0)
+    };
+    let out = each(|sequence| sequence.products(&sequence.v))?;
+    // One number comes from the device, whatever the number of sequences.
+    let out = if is_finite(&out)? { out } else { each(|sequence| sequence.again())? };
+    out.to_dtype(q.dtype())
 }
 
-/// One sequence without a step: q `(rows, heads, head_dim)` are its tokens from position `at` on, k and v
-/// `(positions, kv_heads, head_dim)` those at `positions`, all before `end`.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn attend_to(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    positions: &[usize],
-    at: usize,
-    end: usize,
-    window: Option<Window>,
-    attention: &Attention,
-) -> Result<Tensor> {
-    let span = Span::of_queries(0..q.dim(0)?, at, end, window);
-    let mask = mask(&span, positions, attention, q.device())?;
-    one(q, k, v, mask.as_ref(), attention)
+/// Whether all numbers are finite.
+fn is_finite(numbers: &Tensor) -> Result<bool> {
+    Ok((numbers * 0.0)?.sum_all()?.to_scalar::<f32>()? == 0.0)
 }
 
-/// One sequence: q `(rows, heads, head_dim)`, k and v `(len, kv_heads, head_dim)`, mask `(rows, len)` or
-/// `(heads, rows, len)`.
-fn one(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, attention: &Attention) -> Result<Tensor> {
-    let (rows, heads, head_dim) = q.dims3()?;
-    let (len, kv_heads, _) = k.dims3()?;
-    let group = heads / kv_heads;
-    let to_heads = |t: &Tensor| t.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous();
-    let (k, v) = (to_heads(k)?, to_heads(v)?);
-    // The query heads of one key head become rows of one product: keys are not repeated.
-    let q = (q.to_dtype(DType::F32)? * f64::from(attention.scale))?
-        .reshape((rows, kv_heads, group, head_dim))?
-        .permute((1, 2, 0, 3))?
-        .reshape((kv_heads, group * rows, head_dim))?;
-    let mut scores = q.matmul(&k.t()?)?;
-    if let Some(cap) = attention.soft_cap.map(f64::from) {
-        scores = ((scores / cap)?.tanh()? * cap)?;
-    }
-    if let Some(mask) = mask {
-        scores = scores.reshape((kv_heads * group, rows, len))?.broadcast_add(mask)?.reshape((
-            kv_heads,
-            group * rows,
-            len,
-        ))?;
-    }
-    let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-    let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-    weights
-        .matmul(&v)?
-        .reshape((kv_heads, group, rows, head_dim))?
-        .permute((2, 0, 1, 3))?
-        .reshape((rows, heads, head_dim))
+/// Scores that are computed at a time, and so are kept: 16 MB of each thing that is made of them.
+const SCORES: usize = 1 << 22;
+
+/// One sequence's new tokens, and what they may see. All numbers are f32.
+pub(crate) struct Sequence<'a> {
+    span: Span,
+    attention: &'a Attention,
+    /// The positions of keys and values, in order.
+    positions: Vec<usize>,
+    /// `(rows, heads, head_dim)`.
+    q: Tensor,
+    /// `(kv_heads, len, head_dim)`.
+    k: Tensor,
+    v: Tensor,
 }
 
-/// `(rows, len)`: 0 where a new token sees one of `positions`, -inf where it does not; `(heads, rows, len)` if a bias by
-/// distance differs from head to head. None if all see everything as it is.
-fn mask(span: &Span, positions: &[usize], attention: &Attention, device: &Device) -> Result<Option<Tensor>> {
-    let rows = span.rows.len();
-    let windowed = span.window.is_some() || attention.window.is_some();
-    if attention.slopes.is_none() && !windowed && (!attention.causal || (rows == 1 && span.start + 1 >= span.len())) {
-        return Ok(None);
+impl<'a> Sequence<'a> {
+    /// The new tokens of `span`, q `(rows, heads, head_dim)`, and the tokens at `positions`, k and v
+    /// `(len, kv_heads, head_dim)`.
+    pub(crate) fn new(
+        span: Span,
+        attention: &'a Attention,
+        positions: Vec<usize>,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Self> {
+        let to_heads = |t: &Tensor| t.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous();
+        let (q, k, v) = (q.to_dtype(DType::F32)?, to_heads(k)?, to_heads(v)?);
+        Ok(Self { span, attention, positions, q, k, v })
     }
-    let slopes = attention.slopes.as_deref().unwrap_or(&[0.0]);
-    let mut mask = Vec::with_capacity(slopes.len() * rows * positions.len());
-    for slope in slopes {
-        for row in 0..rows {
-            let Sight { sinks, recent } = span.sight(row, attention);
-            let sees = |at: usize| at < sinks || recent.contains(&at);
-            let bias = |at: usize| slope * (at as f32 - (span.start + row) as f32);
-            mask.extend(positions.iter().map(|&at| if sees(at) { bias(at) } else { f32::NEG_INFINITY }));
+
+    /// Attention of all rows, `(rows, heads, head_dim)`, f32.
+    pub(crate) fn attend(&self) -> Result<Tensor> {
+        let out = self.products(&self.v)?;
+        if is_finite(&out)? { Ok(out) } else { self.again() }
+    }
+
+    /// Attention of all rows with these values. Those that are not finite reach rows that do not see them, too.
+    fn products(&self, v: &Tensor) -> Result<Tensor> {
+        let (rows, heads, _) = self.q.dims3()?;
+        let len = self.positions.len();
+        if len == 0 {
+            return self.q.zeros_like();
         }
+        let keys = self.positions.iter().map(|&position| position as u32).collect();
+        let keys = Tensor::from_vec(keys, (1, len), self.q.device())?;
+        let step = (SCORES / (heads * len)).max(1);
+        let pieces = (0..rows).step_by(step).map(|first| self.piece(first..rows.min(first + step), &keys, v));
+        // A zero is positive: the sign of a sum that is zero can be that of a value that weighs nothing.
+        Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 0)? + 0.0
     }
-    let mask = Tensor::from_vec(mask, (slopes.len(), rows, positions.len()), device)?;
-    if attention.slopes.is_none() { mask.squeeze(0).map(Some) } else { Ok(Some(mask)) }
+
+    /// Attention of some rows; `keys (1, len)` are the positions of keys.
+    fn piece(&self, rows: Range<usize>, keys: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let Self { attention, .. } = *self;
+        let (_, heads, head_dim) = self.q.dims3()?;
+        let (kv_heads, len, _) = self.k.dims3()?;
+        let (first, n, group) = (rows.start, rows.len(), heads / kv_heads);
+        // The query heads of one key head become rows of one product: keys are not repeated.
+        let q = (self.q.narrow(0, first, n)? * f64::from(attention.scale))?
+            .reshape((n, kv_heads, group, head_dim))?
+            .permute((1, 2, 0, 3))?
+            .reshape((kv_heads, group * n, head_dim))?;
+        let mut scores = q.matmul(&self.k.t()?)?.reshape((heads, n, len))?;
+        if let Some(cap) = attention.soft_cap {
+            scores = capped(&scores, cap)?;
+        }
+        if let Some(slopes) = &attention.slopes {
+            scores = (scores + self.bias(rows.clone(), keys, slopes)?)?;
+        }
+        if let Some(seen) = self.seen(rows, keys)? {
+            // Chosen and not added: what is not a number stays so when something is added to it.
+            let least = Tensor::new(f32::NEG_INFINITY, scores.device())?.broadcast_as(scores.shape())?;
+            scores = seen.broadcast_as(scores.shape())?.where_cond(&scores, &least)?;
+        }
+        let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        weights
+            .reshape((kv_heads, group * n, len))?
+            .matmul(v)?
+            .reshape((kv_heads, group, n, head_dim))?
+            .permute((2, 0, 1, 3))?
+            .reshape((n, heads, head_dim))
+    }
+
+    /// A bias by distance, `(heads, rows, len)`.
+    fn bias(&self, rows: Range<usize>, keys: &Tensor, slopes: &[f32]) -> Result<Tensor> {
+        let device = keys.device();
+        let positions: Vec<f32> = rows.map(|row| (self.span.start + row) as f32).collect();
+        let rows = Tensor::new(positions, device)?.unsqueeze(1)?;
+        let distances = keys.to_dtype(DType::F32)?.broadcast_sub(&rows)?;
+        Tensor::from_slice(slopes, (slopes.len(), 1, 1), device)?.broadcast_mul(&distances.unsqueeze(0)?)
+    }
+
+    /// Which keys some rows see, `(rows, len)` of 0 and 1; `None` if each sees all of them.
+    fn seen(&self, rows: Range<usize>, keys: &Tensor) -> Result<Option<Tensor>> {
+        let Self { span, attention, .. } = self;
+        let windowed = span.window.is_some() || attention.window.is_some();
+        let last_alone = span.rows.len() == 1 && span.start + 1 >= span.len();
+        if !windowed && (!attention.causal || last_alone) {
+            return Ok(None);
+        }
+        let sights: Vec<Sight> = rows.map(|row| span.sight(row, attention)).collect();
+        let column = |of: fn(&Sight) -> usize| {
+            let ends = sights.iter().map(|sight| of(sight) as u32).collect();
+            Tensor::from_vec(ends, (sights.len(), 1), keys.device())
+        };
+        let from = keys.broadcast_ge(&column(|sight| sight.recent.start)?)?;
+        let before = keys.broadcast_lt(&column(|sight| sight.recent.end)?)?;
+        let sinks = keys.broadcast_lt(&column(|sight| sight.sinks)?)?;
+        // Recent ones begin behind the sinks.
+        Ok(Some((sinks + (from * before)?)?))
+    }
+
+    /// Attention of all rows, where some of the numbers are not finite, or sums leave f32. Computed as ever without the values
+    /// that are not finite, which makes it, to the last bit, what it is beside ordinary numbers; and in f64 for rows that see
+    /// such values, or whose result is not finite for another reason.
+    fn again(&self) -> Result<Tensor> {
+        let finite = self.v.abs()?.le(f32::MAX)?;
+        let mut out = numbers(&self.products(&finite.where_cond(&self.v, &self.v.zeros_like()?)?)?)?;
+        let (_, len, head_dim) = self.v.dims3()?;
+        // For each key head, how many of the values before each place are not finite.
+        let v = numbers(&self.v)?;
+        let counts: Vec<Vec<usize>> = v.chunks_exact((len * head_dim).max(1)).map(|v| count(v, head_dim)).collect();
+        let place = |position: usize| self.positions.partition_point(|&before| before < position);
+        let sees_such = |seen: &Sight, key_head: usize| {
+            let counts: &[usize] = &counts[key_head];
+            [0..seen.sinks, seen.recent.clone()].iter().any(|seen| counts[place(seen.start)] < counts[place(seen.end)])
+        };
+        self.in_f64(&mut out, sees_such)?;
+        Tensor::from_vec(out, self.q.shape(), self.q.device())
+    }
+
+    /// Computes rows of `out (rows, heads, head_dim)` in f64: those that are not finite, and those for which `also` says so, by
+    /// what they see and their key head.
+    pub(crate) fn in_f64(&self, out: &mut [f32], also: impl Fn(&Sight, usize) -> bool) -> Result<()> {
+        let (_, heads, head_dim) = self.q.dims3()?;
+        let (kv_heads, len, _) = self.k.dims3()?;
+        let (q, k, v) = (numbers(&self.q)?, numbers(&self.k)?, numbers(&self.v)?);
+        for (i, (q, out)) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)).enumerate() {
+            let (row, head) = (i / heads, i % heads);
+            let key_head = head / (heads / kv_heads);
+            let seen = self.span.sight(row, self.attention);
+            if out.iter().all(|x| x.is_finite()) && !also(&seen, key_head) {
+                continue;
+            }
+            let load = |position: usize, to_k: &mut [f32], to_v: &mut [f32]| {
+                let Ok(at) = self.positions.binary_search(&position) else { return false };
+                let at = (key_head * len + at) * head_dim;
+                to_k.copy_from_slice(&k[at..][..head_dim]);
+                to_v.copy_from_slice(&v[at..][..head_dim]);
+                true
+            };
+            Row { q, head, position: self.span.start + row, seen, attention: self.attention }.attend(load, out);
+        }
+        Ok(())
+    }
+}
+
+/// All numbers of a tensor of f32.
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1()
+}
+
+/// How many of the tokens before each one, and of all, have a number that is not finite.
+fn count(v: &[f32], head_dim: usize) -> Vec<usize> {
+    let mut before = 0;
+    let mut counts = vec![0];
+    for v in v.chunks_exact(head_dim) {
+        before += usize::from(v.iter().any(|x| !x.is_finite()));
+        counts.push(before);
+    }
+    counts
+}
+
+/// `cap * tanh(scores / cap)`, for every finite cap and scores of every size.
+fn capped(scores: &Tensor, cap: f32) -> Result<Tensor> {
+    /// Where `tanh x` is `x` within f32.
+    const LINEAR: f32 = 1.0 / 4096.0;
+    // The inverse of a cap can lie beyond f32, its root not.
+    let root = f64::from(cap).recip().sqrt();
+    let parts = ((scores * root)? * root)?;
+    let large = (parts.tanh()? * f64::from(cap))?;
+    // What is not finite, and may only not be so in f32, does not become the cap, but stays visible.
+    parts.abs()?.lt(LINEAR)?.where_cond(scores, &large)? + (scores * 0.0)?
 }

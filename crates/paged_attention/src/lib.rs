@@ -4,6 +4,7 @@ mod attention;
 mod builder;
 mod cache;
 mod cpu;
+mod dense;
 mod error;
 mod gather;
 mod layers;

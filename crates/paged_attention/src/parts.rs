@@ -7,6 +7,7 @@ use block_pool::{KvShape, Order};
 use block_table::BlockTable;
 use candle_core::{DType, Error, Result, Tensor};
 
+use crate::gather::Sequence;
 use crate::plan::{Plan, Span, gap_of};
 use crate::{AttendError, Attention, KvCache, cpu, gather, validate};
 
@@ -140,10 +141,14 @@ pub fn attend_parts(parts: &[Part<'_>], layer: usize, at: usize, q: &Tensor, att
         cpu::attend_part(tensor, q, &cpu::Call { layout, plan: &plan, heads, attention, kernel })
     };
     let mut outs = parts.iter().map(|part| one(part)).collect::<Result<Vec<_>>>()?;
-    let out = match outs.len() {
+    let head_dim = q.dims()[2];
+    let mut out = match outs.len() {
         1 => std::mem::take(&mut outs[0].0),
-        _ => merge(&outs, q.dims()[2]),
+        _ => merge(&outs, head_dim),
     };
+    if outs.len() > 1 && out.iter().any(|x| !x.is_finite()) {
+        again(&parts, layer, at, q, attention, &mut out)?;
+    }
     cpu::like(out, q)
 }
 
@@ -191,13 +196,16 @@ impl Part<'_> {
     }
 }
 
-/// The means of all parts, each weighed by `2^` of its logarithm.
+/// The means of all parts, each weighed by `2^` of its logarithm. A row is not finite where one of its parts is not.
 fn merge(parts: &[(Vec<f32>, Vec<f32>)], head_dim: usize) -> Vec<f32> {
     let Some((first, _)) = parts.first() else { return Vec::new() };
     let mut out = vec![0f32; first.len()];
     for (row, out) in out.chunks_exact_mut(head_dim).enumerate() {
         let largest = parts.iter().fold(f32::NEG_INFINITY, |largest, (_, logs)| largest.max(logs[row]));
         if largest == f32::NEG_INFINITY {
+            // Nothing is seen, and the means are zeros; or what is seen is not finite, and so are they.
+            let means = parts.iter().map(|(means, _)| &means[row * head_dim..]);
+            means.for_each(|means| out.iter_mut().zip(means).for_each(|(out, mean)| *out += mean));
             continue;
         }
         let weights = parts.iter().map(|(_, logs)| (logs[row] - largest).exp2());
@@ -211,47 +219,69 @@ fn merge(parts: &[(Vec<f32>, Vec<f32>)], head_dim: usize) -> Vec<f32> {
     out
 }
 
+/// Computes the rows of `out (rows, heads, head_dim)` that are not finite in f64, over all parts together: what is not finite
+/// in one of them can weigh nothing beside another.
+fn again(
+    parts: &[&Part<'_>],
+    layer: usize,
+    at: usize,
+    q: &Tensor,
+    attention: &Attention,
+    out: &mut [f32],
+) -> Result<()> {
+    let sequences = parts.first().map_or(1, |part| part.tables.len());
+    for (i, out) in out.chunks_mut((out.len() / sequences).max(1)).enumerate() {
+        if out.iter().any(|x| !x.is_finite()) {
+            sequence(parts, layer, at, q, attention, i)?.in_f64(out, |_, _| false)?;
+        }
+    }
+    Ok(())
+}
+
 /// The way for every device: what the parts hold is copied together.
 fn gathered(parts: &[&Part<'_>], layer: usize, at: usize, q: &Tensor, attention: &Attention) -> Result<Tensor> {
     let sequences = parts.first().map_or(0, |part| part.tables.len());
-    let (rows, heads, head_dim) = q.dims3()?;
-    let rows = rows / sequences.max(1);
+    let outputs = (0..sequences).map(|i| sequence(parts, layer, at, q, attention, i)?.attend());
+    Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 0)?.to_dtype(q.dtype())
+}
+
+/// Sequence number `i`, and what the parts hold of it copied together.
+fn sequence<'a>(
+    parts: &[&Part<'_>],
+    layer: usize,
+    at: usize,
+    q: &Tensor,
+    attention: &'a Attention,
+    i: usize,
+) -> Result<Sequence<'a>> {
+    let (_, heads, head_dim) = q.dims3()?;
+    let kv_heads = parts.first().map_or(heads, |part| part.cache.shape().kv_heads);
     // Positions are counted from where the first part begins, as the fused backend does.
     let origin = parts.first().map_or(0, |part| part.first());
-    let (at, end) = (at.saturating_sub(origin), parts.last().map_or(0, |part| part.end - origin));
-    let of_sequence = |sequence: usize| {
-        let (mut positions, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
-        for part in parts {
-            let table = &part.tables[sequence];
-            let (before, missing) = table.gap();
-            let block_size = table.pool().block_size();
-            let end = part.end - part.start;
-            let runs = match missing {
-                0 => [0..end, 0..0],
-                _ => [0..end.min(before * block_size), ((before + missing) * block_size).min(end)..end],
-            };
-            for run in runs.into_iter().filter(|run| !run.is_empty()) {
-                positions.extend(run.clone().map(|position| part.start + position - origin));
-                let (k, v) = part.cache.read_at(layer, table, run)?;
-                keys.push(k.to_dtype(q.dtype())?);
-                values.push(v.to_dtype(q.dtype())?);
-            }
+    let nothing = Tensor::zeros((0, kv_heads, head_dim), DType::F32, q.device())?;
+    let (mut positions, mut keys, mut values) = (Vec::new(), vec![nothing.clone()], vec![nothing]);
+    for part in parts {
+        let table = &part.tables[i];
+        let (before, missing) = table.gap();
+        let block_size = table.pool().block_size();
+        let end = part.end - part.start;
+        let runs = match missing {
+            0 => [0..end, 0..0],
+            _ => [0..end.min(before * block_size), ((before + missing) * block_size).min(end)..end],
+        };
+        for run in runs.into_iter().filter(|run| !run.is_empty()) {
+            positions.extend(run.clone().map(|position| part.start + position - origin));
+            let (k, v) = part.cache.read_at(layer, table, run)?;
+            keys.push(k.to_dtype(DType::F32)?);
+            values.push(v.to_dtype(DType::F32)?);
         }
-        let window = parts.first().and_then(|part| part.tables[sequence].window());
-        // A window moves on: where it lies behind all tokens, it does for all further queries.
-        let span = Span::of_queries(0..rows, at, end, window);
-        let seeing = (0..rows).take_while(|&row| span.sight(row, attention).sees_something()).count();
-        let blind = Tensor::zeros((rows - seeing, heads, head_dim), DType::F32, q.device())?;
-        if seeing == 0 {
-            return Ok(blind);
-        }
-        let (k, v) = (Tensor::cat(&keys, 0)?, Tensor::cat(&values, 0)?);
-        let q = q.narrow(0, sequence * rows, seeing)?;
-        let out = gather::attend_to(&q, &k, &v, &positions, at, end, window, attention)?;
-        if seeing == rows { Ok(out) } else { Tensor::cat(&[out, blind], 0) }
-    };
-    let outputs = (0..sequences).map(of_sequence).collect::<Result<Vec<_>>>()?;
-    Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())
+    }
+    let (sequences, window) = parts.first().map_or((1, None), |part| (part.tables.len(), part.tables[i].window()));
+    let end = parts.last().map_or(0, |part| part.end - origin);
+    let rows = q.dim(0)? / sequences;
+    let span = Span::of_queries(0..rows, at.saturating_sub(origin), end, window);
+    let q = q.narrow(0, i * rows, rows)?;
+    Sequence::new(span, attention, positions, &q, &Tensor::cat(&keys, 0)?, &Tensor::cat(&values, 0)?)
 }
 
 /// Checks everything; returns the number of query heads.

@@ -33,9 +33,9 @@ pub(crate) struct Sight {
 }
 
 impl Sight {
-    /// Whether there is a position in it.
-    pub(crate) fn sees_something(&self) -> bool {
-        self.sinks > 0 || !self.recent.is_empty()
+    /// Whether it is no position at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.sinks == 0 && self.recent.is_empty()
     }
 
     /// What it is of these positions, counted from their start.

@@ -5,6 +5,7 @@
 
 mod common;
 
+use block_pool::Blocks;
 use candle_core::{DType, Device};
 use common::{Random, Way, dense, difference, poison, rounded, stored_as, tensor, ways};
 use paged_attention::{Attention, BlockTable, Kernel, KvCache, KvDtype, KvShape, TableOptions, Window};
@@ -74,13 +75,13 @@ impl Case {
         let cache = build(KvCache::builder(self.shape).blocks(blocks).block_size(block_size).dtype(self.dtype));
         let cache = cache.build().unwrap();
         poison(&cache);
-        scatter(&cache);
         cache
     }
 
     /// One step in which sequence `i` gets `new[i]` tokens; returns the largest difference to dense attention.
-    fn step(&self, cache: &KvCache, sequences: &mut [Sequence], new: &[usize], random: &mut Random) -> f64 {
+    fn step(&self, free: &mut Scattered<'_>, sequences: &mut [Sequence], new: &[usize], random: &mut Random) -> f64 {
         let KvShape { kv_heads, head_dim, layers } = self.shape;
+        let cache = free.cache;
         let scale = 0.3;
         let tokens: usize = new.iter().sum();
         let mut step = cache.step();
@@ -91,6 +92,7 @@ impl Case {
         for (sequence, &n) in sequences.iter_mut().zip(new).filter(|(_, n)| **n > 0) {
             // Every token another one: the keys and values are, too.
             let ids: Vec<u32> = (0..n).map(|_| random.below(1 << 30) as u32).collect();
+            free.reserve(&mut sequence.table, n);
             step.push(&mut sequence.table, &ids).unwrap();
             let own = at * kv_heads * head_dim..(at + n) * kv_heads * head_dim;
             sequence.k.extend(stored_as(&k[own.clone()], head_dim, self.dtype));
@@ -139,10 +141,11 @@ impl Case {
             None => cache.table(),
         };
         let mut random = Random::new(7);
+        let mut free = Scattered::new(&cache);
         let mut sequences: Vec<_> =
             steps[0].iter().map(|_| Sequence { table: table(), k: vec![], v: vec![] }).collect();
         for new in steps {
-            let worst = self.step(&cache, &mut sequences, new, &mut random);
+            let worst = self.step(&mut free, &mut sequences, new, &mut random);
             let Case { heads, shape: KvShape { kv_heads, head_dim, .. }, dtype, .. } = self;
             assert!(
                 worst < self.bound(),
@@ -152,12 +155,30 @@ impl Case {
     }
 }
 
-/// Makes a pool's free blocks come in random order.
-fn scatter(cache: &KvCache) {
-    let mut blocks: Vec<_> = (0..cache.pool().blocks()).map(|_| cache.pool().take(1).unwrap()).collect();
-    let mut random = Random::new(11);
-    while !blocks.is_empty() {
-        drop(blocks.swap_remove(random.below(blocks.len())));
+/// A cache whose free blocks are all held by somebody else, who gives them back one at a time, in random order: a table that
+/// grows takes the one that there is. (Which free block comes next is the allocator's business: the lowest, mostly.)
+struct Scattered<'c> {
+    cache: &'c KvCache,
+    held: Vec<Blocks>,
+    random: Random,
+}
+
+impl<'c> Scattered<'c> {
+    fn new(cache: &'c KvCache) -> Self {
+        Self { cache, held: Vec::new(), random: Random::new(11) }
+    }
+
+    /// Makes room for `n` tokens in a table.
+    fn reserve(&mut self, table: &mut BlockTable, n: usize) {
+        let end = table.len() + n;
+        while table.capacity() < end {
+            self.held.extend(std::iter::from_fn(|| self.cache.pool().take(1).ok()));
+            drop(self.held.swap_remove(self.random.below(self.held.len())));
+            let next = table.capacity() + 1;
+            table.reserve(next - table.len()).unwrap();
+        }
+        let blocks = table.blocks();
+        assert!(blocks.len() < 10 || !blocks.is_sorted(), "blocks that are in order test no order");
     }
 }
 
@@ -264,12 +285,13 @@ fn windows_and_sinks() {
                 let case = Case { causal, window: Some(window), ..Case::new(4, 2, 32) };
                 let cache = case.cache(&build, block_size, 1000);
                 let options = TableOptions::default().window(window);
+                let mut free = Scattered::new(&cache);
                 let sequence = || Sequence { table: cache.table_with(&options), k: vec![], v: vec![] };
                 let mut sequences: Vec<_> = (0..2).map(|_| sequence()).collect();
                 let mut random = Random::new(5);
                 // Longer than the window in one piece, in pieces, and token by token across the borders of blocks.
                 for new in [[150, 3], [1, 1], [33, 70], [1, 64], [90, 1]].into_iter().chain([[1, 1]; 40]) {
-                    let worst = case.step(&cache, &mut sequences, &new, &mut random);
+                    let worst = case.step(&mut free, &mut sequences, &new, &mut random);
                     assert!(
                         worst < 1e-5,
                         "{name}, blocks of {block_size}, {window:?}, causal {causal}, {new:?}: {worst:e}"
@@ -321,12 +343,8 @@ fn bits(
     let cache = KvCache::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype).kernel(kernel);
     let cache = cache.build().unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-    // Holes in the pool, so that the blocks lie in another order.
-    let mut holes: Vec<_> = (0..blocks).map(|_| cache.pool().take(1).unwrap()).collect();
-    let mut random = Random::new(others.len() as u64);
-    while cache.pool().available() < blocks * 9 / 10 {
-        drop(holes.swap_remove(random.below(holes.len())));
-    }
+    // Blocks in order where the sequence is alone, and in random order where it is not.
+    let mut free = Scattered::new(&cache);
     let tokens: usize = chunks.iter().sum();
     let mut numbers = Random::new(99);
     let q = tensor(&numbers.numbers(tokens * 4 * 32), 4, 32, DType::F32);
@@ -339,8 +357,12 @@ fn bits(
         let mut step = cache.step();
         let mut rows = 0;
         for (neighbour, &n) in neighbours.iter_mut().zip(others) {
+            free.reserve(neighbour, n);
             step.push(neighbour, &tokens_of(rows + 1, at, n)).unwrap();
             rows += n;
+        }
+        if !others.is_empty() {
+            free.reserve(&mut table, n);
         }
         step.push(&mut table, &tokens_of(0, at, n)).unwrap();
         let with = |own: &candle_core::Tensor, heads| {

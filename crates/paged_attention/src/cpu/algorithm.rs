@@ -22,7 +22,7 @@
 
 use std::ops::Range;
 
-use super::exp2::{exp2_wide, tanh_times};
+use super::exp2::{SoftCap, exp2_wide};
 use super::format::{Format, ROWS, Space};
 use super::kernel::Run;
 use super::state::{State, finite};
@@ -48,6 +48,12 @@ pub(super) struct Task<'a, F: Format> {
     pub(super) tokens: Range<usize>,
     /// Its chunks: some, and some behind them.
     pub(super) chunks: [Range<usize>; 2],
+}
+
+/// The chunks that positions are in, sinks and recent ones, each chunk once.
+pub(super) fn chunks([sinks, recent]: &[Range<usize>; 2]) -> [Range<usize>; 2] {
+    let first = sinks.end.div_ceil(CHUNK);
+    [0..first, first.max(recent.start / CHUNK)..recent.end.div_ceil(CHUNK)]
 }
 
 /// Memory that a thread uses again from task to task.
@@ -130,7 +136,8 @@ fn attend_chunk<'a, V: Wide, F: Format>(
     let Scratch { scores, sights, seen, copied, space } = scratch;
     let tile_at = |start: usize| start..end.min(start + TILE);
     let groups = rows.div_ceil(ROWS);
-    let adjusted = task.attention.soft_cap.is_some() || task.attention.slopes.is_some();
+    let soft_cap = task.attention.soft_cap.map(SoftCap::new);
+    let adjusted = soft_cap.is_some() || task.attention.slopes.is_some();
     let behind = positions.end.next_multiple_of(TILE);
     let first_that_sees = |start: usize| {
         let Range { start, end } = tile_at(start);
@@ -158,7 +165,8 @@ fn attend_chunk<'a, V: Wide, F: Format>(
             let tile = match here.get(h) {
                 Some(tile) => tile,
                 None => {
-                    copied.fill::<F>(&task.blocks, head, &within);
+                    let only = seen.first().filter(|_| task.blocks.only_seen);
+                    copied.fill::<F>(&task.blocks, head, &within, only);
                     own = copied.tile();
                     &own
                 }
@@ -174,7 +182,7 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                     let token = row / task.group;
                     let position = task.blocks.span.start + task.tokens.start + token;
                     let head = head * task.group + row % task.group;
-                    adjust::<V>(scores, task.attention, head, start, position);
+                    adjust::<V>(scores, soft_cap.as_ref(), task.attention.slope(head), start, position);
                     mask(scores, &seen[token]);
                 }
             }
@@ -191,14 +199,13 @@ fn attend_chunk<'a, V: Wide, F: Format>(
 
 /// Puts a tile's scores through what the layer asks for beside products: a soft cap, then a bias by distance.
 #[inline(always)]
-fn adjust<V: Wide>(scores: &mut Scores, attention: &Attention, head: usize, start: usize, position: usize) {
-    if let Some(cap) = attention.soft_cap {
-        let cap = V::splat(cap * std::f32::consts::LOG2_E);
+fn adjust<V: Wide>(scores: &mut Scores, soft_cap: Option<&SoftCap>, slope: Option<f32>, start: usize, position: usize) {
+    if let Some(cap) = soft_cap {
         for scores in scores.iter_mut() {
-            tanh_times(V::load(scores), cap).store(scores);
+            cap.of(V::load(scores)).store(scores);
         }
     }
-    if let Some(slope) = attention.slope(head) {
+    if let Some(slope) = slope {
         let slope = slope * std::f32::consts::LOG2_E;
         for (panel, scores) in scores.iter_mut().enumerate() {
             let mut bias = [0f32; LANES];
@@ -262,7 +269,8 @@ impl<const R: usize> Run for Soften<'_, R> {
             for panel in 0..TILE_PANELS {
                 high = V::load(&rows[r][panel]).larger(high);
             }
-            // A score that is too large for f32 counts as the largest number there is: infinity minus itself is not a number.
+            // A score that is too large for f32 counts as the largest number there is, and the row is computed again at the
+            // end: infinity minus itself is not a number. A score that is not one makes its weight so.
             highest[r] = largest(high).min(f32::MAX);
             shrink[r] = before - finite(highest[r]);
             grown |= highest[r] != before;

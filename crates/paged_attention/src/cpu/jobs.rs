@@ -11,11 +11,11 @@ use std::sync::{Mutex, PoisonError};
 use block_pool::KvLayout;
 
 use super::Call;
-use super::algorithm::{Attend, CHUNK, Scratch, Task};
+use super::algorithm::{Attend, CHUNK, Scratch, Task, chunks};
+use super::careful::{Rows, Source};
 use super::format::{Format, Number};
 use super::queries::Queries;
 use super::state::State;
-use super::tile::Blocks;
 use crate::plan::Span;
 
 /// Rows that a task has at most, unless one token's group has more: as many as keep what it works on in a core's cache.
@@ -108,6 +108,7 @@ impl<'a, S: Number> Job<'a, S> {
         let Self { call, .. } = *self;
         let KvLayout { kv_heads, head_dim, .. } = *call.layout;
         let q = Queries { numbers: q, heads: call.heads, head_dim, factor: call.attention.factor() };
+        let source = Source { call, layer, queries: q };
         let mut queries = F::Queries::default();
         let mut scratch = Scratch::<F>::default();
         // Whose rows are in `queries`.
@@ -120,18 +121,17 @@ impl<'a, S: Number> Job<'a, S> {
                 if ready.replace(rows) != Some(rows) {
                     q.prepare::<F>(part.span, &part.tokens, &share.heads, kv_heads, &mut queries);
                 }
-                let ids = &call.plan.blocks[part.span.blocks.clone()];
                 let task = Task {
-                    blocks: Blocks { layer, layout: call.layout, ids, span: part.span },
+                    blocks: source.blocks(part.span, false),
                     attention: call.attention,
                     queries: &queries,
-                    group: call.heads / kv_heads,
+                    group: source.group(),
                     heads: share.heads.clone(),
                     tokens: part.tokens.clone(),
                     chunks: share.chunks.clone(),
                 };
                 let state = call.kernel.run(Attend(&task, &mut scratch));
-                self.hand_in(i, state);
+                self.hand_in(i, state, &source, &mut scratch);
             }
         }
     }
@@ -151,7 +151,7 @@ impl<'a, S: Number> Job<'a, S> {
     }
 
     /// Takes in a task's state; the last of a part puts it together.
-    fn hand_in(&self, i: usize, state: State) {
+    fn hand_in<F: Format>(&self, i: usize, state: State, source: &Source<'_, F, S>, scratch: &mut Scratch<F>) {
         let part = &self.parts[self.shares[i].part];
         // Who panics leaves a state missing, and then nobody puts the part together.
         let mut results = self.results[self.shares[i].part].lock().unwrap_or_else(PoisonError::into_inner);
@@ -159,15 +159,22 @@ impl<'a, S: Number> Job<'a, S> {
         results.missing -= 1;
         if results.missing == 0 {
             let states = results.states.drain(..).flatten().collect();
-            self.put_together(part, states, &mut results.rows);
+            self.put_together(part, states, &mut results.rows, source, scratch);
         }
     }
 
-    /// Merges the states of a part's tasks, chunk after chunk, and writes its rows of the result.
-    fn put_together(&self, part: &Part<'_>, states: Vec<State>, (out, log_weights): &mut (&mut [S], &mut [f32])) {
-        let KvLayout { kv_heads, head_dim, .. } = *self.call.layout;
-        let heads = self.call.heads;
-        let group = heads / kv_heads;
+    /// Merges the states of a part's tasks, chunk after chunk, and writes its rows of the result. Those that are not finite
+    /// are computed again.
+    fn put_together<F: Format>(
+        &self,
+        part: &Part<'_>,
+        states: Vec<State>,
+        (out, log_weights): &mut (&mut [S], &mut [f32]),
+        source: &Source<'_, F, S>,
+        scratch: &mut Scratch<F>,
+    ) {
+        let head_dim = self.call.layout.head_dim;
+        let (heads, group) = (self.call.heads, source.group());
         let mut mean = vec![0f32; head_dim];
         let mut states = self.shares[part.shares.clone()].iter().zip(states).peekable();
         while let Some((share, mut total)) = states.next() {
@@ -176,12 +183,17 @@ impl<'a, S: Number> Job<'a, S> {
             }
             let mut row = 0;
             for head in share.heads.clone() {
-                for token in 0..part.tokens.len() {
+                for (i, token) in part.tokens.clone().enumerate() {
+                    let mut again = None;
                     for member in 0..group {
-                        let at = token * heads + head * group + member;
+                        let at = i * heads + head * group + member;
                         total.mean(row, &mut mean);
-                        S::narrow(&mean, &mut out[at * head_dim..][..head_dim]);
                         log_weights[at] = total.log_weight(row);
+                        if !total.is_finite(row, &mean) {
+                            let rows = Rows { span: part.span, token, head };
+                            log_weights[at] = source.again(&rows, member, &mut mean, &mut again, scratch);
+                        }
+                        S::narrow(&mean, &mut out[at * head_dim..][..head_dim]);
                         row += 1;
                     }
                 }
@@ -220,9 +232,8 @@ fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
             // The first token looks back furthest, the last one sees furthest.
             let [first, last] = [tokens.start, tokens.end - 1].map(|token| span.sight(token, call.attention));
             let seen = [0..last.sinks, first.recent.start..last.recent.end];
-            let sinks = seen[0].end.div_ceil(CHUNK);
-            let recent = sinks.max(seen[1].start / CHUNK)..seen[1].end.div_ceil(CHUNK);
-            parts.push(Part { span, tokens, seen, chunks: [0..sinks, recent], by_chunk, shares: 0..0 });
+            let chunks = chunks(&seen);
+            parts.push(Part { span, tokens, seen, chunks, by_chunk, shares: 0..0 });
         }
     }
     parts

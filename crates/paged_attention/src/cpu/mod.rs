@@ -2,6 +2,7 @@
 //!
 //! - `boundary`: candle's tensors in, slices out; the only file here that knows candle.
 //! - `jobs`: how a step is cut into tasks, and what becomes of them; `crew` is the threads that take them up.
+//! - `careful`: rows whose result is not finite, computed again.
 //! - `queries`: the rows of some new tokens, made ready.
 //! - `algorithm`: online softmax over tiles of tokens, written once; `state` is what it knows of a row, `tile` where the
 //!   tokens lie.
@@ -12,6 +13,7 @@
 mod algorithm;
 mod arch;
 mod boundary;
+mod careful;
 mod crew;
 mod exp2;
 mod format;

@@ -17,6 +17,11 @@ pub(super) struct Queries<'a, S> {
 }
 
 impl<S: Number> Queries<'_, S> {
+    /// One head of the query in one row of the step, as f32.
+    pub(super) fn widen(&self, row: usize, head: usize, to: &mut [f32]) {
+        S::widen(&self.numbers[(row * self.heads + head) * self.head_dim..][..self.head_dim], to);
+    }
+
     /// Makes the rows of some new tokens of a sequence ready, key head after key head: in each the tokens times its query
     /// heads, four by four.
     pub(super) fn prepare<F: Format>(
@@ -27,7 +32,7 @@ impl<S: Number> Queries<'_, S> {
         kv_heads: usize,
         to: &mut F::Queries,
     ) {
-        let Self { numbers, heads, head_dim, factor } = *self;
+        let Self { heads, head_dim, factor, .. } = *self;
         let group = heads / kv_heads;
         let rows = tokens.len() * group;
         let mut wide = vec![0f32; ROWS * head_dim];
@@ -37,8 +42,7 @@ impl<S: Number> Queries<'_, S> {
                 let own = ROWS.min(rows - first);
                 for (row, wide) in (first..first + own).zip(wide.chunks_exact_mut(head_dim)) {
                     let token = span.rows.start + tokens.start + row / group;
-                    let at = (token * heads + head * group + row % group) * head_dim;
-                    S::widen(&numbers[at..][..head_dim], wide);
+                    self.widen(token, head * group + row % group, wide);
                 }
                 F::prepare(to, &wide[..own * head_dim], head_dim, factor);
             }

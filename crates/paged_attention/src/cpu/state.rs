@@ -61,10 +61,7 @@ impl State {
     pub(super) fn merge(&mut self, other: &Self) {
         for row in 0..self.largest.len() {
             let (a, b) = (self.largest[row], other.largest[row]);
-            // Tokens that weigh nothing change nothing, to the last bit: not the sign of a zero either.
-            if b == f32::NEG_INFINITY {
-                continue;
-            }
+            // Where nothing has been seen there are zeros, which add nothing; sums that are not a number stay visible.
             let largest = if b > a { b } else { a };
             let (shrink, other_shrink) = (exp2(a - finite(largest)), exp2(b - finite(largest)));
             self.largest[row] = largest;
@@ -83,13 +80,21 @@ impl State {
         self.largest[row] + self.weight[row].log2()
     }
 
-    /// The weighted mean of a row's values; zeros if it has seen nothing that weighs anything.
+    /// Whether all that a row has summed is finite, `mean` is its mean, and its largest score within f32: whether it can have
+    /// met nothing that is not finite. A score that is not a number makes the weights so, and with them the mean.
+    pub(super) fn is_finite(&self, row: usize, mean: &[f32]) -> bool {
+        let largest = self.largest[row];
+        f32::NEG_INFINITY < largest && largest < f32::MAX && mean.iter().all(|x| x.is_finite())
+    }
+
+    /// The weighted mean of a row's values; zeros if it has seen nothing that weighs anything. A zero is positive: the sign
+    /// of a sum that is zero can be that of a value that weighs nothing.
     pub(super) fn mean(&self, row: usize, out: &mut [f32]) {
         let weight = self.weight[row];
         let by = if weight == 0.0 { 0.0 } else { 1.0 / weight };
         let sums = self.sums[row * self.chunks..][..self.chunks].as_flattened();
         for (out, x) in out.iter_mut().zip(sums) {
-            *out = x * by;
+            *out = x * by + 0.0;
         }
     }
 }

@@ -7,7 +7,7 @@ use block_pool::{KvLayout, Order, PANEL};
 
 use super::format::Format;
 use super::wide::LANES;
-use crate::plan::Span;
+use crate::plan::{Sight, Span};
 
 /// Panels of a tile.
 pub(super) const TILE_PANELS: usize = 4;
@@ -26,6 +26,8 @@ pub(super) struct Blocks<'a, N> {
     /// The sequence's blocks, in order.
     pub(super) ids: &'a [u32],
     pub(super) span: &'a Span,
+    /// Whether tiles are copied together without the values of tokens that are not seen: for tasks of one new token.
+    pub(super) only_seen: bool,
 }
 
 impl<'a, N> Blocks<'a, N> {
@@ -35,10 +37,10 @@ impl<'a, N> Blocks<'a, N> {
     }
 
     /// Whether panels can be read where they lie. Otherwise tiles are copied together: blocks that are no multiple of a
-    /// panel, heads that are no multiple of a register.
+    /// panel, heads that are no multiple of a register, and where only what is seen may be read.
     fn in_place(&self) -> bool {
         debug_assert_ne!(self.layout.order, Order::TokenMajor);
-        self.layout.block_size.is_multiple_of(PANEL) && self.layout.head_dim.is_multiple_of(LANES)
+        !self.only_seen && self.layout.block_size.is_multiple_of(PANEL) && self.layout.head_dim.is_multiple_of(LANES)
     }
 
     /// Finds the tile of these positions in some heads, one after the other; in none if there are no positions, or if panels
@@ -98,21 +100,29 @@ impl<N> Default for Copied<N> {
 }
 
 impl<N: Copy + Default> Copied<N> {
-    /// Copies the tokens at these positions.
+    /// Copies the tokens at these positions, or, if `seen` is given, those of them that are seen; the values of the others
+    /// are zeros then.
     pub(super) fn fill<F: Format<Number = N>>(
         &mut self,
         blocks: &Blocks<'_, N>,
         head: usize,
         positions: &Range<usize>,
+        seen: Option<&Sight>,
     ) {
         let (layout, dims) = (blocks.layout, blocks.dims());
         self.sizes = F::panel_sizes(layout.head_dim, dims);
         self.keys.resize(TILE_PANELS * self.sizes[0], N::default());
         self.values.resize(TILE_PANELS * self.sizes[1], N::default());
         self.present.fill(false);
-        for position in positions.clone() {
+        if seen.is_some() {
+            self.values.fill(N::default());
+        }
+        for (i, position) in positions.clone().enumerate() {
+            if seen.is_some_and(|seen| i >= seen.sinks && !seen.recent.contains(&i)) {
+                continue;
+            }
             let Some(block) = blocks.block(position) else { continue };
-            let (panel, at) = ((position - positions.start) / PANEL, (position - positions.start) % PANEL);
+            let (panel, at) = (i / PANEL, i % PANEL);
             let keys = &mut self.keys[panel * self.sizes[0]..][..self.sizes[0]];
             let values = &mut self.values[panel * self.sizes[1]..][..self.sizes[1]];
             F::copy(layout, block, position % layout.block_size, head, (keys, values), at, dims);

@@ -38,6 +38,9 @@ pub(super) trait Wide: Copy {
     fn larger(self, other: Self) -> Self;
     /// `self < other ? self : other`: `other` if one of them is not a number.
     fn smaller(self, other: Self) -> Self;
+    /// Of numbers that are not negative the larger one; what is not a number is larger than all of them. Their bits are
+    /// compared, as unsigned integers.
+    fn larger_or_nan(self, other: Self) -> Self;
     /// `self < limit ? then : otherwise`.
     fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self;
     /// `2^n` for a number whose lowest bits are `n + 127`.
@@ -83,6 +86,14 @@ pub(super) fn largest<V: Wide>(x: V) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+/// The largest of sixteen numbers that are not negative; what is not a number is larger than all of them.
+#[inline(always)]
+pub(super) fn largest_or_nan<V: Wide>(x: V) -> f32 {
+    let mut lanes = [0.0; LANES];
+    x.store(&mut lanes);
+    f32::from_bits(lanes.map(f32::to_bits).into_iter().fold(0, u32::max))
 }
 
 /// The sum of sixteen numbers, as a tree.

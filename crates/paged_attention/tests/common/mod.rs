@@ -41,8 +41,12 @@ pub fn stored_as(numbers: &[f32], head_dim: usize, dtype: KvDtype) -> Vec<f32> {
         KvDtype::Int8 => numbers
             .chunks_exact(head_dim)
             .flat_map(|row| {
+                // One number that is not finite makes the whole row not a number: they share a scale.
+                let finite = row.iter().all(|x| x.is_finite());
                 let largest = row.iter().fold(0f32, |m, x| m.max(x.abs()));
-                row.iter().map(move |x| (x * (127.0 / largest)).round_ties_even() * largest / 127.0)
+                let step = f64::from(largest) / 127.0;
+                let stored = move |x: &f32| (f64::from((x * (127.0 / largest)).round_ties_even()) * step) as f32;
+                row.iter().map(move |x| if finite { stored(x) } else { f32::NAN })
             })
             .collect(),
         _ => numbers.to_vec(),
@@ -100,8 +104,23 @@ pub fn difference(got: &[f32], reference: &[f64]) -> f64 {
     worst.fold(0f64, |m, x| if x.is_nan() || x > m { x } else { m }) / largest
 }
 
+/// Whether a row is what it should be: NaN and infinities in the same places, and the other numbers within `bound`, relative
+/// to the largest of them.
+pub fn agrees(got: &[f32], reference: &[f64], bound: f64) -> bool {
+    assert_eq!(got.len(), reference.len());
+    let largest = reference.iter().filter(|x| x.is_finite()).fold(0f64, |m, x| m.max(x.abs()));
+    got.iter().zip(reference).all(|(&got, &expected)| {
+        let got = f64::from(got);
+        if expected.is_finite() {
+            (got - expected).abs() <= bound * largest
+        } else {
+            got == expected || (got.is_nan() && expected.is_nan())
+        }
+    })
+}
+
 /// A backend and kernel, chosen on a builder.
-pub type Way = Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder>;
+pub type Way = Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder + Sync>;
 
 /// Every way this machine can compute, by name.
 pub fn ways() -> Vec<(&'static str, Way)> {

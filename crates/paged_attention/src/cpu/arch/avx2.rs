@@ -128,6 +128,13 @@ impl Wide for Avx2 {
     }
 
     #[inline(always)]
+    fn larger_or_nan(self, other: Self) -> Self {
+        let larger =
+            |x, y| instruction!(_mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), _mm256_castps_si256(y))));
+        Self(larger(self.0, other.0), larger(self.1, other.1))
+    }
+
+    #[inline(always)]
     fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
         let less = (
             instruction!(_mm256_cmp_ps::<_CMP_LT_OQ>(self.0, limit.0)),

@@ -114,6 +114,14 @@ impl Wide for Avx512 {
     }
 
     #[inline(always)]
+    fn larger_or_nan(self, other: Self) -> Self {
+        Self(instruction!({
+            let (x, y) = (_mm512_castps_si512(self.0), _mm512_castps_si512(other.0));
+            _mm512_castsi512_ps(_mm512_max_epu32(x, y))
+        }))
+    }
+
+    #[inline(always)]
     fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
         Self(instruction!({
             let less = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, limit.0);

@@ -56,6 +56,11 @@ fn choose(x: float32x4_t, limit: float32x4_t, then: float32x4_t, otherwise: floa
 }
 
 #[inline(always)]
+fn larger_bits(x: float32x4_t, y: float32x4_t) -> float32x4_t {
+    instruction!(vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(x), vreinterpretq_u32_f32(y))))
+}
+
+#[inline(always)]
 fn shift(x: float32x4_t) -> float32x4_t {
     instruction!(vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(x))))
 }
@@ -138,6 +143,16 @@ impl Wide for Neon {
     #[inline(always)]
     fn smaller(self, other: Self) -> Self {
         self.if_less(other, self, other)
+    }
+
+    #[inline(always)]
+    fn larger_or_nan(self, other: Self) -> Self {
+        Self([
+            larger_bits(self.0[0], other.0[0]),
+            larger_bits(self.0[1], other.0[1]),
+            larger_bits(self.0[2], other.0[2]),
+            larger_bits(self.0[3], other.0[3]),
+        ])
     }
 
     #[inline(always)]

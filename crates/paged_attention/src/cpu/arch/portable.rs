@@ -91,6 +91,11 @@ impl Wide for Portable {
     }
 
     #[inline(always)]
+    fn larger_or_nan(self, other: Self) -> Self {
+        self.with(other, |x, y| f32::from_bits(x.to_bits().max(y.to_bits())))
+    }
+
+    #[inline(always)]
     fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
         let mut out = otherwise;
         for lane in 0..LANES {

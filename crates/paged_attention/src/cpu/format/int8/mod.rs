@@ -9,6 +9,9 @@
 //! p = t (128 high + low)    high and low from 0 to 127                   t = max p / 16383
 //! ```
 //!
+//! A number that is not finite makes the scale of its row NaN, and with it the whole row when it is read. Where a row is so
+//! small that its scale has few bits, or none, the scale is rounded up, and the numbers are divided by it as it is stored.
+//!
 //! The ranges are such that AVX2, which adds two products in 16 bits, has room for them. Sums of integers are exact: the
 //! instruction sets differ in nothing.
 
@@ -59,19 +62,47 @@ pub(in crate::cpu) struct Rows {
     offsets: Vec<[i32; ROWS]>,
 }
 
-/// A scale so that the largest of `xs` becomes `to`, and its inverse.
-fn scale(xs: &[f32], to: f32) -> [f32; 2] {
-    let largest = xs.iter().fold(0f32, |m, x| if x.abs() > m || x.is_nan() { x.abs() } else { m });
-    [largest / to, if largest == 0.0 { 0.0 } else { to / largest }]
+/// How the numbers of a row become integers.
+#[derive(Clone, Copy)]
+struct Scale {
+    /// What 1 stands for. NaN for a row with a number that is not finite.
+    one: f32,
+    /// What numbers are multiplied with, `first` and then `then`: one factor can be beyond f32.
+    first: f32,
+    then: f32,
+    /// The largest integer, on either side.
+    most: f32,
 }
 
-/// `x * by` as the nearest integer, at most `most` on either side; what is not a number becomes one.
-#[inline]
-fn whole(x: f32, by: f32, most: f32) -> i32 {
-    /// The sum has no bits behind the point left.
-    const ROUND: f32 = 12_582_912.0;
-    ((x * by).max(-most).min(most) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
+impl Scale {
+    /// So that the largest of a row's numbers becomes `most`.
+    fn of(row: &[f32], most: f32) -> Self {
+        let largest = row.iter().fold(0f32, |m, x| if x.abs() > m || x.is_nan() { x.abs() } else { m });
+        let one = largest / most;
+        if !largest.is_finite() {
+            return Self { one: f32::NAN, first: 0.0, then: 0.0, most };
+        }
+        if largest > 0.0 && one < f32::MIN_POSITIVE {
+            // Rounded up, so that the largest number is within reach. Multiplied by `GROW` a scale has all its bits.
+            let one = if f64::from(one) * f64::from(most) < f64::from(largest) { one.next_up() } else { one };
+            return Self { one, first: GROW, then: 1.0 / (one * GROW), most };
+        }
+        // The largest number there is, divided and multiplied again, must not become infinite.
+        let one = if (one * most).is_finite() { one } else { one.next_down() };
+        Self { one, first: 1.0, then: if largest == 0.0 { 0.0 } else { most / largest }, most }
+    }
+
+    /// The integer nearest to a number of the row.
+    #[inline]
+    fn whole(&self, x: f32) -> i32 {
+        /// The sum has no bits behind the point left.
+        const ROUND: f32 = 12_582_912.0;
+        ((x * self.first * self.then).max(-self.most).min(self.most) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
+    }
 }
+
+/// What makes the smallest scale a number with all its bits.
+const GROW: f32 = (1u128 << 100) as f32;
 
 fn read_scale(bytes: &[u8]) -> f32 {
     bytes.first_chunk().map_or(f32::NAN, |bytes| f32::from_ne_bytes(*bytes))
@@ -82,16 +113,15 @@ impl Format for Int8 {
     type Queries = Rows;
 
     fn store(layout: &KvLayout, block: &mut [u8], offset: usize, head: usize, k: &[f32], v: &[f32]) {
-        let [k_scale, k_inverse] = scale(k, 127.0);
-        let [v_scale, v_inverse] = scale(v, 127.0);
+        let (of_k, of_v) = (Scale::of(k, 127.0), Scale::of(v, 127.0));
         for (dim, x) in k.iter().enumerate() {
-            block[layout.key(offset, head, dim)] = (whole(*x, k_inverse, 127.0) + OFFSET) as u8;
+            block[layout.key(offset, head, dim)] = (of_k.whole(*x) + OFFSET) as u8;
         }
         for (dim, x) in v.iter().enumerate() {
-            block[layout.value(offset, head, dim)] = whole(*x, v_inverse, 127.0) as u8;
+            block[layout.value(offset, head, dim)] = of_v.whole(*x) as u8;
         }
-        block[layout.key_scale(offset, head)].copy_from_slice(&k_scale.to_ne_bytes());
-        block[layout.value_scale(offset, head)].copy_from_slice(&v_scale.to_ne_bytes());
+        block[layout.key_scale(offset, head)].copy_from_slice(&of_k.one.to_ne_bytes());
+        block[layout.value_scale(offset, head)].copy_from_slice(&of_v.one.to_ne_bytes());
     }
 
     fn load(layout: &KvLayout, block: &[u8], offset: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
@@ -140,16 +170,16 @@ impl Format for Int8 {
         quads.resize(start + head_dim.div_ceil(4), [[[0; 4]; 2]; ROWS]);
         let (mut row_scales, mut row_offsets) = ([0f32; ROWS], [0i32; ROWS]);
         for (r, row) in rows.chunks_exact(head_dim).enumerate() {
-            let [scale, inverse] = scale(row, Q_LARGEST);
+            let scale = Scale::of(row, Q_LARGEST);
             let mut sum = 0;
             for (dim, x) in row.iter().enumerate() {
-                let x = whole(*x, inverse, Q_LARGEST);
+                let x = scale.whole(*x);
                 let high = (x + (1 << (Q_SHIFT - 1))) >> Q_SHIFT;
                 let [highs, lows] = &mut quads[start + dim / 4][r];
                 (highs[dim % 4], lows[dim % 4]) = (high as i8, (x - (high << Q_SHIFT)) as i8);
                 sum += x;
             }
-            row_scales[r] = scale * factor;
+            row_scales[r] = scale.one * factor;
             row_offsets[r] = sum * OFFSET;
         }
         scales.push(row_scales);

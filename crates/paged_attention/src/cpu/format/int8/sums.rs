@@ -4,15 +4,18 @@
 
 use block_pool::PANEL;
 
-use super::{P_LARGEST, P_SHIFT, Weights, ahead, parts, scales_of};
+use super::{GROW, P_LARGEST, P_SHIFT, Weights, ahead, parts, scales_of};
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::format::Space;
 use crate::cpu::kernel::Run;
 use crate::cpu::tile::{Panels, Scores, TILE, TILE_PANELS};
-use crate::cpu::wide::{LANES, Wide, largest};
+use crate::cpu::wide::{LANES, Wide, largest_or_nan};
 
 /// Registers of a panel that one register of sums takes in: four tokens each.
 const QUADS: usize = PANEL / 4;
+
+/// Below this the factor that makes whole numbers of weights would be beyond f32.
+const SMALL: f32 = 1e-34;
 
 /// Makes bytes of weights, each times the scale of its value.
 pub(super) struct Split<'a, 'v> {
@@ -44,15 +47,20 @@ impl Run for Split<'_, '_> {
                 scaled.as_flattened_mut()[self.tokens..].fill(0.0);
             }
             for scaled in &scaled {
-                most = V::load(scaled).larger(most);
+                most = V::load(scaled).larger_or_nan(most);
             }
-            let most = largest(most);
+            // What is not a number would leave no trace in bytes, and so does in what they stand for.
+            let mut most = largest_or_nan(most);
+            to.scale = most / P_LARGEST;
+            if most > 0.0 && most < SMALL {
+                scaled.iter_mut().for_each(|scaled| V::load(scaled).mul(V::splat(GROW)).store(scaled));
+                most *= GROW;
+            }
             let inverse = V::splat(if most > 0.0 { P_LARGEST / most } else { 0.0 });
             for panel in 0..TILE_PANELS {
                 let whole = V::load(&scaled[panel]).mul(inverse);
                 whole.split::<P_SHIFT>(&mut to.high[panel], &mut to.low[panel]);
             }
-            to.scale = most / P_LARGEST;
         }
     }
 }
