@@ -27,7 +27,7 @@ fn attend(cache: &KvCache, q: &[f32], k: &[f32], v: &[f32]) -> [Vec<f32>; 3] {
     let of = |numbers: &[f32]| tensor(numbers, 1, head_dim, DType::F32);
     let q = of(&q.repeat(tokens));
     let y = step.attend(0, &q, &of(k), &of(v), &Attention::new(1.0)).unwrap();
-    step.commit();
+    step.commit().unwrap();
     let floats = |tensor: Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let (k, v) = cache.keys_and_values(&table, 0).unwrap();
     [floats(y.narrow(0, tokens - 1, 1).unwrap()), floats(k), floats(v)]

@@ -136,7 +136,7 @@ impl Case {
             let (q, k, v) =
                 (part(&numbers.q, self.heads), part(&numbers.k, self.kv_heads), part(&numbers.v, self.kv_heads));
             out.extend(floats(&step.attend(0, &q, &k, &v, &self.attention()).unwrap()));
-            step.commit();
+            step.commit().unwrap();
             at += n;
         }
         out
@@ -380,7 +380,7 @@ fn through_a_shared_prefix_nothing_comes_that_is_not_seen() {
                     step.push(table, &tokens[at.clone()]).unwrap();
                     let (q, k) = (part(&numbers.q, 4, at.clone()), part(&numbers.k, 2, at.clone()));
                     let y = step.attend(0, &q, &k, &part(&numbers.v, 2, at), &case.attention()).unwrap();
-                    step.commit();
+                    step.commit().unwrap();
                     floats(&y)
                 };
                 let mut first = cache.table();
