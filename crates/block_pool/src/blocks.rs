@@ -67,9 +67,9 @@ impl Blocks {
         }
         let evicted = ledger.take(n, last, |run| add(ids, run))?;
         if evicted > 0 {
-            let forgotten = ledger.take_forgotten();
+            let orphaned = ledger.take_orphaned();
             drop(ledger);
-            self.clean_up(evicted, &forgotten);
+            self.clean_up(evicted, orphaned);
         }
         Ok(())
     }
@@ -87,9 +87,11 @@ impl Blocks {
 
     /// What an allocation that has evicted blocks has left to do: they still have their old content.
     #[cold]
-    fn clean_up(&self, evicted: usize, forgotten: &[BlockId]) {
+    fn clean_up(&self, evicted: usize, orphaned: Vec<BlockId>) {
+        // Dropped at the end, by a panic of the storage too.
+        let orphaned = Blocks { pool: self.pool.clone(), ids: orphaned.into(), epoch: self.epoch };
         self.pool.poison(&self.ids[self.ids.len() - evicted..]);
-        self.pool.release(forgotten);
+        drop(orphaned);
         // Last: this calls the host's code, which may panic.
         tracing::trace!(evicted, "remembered blocks gave way");
     }
@@ -115,10 +117,10 @@ impl Blocks {
         let Self { pool, ids, .. } = self;
         let mut ledger = pool.ledger();
         let (owned, evicted) = ledger.own(original, n, last, |run| add(ids, run))?;
-        if evicted > 0 {
-            let forgotten = ledger.take_forgotten();
+        if evicted > 0 || ledger.has_orphaned() {
+            let orphaned = ledger.take_orphaned();
             drop(ledger);
-            self.clean_up(evicted, &forgotten);
+            self.clean_up(evicted, orphaned);
         } else {
             drop(ledger);
         }
@@ -211,22 +213,23 @@ impl Blocks {
     }
 
     /// Makes the blocks from `at` on findable by their tokens, `head` followed by `tokens`: as many as are full. Says
-    /// how many of the list's blocks were exchanged for ones with the same content that were stored before.
+    /// how many of the list's blocks were exchanged for ones with the same content that were stored before. `None` if block
+    /// `at` could be found already: it holds what others have computed, not these tokens, and nothing can follow it here.
     ///
     /// Nothing is stored either of a list that got its first block before the last [`reset`](BlockPool::reset).
     ///
     /// What is stored is read by others from now on: every slot of these blocks must have been written. Nothing is
     /// stored after a block that is not stored itself, or that is stored under another key.
-    pub fn store(&mut self, key: &PrefixKey, at: usize, head: &[u32], tokens: &[u32]) -> usize {
+    pub fn store(&mut self, key: &PrefixKey, at: usize, head: &[u32], tokens: &[u32]) -> Option<usize> {
         if head.len() >= self.pool.block_size() || at >= self.ids.len() {
-            return 0;
+            return Some(0);
         }
         let Self { pool, ids, epoch } = self;
-        let duplicates = pool.ledger().store(*epoch, key, ids, at, head, tokens);
+        let duplicates = pool.ledger().store(*epoch, key, ids, at, head, tokens)?;
         if !duplicates.is_empty() {
             pool.release(&duplicates);
         }
-        duplicates.len()
+        Some(duplicates.len())
     }
 
     /// Copies the first tokens of block `at`, as many as `tokens` takes, and says whether that block can be found: only then

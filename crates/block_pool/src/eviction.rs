@@ -1,9 +1,8 @@
 //! Which remembered block gives way when memory is needed: the one place that knows the policy.
 //!
 //! Least recently used. The blocks that nobody holds are a list in the order in which they were let go. A sequence
-//! lets its blocks go from its end to its start, so that within one sequence the tail gives way before the head, and a
-//! prefix that many share lives longest. That a child goes before its parent is the ledger's business: it walks from
-//! the block named here to a leaf.
+//! lets its blocks go from its end to its start, so that within one sequence the tail gives way before the head, a child
+//! before its parent, and a prefix that many share lives longest.
 
 use crate::BlockId;
 

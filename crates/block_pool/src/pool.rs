@@ -137,10 +137,10 @@ impl BlockPool {
         let forgotten = self.ledger().forget_all();
         drop(forgotten);
         loop {
-            let mut held = Vec::new();
-            let to_poison = self.0.poisons.then_some(&mut held);
+            let mut held = Freed { pool: self, ids: Vec::new() };
+            let to_poison = self.0.poisons.then_some(&mut held.ids);
             let more = self.ledger().free_forgotten(FREED_AT_ONCE, to_poison);
-            self.release(&held);
+            self.poison(&held.ids);
             if !more {
                 return;
             }
@@ -162,7 +162,8 @@ impl BlockPool {
         PoolEvents::new(past.events(), live)
     }
 
-    /// Checks every invariant of the books that can be seen from inside: a walk over the whole pool.
+    /// Checks every invariant of the books that can be seen from inside: a walk over the whole pool, at rest: no other thread
+    /// is in a reset.
     ///
     /// # Errors
     ///
@@ -204,9 +205,9 @@ impl BlockPool {
         if !self.0.poisons || std::thread::panicking() {
             return self.ledger().release(ids);
         }
-        let freed = self.ledger().release_but_free(ids);
-        self.poison(&freed);
-        self.ledger().release(&freed);
+        // Freed at the end, by a panic of the storage too.
+        let freed = Freed { pool: self, ids: self.ledger().release_but_free(ids) };
+        self.poison(&freed.ids);
     }
 
     /// Overwrites blocks whose content is nobody's, if the storage does that.
@@ -223,6 +224,18 @@ impl BlockPool {
     #[inline]
     pub(crate) fn ledger(&self) -> MutexGuard<'_, Ledger> {
         lock(&self.0.ledger)
+    }
+}
+
+/// Blocks that nobody else holds, and that become free when this is dropped.
+struct Freed<'p> {
+    pool: &'p BlockPool,
+    ids: Vec<BlockId>,
+}
+
+impl Drop for Freed<'_> {
+    fn drop(&mut self) {
+        self.pool.ledger().release(&self.ids);
     }
 }
 

@@ -40,8 +40,7 @@ impl Window {
 
     /// The first position after the sinks that the token at `position` sees.
     pub fn start(&self, position: usize) -> usize {
-        // There is at least one token, so nothing wraps, whatever the position.
-        position.saturating_sub(self.tokens - 1)
+        position.saturating_sub(self.tokens.saturating_sub(1))
     }
 
     /// How many blocks after those of the sinks the next token of a sequence of `len` tokens does not see any more:

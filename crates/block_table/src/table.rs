@@ -282,7 +282,8 @@ impl BlockTable {
         // Behind a gap, the block before is not there to be followed.
         let follows = self.gap == 0 || first > self.sink_blocks() + self.gap;
         if let (Some(tail), Some(at), true, false) = (&self.tail, self.place(first), follows, self.private) {
-            self.blocks.store(&self.key, at, tail, tokens);
+            // A block of others was to be copied by `reserve` before its tokens could be these: what follows is not theirs.
+            self.private |= self.blocks.store(&self.key, at, tail, tokens).is_none();
         }
         let unfinished = self.len % block_size;
         let tail = self.tail.get_or_insert_default();

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod common;
+
 use block_table::{BlockId, BlockPool, BlockTable, PoolEvent, PrefixKey, Salt, TableOptions, Window};
 
 const BLOCK: usize = 16;
@@ -179,7 +181,7 @@ fn the_key_counts_after_a_block_too() {
     assert_eq!(first.find(&other, 1, &[8, 8], 2).tokens, 0);
     // Nor is anything cached there: those of the key would find what was computed under another.
     first.grow(1).unwrap();
-    assert_eq!(first.store(&other, 1, &[], &[9, 9]), 0);
+    assert_eq!(first.store(&other, 1, &[], &[9, 9]), Some(0));
     assert_eq!((pool.find(&own, &[7, 7, 9, 9, 0]).tokens, pool.find(&other, &[7, 7, 9, 9, 0]).tokens), (2, 0));
     first.truncate(1);
     assert_eq!(first.reuse(&own, 1, &[8, 8]), 2);
@@ -240,4 +242,58 @@ fn a_reset_while_others_allocate_loses_nothing() {
         assert_eq!((pool.remembered(), pool.available()), (0, 5000));
         pool.check_held([]).unwrap();
     }
+}
+
+#[test]
+fn as_many_blocks_are_taken_as_were_asked_for_when_prefixes_are_forgotten() {
+    // More than 16 tombstones for each block: an eviction forgets the whole chain, and what of it was still remembered.
+    let pool = BlockPool::new(4, 1).unwrap();
+    let mut long = windowed(&pool, Window::new(2));
+    compute(&mut long, &tokens(68), 1);
+    drop(long);
+    let all = pool.take(4).unwrap();
+    assert_eq!((all.len(), pool.available()), (4, 0));
+    drop(all);
+    pool.check_held([]).unwrap();
+    for n in 120..140 {
+        let (pool, slots) = common::Slots::pool(8, 1);
+        let mut live = BlockTable::new(&pool);
+        slots.append(&mut live, &[], &[1, 2, 3, 4]);
+        let mut long = windowed(&pool, Window::new(2));
+        compute(&mut long, &tokens(n), 1);
+        drop(long);
+        live.reserve(4).unwrap();
+        assert_eq!(live.capacity(), 8, "after {n} tokens");
+        let held: Vec<u64> = (0..4).map(|position| slots.get(live.slot(position).unwrap())).collect();
+        assert_eq!(held, [1, 2, 3, 4].map(|n| common::content(&(1..=n).collect::<Vec<u32>>())));
+        pool.check_held([live.blocks()]).unwrap();
+        drop(live);
+        assert_eq!(pool.available(), 8);
+    }
+}
+
+#[test]
+fn tombstones_are_bounded_whatever_makes_them() {
+    let pool = BlockPool::new(2, 1).unwrap();
+    let mut own = BlockTable::new(&pool);
+    compute(&mut own, &[1, 2], 2);
+    own.own(0..1).unwrap(); // there is no room for a copy: the first block is forgotten where it is
+    own.release_before(1);
+    let mut other = BlockTable::new(&pool);
+    compute(&mut other, &[1], 1); // in the place of the first one
+    drop(other);
+    pool.check_held([own.blocks()]).unwrap();
+}
+
+#[test]
+fn what_follows_a_block_that_was_not_made_one_s_own_is_not_found() {
+    let pool = BlockPool::new(8, 4).unwrap();
+    let mut first = BlockTable::new(&pool);
+    compute(&mut first, &[1, 2, 3, 4], 4);
+    let mut second = BlockTable::new(&pool);
+    assert_eq!(second.reuse(&[1, 2, 9, 9, 5]), 2);
+    // Not reserved, and so not copied: the block still is what the first sequence has computed.
+    second.commit_tokens(&[9, 9]).unwrap();
+    compute(&mut second, &[5, 6, 7, 8], 4);
+    assert_eq!(pool.find(&PrefixKey::new(), &[1, 2, 3, 4, 5, 6, 7, 8, 0]).tokens, 4);
 }

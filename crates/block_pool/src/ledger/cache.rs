@@ -63,7 +63,8 @@ impl Ledger {
 
     /// Makes `ids[at..]` findable, whose tokens are `head` followed by `tokens`, as many as fill whole blocks. Where a
     /// block with the same content is cached already, `ids` gets that one, and the own one is returned, still held.
-    /// Caches nothing if `epoch`, in which the content began to be written, is over.
+    /// Caches nothing if `epoch`, in which the content began to be written, is over. `None` if the first block is cached
+    /// already.
     pub(crate) fn store(
         &mut self,
         epoch: u64,
@@ -72,15 +73,17 @@ impl Ledger {
         at: usize,
         head: &[u32],
         tokens: &[u32],
-    ) -> SmallVec<[BlockId; 8]> {
+    ) -> Option<SmallVec<[BlockId; 8]>> {
         let mut duplicates = SmallVec::new();
-        let first_is_full = head.len() + tokens.len() >= self.block_size;
-        if epoch != self.epoch || !first_is_full || self.tree.contains(ids[at]) {
-            return duplicates;
+        if epoch != self.epoch || head.len() + tokens.len() < self.block_size {
+            return Some(duplicates);
+        }
+        if self.tree.contains(ids[at]) {
+            return None;
         }
         let mut parent_block = at.checked_sub(1).map(|before| ids[before]);
         // Without a parent nobody could find what comes after it.
-        let Some(mut parent) = self.tree.start_or_root(key, at, parent_block) else { return duplicates };
+        let Some(mut parent) = self.tree.start_or_root(key, at, parent_block) else { return Some(duplicates) };
         let mut head = head;
         let mut rest = tokens;
         for place in &mut ids[at..] {
@@ -110,7 +113,7 @@ impl Ledger {
             }
             parent_block = Some(*place);
         }
-        duplicates
+        Some(duplicates)
     }
 
     /// The tokens of a block that can be found.

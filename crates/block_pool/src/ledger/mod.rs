@@ -42,8 +42,9 @@ pub(crate) struct Ledger {
     /// How often everything was forgotten. What was computed before is not cached after.
     epoch: u64,
     block_size: usize,
-    /// Blocks that were forgotten with their prefix by an eviction, held by the one who allocated, who is to free them.
-    forgotten: Vec<BlockId>,
+    /// Remembered blocks whose prefix was forgotten during an eviction: held once, for the next that is taken, and the rest by
+    /// the caller of that allocation, who is to free them.
+    orphaned: Vec<BlockId>,
 }
 
 /// A count that grows beyond this is set back to it. Counts are far below as long as every list is dropped: more lists than
@@ -62,7 +63,7 @@ impl Ledger {
             stats: Stats::default(),
             epoch: 0,
             block_size,
-            forgotten: Vec::new(),
+            orphaned: Vec::new(),
         }
     }
 
@@ -84,8 +85,8 @@ impl Ledger {
     }
 
     /// Takes `n` blocks, free ones first, side by side where possible and right after `after`; all or none. Hands them to
-    /// `taken` in runs of neighbours, and returns how many of them, the last ones, were remembered until now. If any were, the
-    /// caller asks for what was [forgotten](Self::take_forgotten).
+    /// `taken` in runs of neighbours, and returns how many of them, the last ones, were remembered until now and have their old
+    /// content. If any were, the caller asks for those that are [orphaned](Self::take_orphaned).
     #[inline]
     pub(crate) fn take(
         &mut self,
@@ -103,17 +104,26 @@ impl Ledger {
             holders[run.clone()].fill(1);
             taken(run);
         });
-        for _ in free..n {
-            let Some(id) = self.evict() else { break };
+        let mut evicted = 0;
+        while free + evicted < n {
+            // What was orphaned was among those that are available, too.
+            let Some(id) = self.orphaned.pop().or_else(|| self.evict()) else { break };
             self.holders[id.index()] = 1;
             taken(id.index()..id.index() + 1);
+            evicted += 1;
         }
-        Ok(n - free)
+        debug_assert_eq!(free + evicted, n, "as many are available as were counted");
+        Ok(evicted)
     }
 
-    /// Blocks that are held by nobody but the caller, who is to free them: what evictions have forgotten of other prefixes.
-    pub(crate) fn take_forgotten(&mut self) -> Vec<BlockId> {
-        std::mem::take(&mut self.forgotten)
+    /// Whether there are blocks that the one who has allocated is to free.
+    pub(crate) fn has_orphaned(&self) -> bool {
+        !self.orphaned.is_empty()
+    }
+
+    /// Blocks that are held by nobody but the caller, who is to free them: what an eviction has forgotten of other prefixes.
+    pub(crate) fn take_orphaned(&mut self) -> Vec<BlockId> {
+        std::mem::take(&mut self.orphaned)
     }
 
     /// Takes the remembered block that is next to give way. It is the one that was let go longest ago, and never one that is
@@ -125,9 +135,6 @@ impl Ledger {
         self.remembered.remove(victim);
         self.forget(victim);
         self.stats.evictions += 1;
-        if self.tree.has_too_many_tombstones() {
-            self.forget_cold_prefixes();
-        }
         Some(victim)
     }
 
@@ -139,15 +146,19 @@ impl Ledger {
             self.listeners.tell(|| PoolEvent::Removed { block: id });
             if self.holders[id.index()] == 0 {
                 self.hold(id);
-                self.forgotten.push(id);
+                self.orphaned.push(id);
             }
         }
     }
 
-    /// The block cannot be found any more.
+    /// The block cannot be found any more. What of it stays in the tree may be too much.
+    #[inline]
     fn forget(&mut self, id: BlockId) {
         if self.tree.lose(id) {
             self.listeners.tell(|| PoolEvent::Removed { block: id });
+        }
+        if self.tree.has_too_many_tombstones() {
+            self.forget_cold_prefixes();
         }
     }
 

@@ -66,7 +66,7 @@ impl Ledger {
         let evicted = self.take(way.blocks(n), after, taken)?;
         match way {
             Way::InPlace => return Ok((Owned::InPlace, evicted)),
-            // Whatever followed it that nobody holds has been evicted by now: there was no room but that.
+            // Whatever follows it that nobody holds has been evicted by now: there was no room but that.
             Way::Forget => self.forget(block),
             Way::Copy => return Ok((Owned::Copy, evicted)),
         }

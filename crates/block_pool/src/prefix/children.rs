@@ -105,7 +105,7 @@ impl Children {
     /// Takes out the child with these tokens.
     pub(super) fn remove<'t>(&mut self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) {
         match self {
-            // An only child is known without its tokens, which are not in any cache by now.
+            // An only child is known without its tokens, which are in none of the processor's caches by now.
             Self::Few(children) if children.len() == 1 => children.clear(),
             Self::Few(children) => {
                 if let Ok(at) = search(children, tokens, tokens_of) {

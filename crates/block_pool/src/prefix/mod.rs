@@ -48,7 +48,8 @@ struct Node {
     /// When it was last inserted, or the end of a match: a reading of [`PrefixTree::clock`].
     used: u32,
     children: Children,
-    /// A sequence that holds what follows has let the block go: from then on it may be evicted before what follows it.
+    /// A sequence has let a block of it go and kept what follows, or it got a new block after what follows it: it may be
+    /// evicted before that. Only the check of the order asks.
     passed: bool,
 }
 
@@ -208,6 +209,8 @@ impl PrefixTree {
             if let Some(same) = self.block(node) {
                 return (node, Some(same));
             }
+            // What follows it may be held by those who had its last block.
+            self.nodes[node as usize].passed = true;
             self.touch(node);
         } else {
             let (first, is_root, root) = (above.children.is_empty(), above.parent == parent, above.root);

@@ -46,10 +46,13 @@ impl Past {
         for (root, key) in &self.keys {
             // Nodes whose children are to be told of, the last block before them, and the tokens since.
             let mut open: Vec<(NodeKey, Option<BlockId>, Vec<u32>)> = vec![(*root, None, Vec::new())];
-            while let Some((node, parent, since)) = open.pop() {
-                for &child in children.get(&node).into_iter().flatten() {
+            while let Some((node, parent, mut since)) = open.pop() {
+                let children = children.get(&node).map_or(&[][..], Vec::as_slice);
+                for (i, &child) in children.iter().enumerate() {
                     let (node, _, block) = self.nodes[child];
-                    let mut tokens = since.clone();
+                    // Mostly there is one child, and a long way is not copied at each step.
+                    let last = i + 1 == children.len();
+                    let mut tokens = if last { std::mem::take(&mut since) } else { since.clone() };
                     tokens.extend_from_slice(&self.tokens[child * self.block_size..][..self.block_size]);
                     match block {
                         Some(block) => {
