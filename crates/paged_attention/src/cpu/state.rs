@@ -84,7 +84,9 @@ impl State {
     /// met nothing that is not finite. A score that is not a number makes the weights so, and with them the mean.
     pub(super) fn is_finite(&self, row: usize, mean: &[f32]) -> bool {
         let largest = self.largest[row];
-        f32::NEG_INFINITY < largest && largest < f32::MAX && mean.iter().all(|x| x.is_finite())
+        // All of them, without looking whether one is found: then the compiler compares several at a time.
+        let all_finite = mean.iter().fold(true, |all, x| all & x.is_finite());
+        f32::NEG_INFINITY < largest && largest < f32::MAX && all_finite
     }
 
     /// The weighted mean of a row's values; zeros if it has seen nothing that weighs anything. A zero is positive: the sign
