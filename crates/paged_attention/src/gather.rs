@@ -261,3 +261,28 @@ fn capped(scores: &Tensor, cap: f32) -> Result<Tensor> {
     // What is not finite, and may only not be so in f32, does not become the cap, but stays visible.
     parts.abs()?.lt(LINEAR)?.where_cond(scores, &large)? + (scores * 0.0)?
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn capped_scores_are_right_for_every_cap() -> Result<()> {
+        let sizes = (-40..=38).flat_map(|exponent| [1.0, -3.0].map(|x| (x * 10f64.powi(exponent)) as f32));
+        let scores: Vec<f32> = sizes.filter(|x| x.is_finite()).collect();
+        let tensor = Tensor::new(scores.as_slice(), &Device::Cpu)?;
+        let caps = (-40..=38).map(|exponent| 10f64.powi(exponent) as f32);
+        for cap in caps.chain([30.0, 3e38, f32::MAX, f32::MIN_POSITIVE]) {
+            for (score, got) in scores.iter().zip(capped(&tensor, cap)?.to_vec1::<f32>()?) {
+                let (wide, got) = (f64::from(cap), f64::from(got));
+                let truth = wide * (f64::from(*score) / wide).tanh();
+                // Numbers below the normal ones have fewer digits.
+                let off = (got - truth).abs() - f64::from(f32::from_bits(1));
+                assert!(off <= 1e-6 * truth.abs(), "cap {cap:e}, score {score:e}: {got:e} instead of {truth:e}");
+            }
+        }
+        Ok(())
+    }
+}

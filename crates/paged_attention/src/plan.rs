@@ -33,11 +33,6 @@ pub(crate) struct Sight {
 }
 
 impl Sight {
-    /// Whether it is no position at all.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.sinks == 0 && self.recent.is_empty()
-    }
-
     /// What it is of these positions, counted from their start.
     #[inline]
     pub(crate) fn within(&self, positions: &Range<usize>) -> Self {

@@ -296,6 +296,22 @@ fn long_sequences_whatever_the_threads() {
     }
 }
 
+/// All that a row sees of a chunk weighs nothing, or is not a number: its sums go into those of the next chunk.
+#[test]
+fn a_chunk_of_which_a_single_token_is_seen() {
+    for (name, way) in ways() {
+        for dtype in dtypes(name) {
+            // Token 1,024 begins the third chunk, and sees the first token of the first and the last of the second.
+            let layer_window = Some(Window::new(2).with_sinks(1));
+            let case = Case { heads: 2, head_dim: 16, layer_window, steps: vec![1024, 1], ..Case::new(dtype) };
+            for (place, x) in [(Place::Keys, f32::NAN), (Place::Both, f32::NEG_INFINITY)] {
+                case.check(name, &way, &[0], place, x);
+                case.check(name, &way, &[1023], place, x);
+            }
+        }
+    }
+}
+
 /// What a row gets does not depend on what it is computed beside, when it sees what is not finite either.
 #[test]
 fn rows_alone_and_together_are_the_same() {

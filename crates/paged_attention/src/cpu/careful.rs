@@ -52,10 +52,6 @@ impl<'a, F: Format, S: Number> Source<'a, F, S> {
         let Rows { span, token, head } = *rows;
         let attention = self.call.attention;
         let seen = span.sight(token, attention);
-        if seen.is_empty() {
-            mean.fill(0.0);
-            return f32::NEG_INFINITY;
-        }
         let query_head = head * self.group() + member;
         let mut q = vec![0f32; mean.len()];
         self.queries.widen(span.rows.start + token, query_head, &mut q);
