@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Sought};
 use crate::storage::NoStorage;
 use crate::sync::{Arc, Mutex, MutexGuard, lock};
 use crate::{BlockId, BlockStorage, Blocks, Found, Inconsistent, OutOfBlocks, PoolError, PoolEvents, PrefixKey, Stats};
@@ -127,7 +127,7 @@ impl BlockPool {
     /// logits are needed.
     pub fn find(&self, key: &PrefixKey, prompt: &[u32]) -> Found {
         let known = &prompt[..prompt.len().saturating_sub(1)];
-        Blocks::none(self).find(key, 0, known, prompt.len())
+        self.ledger().find(Sought { key, at: 0, last: None, tokens: known }, prompt.len())
     }
 
     /// Forgets every cached prefix: after the model's weights have changed, say, when what was computed with the old ones

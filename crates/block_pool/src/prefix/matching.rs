@@ -2,6 +2,7 @@
 
 use smallvec::SmallVec;
 
+use super::children::Near;
 use super::{NodeKey, PrefixTree};
 use crate::{BlockId, PrefixKey, Window};
 
@@ -48,17 +49,23 @@ impl PrefixTree {
         // Blocks are handed on in one place, so that what becomes of them is compiled into the loop.
         loop {
             let rest = &tokens[longest.tokens..];
-            let whole = rest.get(..self.block_size).and_then(|block| self.child(longest.end, block));
-            let (id, part) = match whole {
-                Some((child, Some(id))) => {
-                    longest.end = child;
-                    (id, self.block_size)
-                }
-                _ => match self.nearest_child(longest.end, rest) {
-                    Some(part) => part,
-                    None => return longest,
-                },
+            let children = &self.nodes[longest.end as usize].children;
+            let of = |child| self.tokens_of(child);
+            let near = match rest.get(..self.block_size) {
+                Some(block) => children.near(block, of),
+                None => Near::Between(children.neighbours(rest, of)),
             };
+            let part = match near {
+                Near::Exact(child) => match self.block(child) {
+                    Some(id) => {
+                        longest.end = child;
+                        Some((id, self.block_size))
+                    }
+                    None => self.nearest_of(children.neighbours(rest, of), rest),
+                },
+                Near::Between(neighbours) => self.nearest_of(neighbours, rest),
+            };
+            let Some((id, part)) = part else { return longest };
             found(id);
             longest.tokens += part;
             if part < self.block_size {
@@ -126,12 +133,13 @@ impl PrefixTree {
         Some((key, self.block(key)))
     }
 
-    /// The block after `parent` that shares the most tokens with `tokens`, and how many: at least one, not all of it.
+    /// The block after `parent` that shares the most tokens with `tokens`, and how many: at least one.
     fn nearest_child(&self, parent: NodeKey, tokens: &[u32]) -> Option<(BlockId, usize)> {
-        if tokens.is_empty() {
-            return None;
-        }
         let neighbours = self.nodes[parent as usize].children.neighbours(tokens, |child| self.tokens_of(child));
+        self.nearest_of(neighbours, tokens)
+    }
+
+    fn nearest_of(&self, neighbours: [Option<NodeKey>; 2], tokens: &[u32]) -> Option<(BlockId, usize)> {
         neighbours
             .into_iter()
             .flatten()
