@@ -92,9 +92,7 @@ impl Children {
         match self {
             Self::Few(children) => match search(children, tokens, tokens_of) {
                 Ok(at) => Near::Exact(children[at].node),
-                Err(at) => {
-                    Near::Between([at.checked_sub(1), Some(at)].map(|at| children.get(at?).map(|child| child.node)))
-                }
+                Err(at) => Near::Between(around(children, at)),
             },
             Self::Many(children) => {
                 let mut below = children.range::<[u32], _>((Bound::Unbounded, Bound::Included(tokens)));
@@ -118,7 +116,7 @@ impl Children {
         match self {
             Self::Few(children) => {
                 let (Ok(at) | Err(at)) = search(children, tokens, tokens_of);
-                [at.checked_sub(1), Some(at)].map(|at| children.get(at?).map(|child| child.node))
+                around(children, at)
             }
             Self::Many(children) => {
                 let below = (Bound::Unbounded, Bound::Excluded(tokens));
@@ -183,6 +181,11 @@ impl Children {
             Self::Many(children) => children.iter().all(|(tokens, node)| **tokens == *tokens_of(*node)),
         }
     }
+}
+
+/// The child before place `at` of a sorted list, and the one there.
+fn around(children: &[Child], at: usize) -> [Option<NodeKey>; 2] {
+    [at.checked_sub(1), Some(at)].map(|at| children.get(at?).map(|child| child.node))
 }
 
 /// Where among the children these tokens stand, or would stand.
