@@ -1,6 +1,6 @@
 //! What can go wrong, in the host's words where it has them.
 
-use paged_attention::{BehindWindow, CacheError, OutOfBlocks, ReserveError, StorageError};
+use paged_attention::{BehindWindow, CacheError, OutOfBlocks, ReserveError, StorageError, find_error, wrap_error};
 use thiserror::Error;
 
 /// A cache cannot do as asked. It is as it was before.
@@ -76,6 +76,20 @@ pub enum KvError {
         /// The shape of the values.
         v: Vec<usize>,
     },
+    /// The tokens given as a whole sequence are not those that the layer holds.
+    #[error(
+        "token {at} of the {tokens} given is not the one that the layer holds, which has {current}: clear the cache for another \
+         sequence; seq_len is the length of the sequence, so a pass of {tokens} tokens behind it leads to {}",
+        current + tokens
+    )]
+    OtherTokens {
+        /// The first position that differs.
+        at: usize,
+        /// The tokens given.
+        tokens: usize,
+        /// The tokens that the layer holds.
+        current: usize,
+    },
     /// Queries have another shape than fits the cache.
     #[error("q has shape {got:?}, expected {expected}")]
     Queries {
@@ -127,6 +141,9 @@ pub enum KvError {
         /// The sequences it holds.
         batch: usize,
     },
+    /// One list of tokens was given to a cache that holds several sequences.
+    #[error("the tokens are those of one sequence, and this cache holds a batch of {0}")]
+    Sequences(usize),
     /// A layer of the same cache attends or is copied at this moment, and what it reads cannot be changed meanwhile.
     #[error("a layer of this cache is being read, and it cannot be changed meanwhile")]
     Busy,
@@ -138,7 +155,7 @@ pub enum KvError {
     Storage(#[from] StorageError),
     /// The tensor library refused.
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(candle_core::Error),
 }
 
 impl From<ReserveError> for KvError {
@@ -150,13 +167,39 @@ impl From<ReserveError> for KvError {
     }
 }
 
-/// So that `?` works inside a model.
+/// A pool without room stays one, however deep it was found.
+impl From<candle_core::Error> for KvError {
+    fn from(error: candle_core::Error) -> Self {
+        match find_error(&error) {
+            Some(ReserveError::OutOfBlocks(full)) => Self::OutOfBlocks(*full),
+            _ => Self::Candle(error),
+        }
+    }
+}
+
+/// So that `?` works inside a model. [`KvError::find`] takes it out again.
 impl From<KvError> for candle_core::Error {
     fn from(error: KvError) -> Self {
         match error {
             KvError::Candle(error) => error,
-            other => candle_core::Error::wrap(other),
+            other => wrap_error(other),
         }
+    }
+}
+
+impl KvError {
+    /// Looks for such an error in another one: in a `candle_core::Error` that a model has returned, or in whatever was made
+    /// of that, as long as it names its `source`. So a scheduler sees that there was no room.
+    ///
+    /// ```
+    /// use bitnet_kv::{KvError, OutOfBlocks};
+    ///
+    /// let full = KvError::from(OutOfBlocks { requested: 3, available: 1 });
+    /// let from_the_model = candle_core::Error::from(full).context("layer 7");
+    /// assert!(matches!(KvError::find(&from_the_model), Some(KvError::OutOfBlocks(full)) if full.requested == 3));
+    /// ```
+    pub fn find<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e Self> {
+        find_error(error)
     }
 }
 

@@ -2,10 +2,13 @@
 #![forbid(unsafe_code)]
 
 mod compress;
+mod contiguous;
+mod enlarge;
 mod error;
 mod options;
 mod paged;
 mod part;
+mod pass;
 mod pool;
 mod read;
 mod rows;
@@ -15,11 +18,11 @@ mod stores;
 mod update;
 
 pub use error::KvError;
-pub use options::{CacheOptions, Overflow};
+pub use options::{CacheOptions, KVCacheOptions, Overflow};
 pub use paged::{PagedKVCache, PagedLayerKVCache};
 pub use pool::{PagedKVPool, PagedKVPoolBuilder};
 pub use stats::CacheStats;
-pub use update::{KVCache, KVCacheOptions};
+pub use update::KVCache;
 
 pub use paged_attention::{KvDtype, KvShape, OutOfBlocks, Salt};
 

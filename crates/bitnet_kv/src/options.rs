@@ -1,6 +1,6 @@
 //! What a cache can be told.
 
-use paged_attention::{Salt, Window};
+use paged_attention::{KvDtype, Salt, Window};
 
 /// What happens when a sequence grows past `max_seq_len`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,5 +68,37 @@ impl CacheOptions {
     #[must_use]
     pub fn salt(self, salt: Salt) -> Self {
         Self { salt, ..self }
+    }
+}
+
+/// What a [`KVCache`](crate::KVCache) differs in from one made by [`KVCache::new`](crate::KVCache::new).
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct KVCacheOptions {
+    /// What happens past `max_seq_len`.
+    pub overflow: Overflow,
+    /// Tokens older than the last so many are kept in 8-bit storage.
+    pub compress_older_than: Option<usize>,
+    /// How new tokens are stored, and given.
+    pub dtype: KvDtype,
+}
+
+impl KVCacheOptions {
+    /// What happens past `max_seq_len`; an error unless told.
+    #[must_use]
+    pub fn overflow(self, overflow: Overflow) -> Self {
+        Self { overflow, ..self }
+    }
+
+    /// Keeps tokens that are older than the last `n` in 8-bit storage.
+    #[must_use]
+    pub fn compress_older_than(self, n: usize) -> Self {
+        Self { compress_older_than: Some(n), ..self }
+    }
+
+    /// How new tokens are stored, and given; as f32 unless told.
+    #[must_use]
+    pub fn dtype(self, dtype: KvDtype) -> Self {
+        Self { dtype, ..self }
     }
 }

@@ -57,8 +57,49 @@ impl PagedKVCache {
         self.layers.get_mut(idx)
     }
 
+    /// Prepares a pass over a sequence of these tokens, whatever the cache holds, and says how many of the first need not be
+    /// computed: feed the model `tokens[n..]`. At least the last is always left, since its logits are needed.
+    ///
+    /// The cache knows the tokens it holds: those that it was told, and that all layers have. So it keeps what these begin with
+    /// like those, and cuts the rest; where the pool knows more of them, it takes that instead, and a circular cache that has
+    /// given back what it would need begins anew. A pass that succeeds makes its tokens held ones, and one that fails does not.
+    ///
+    /// Ask before every pass, with all tokens of the sequence from its first one on: prompt, answer so far, and what was just
+    /// sampled.
+    ///
+    /// ```
+    /// # use bitnet_kv::{KvShape, PagedKVCache, PagedKVPool};
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # let pool = PagedKVPool::builder(KvShape { layers: 2, kv_heads: 1, head_dim: 4 }).blocks(8).build()?;
+    /// # fn model(tokens: &[u32], cache: &mut PagedKVCache) -> Result<(), bitnet_kv::KvError> {
+    /// #     let kv = Tensor::zeros((1, 1, tokens.len(), 4), DType::F32, &Device::Cpu)?;
+    /// #     cache.layers.iter_mut().try_for_each(|layer| layer.append(&kv, &kv))
+    /// # }
+    /// let mut cache = pool.cache();
+    /// for (tokens, to_compute) in [
+    ///     (vec![5, 6, 7], 3),    // a prompt
+    ///     (vec![5, 6, 7], 1),    // once more: its last token alone
+    ///     (vec![5, 6, 7, 8], 1), // a sampled token behind it
+    ///     (vec![5, 9], 1),       // another prompt, with a common start
+    /// ] {
+    ///     let n = cache.begin_pass(&tokens)?;
+    ///     assert_eq!(tokens.len() - n, to_compute);
+    ///     model(&tokens[n..], &mut cache)?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`KvError::Sequences`] when the cache holds several sequences; [`KvError::Busy`] when a layer still attends to what would
+    /// be given back.
+    pub fn begin_pass(&mut self, tokens: &[u32]) -> Result<usize> {
+        self.shared.lock().begin_pass(tokens)
+    }
+
     /// Starts with what the pool knows of these tokens, the request's from its first one on, and says how many of them need
-    /// not be computed: feed the model `tokens[n..]`. At least the last is always left, since its logits are needed.
+    /// not be computed: feed the model `tokens[n..]`. At least the last is always left, since its logits are needed. For an empty
+    /// cache, whose caller then counts himself: [`begin_pass`](Self::begin_pass) needs no counting.
     ///
     /// The tokens are remembered: when they have been computed, other requests find them, also after this one has gone. Tell
     /// later ones with [`note_tokens`](Self::note_tokens).
@@ -100,8 +141,7 @@ impl PagedKVCache {
 
     /// Forgets all tokens and gives all blocks back; those that a layer still attends to follow when it has.
     pub fn clear(&mut self) {
-        // There is nothing that going back to the beginning would see.
-        drop(self.shared.lock().truncate(0));
+        self.shared.lock().clear();
     }
 
     /// Blocks that the cache holds: for new tokens, and in 8-bit storage. Those that it shares with others count.

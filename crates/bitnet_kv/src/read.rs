@@ -10,6 +10,7 @@ use crate::KvError;
 use crate::error::Result;
 use crate::part::Part;
 use crate::pool::Inner;
+use crate::rows::Rows;
 
 /// What a layer held when it was asked for. As long as it is there the blocks stay as they are, and nobody who looks at them
 /// needs the sequence itself.
@@ -66,6 +67,21 @@ impl View {
         Ok(out.transpose(1, 2)?)
     }
 
+    /// The first position at which `rows`, given from the beginning on, are not those that the layer's last token sees.
+    pub(crate) fn differs(&self, rows: &Rows) -> Result<Option<usize>> {
+        for seen in self.seen() {
+            let positions = seen.start.min(rows.tokens)..seen.end.min(rows.tokens);
+            if positions.is_empty() {
+                continue;
+            }
+            let (k, v) = self.copies(std::slice::from_ref(&positions))?;
+            if let Some(at) = rows.part(positions.start, positions.len())?.differs(&k, &v)? {
+                return Ok(Some(positions.start + at));
+            }
+        }
+        Ok(None)
+    }
+
     /// The positions that the layer's last token sees: the sinks, and those behind them.
     fn seen(&self) -> [Range<usize>; 2] {
         let (sinks, start) = match self.window {
@@ -101,8 +117,26 @@ impl View {
     /// Copies of the layer's keys and values, each `(batch, tokens, kv_heads, head_dim)`: all tokens, or, of a circular cache,
     /// those that its last token sees.
     pub(crate) fn keys_and_values(&self) -> Result<(Tensor, Tensor)> {
+        self.copies(&self.seen())
+    }
+
+    /// The same of the tokens from position `first` on, which a circular cache may have given back.
+    pub(crate) fn keys_and_values_from(&self, first: usize) -> Result<(Tensor, Tensor)> {
+        self.copies(std::slice::from_ref(&(first..self.len)))
+    }
+
+    /// Keys and values as `get` gives them: `(tokens, kv_heads, head_dim)` of one sequence, `(batch, kv_heads, tokens, head_dim)`
+    /// of several.
+    pub(crate) fn shaped(&self, (k, v): (Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+        match self.batch {
+            1 => Ok((k.squeeze(0)?, v.squeeze(0)?)),
+            _ => Ok((k.transpose(1, 2)?.contiguous()?, v.transpose(1, 2)?.contiguous()?)),
+        }
+    }
+
+    fn copies(&self, ranges: &[Range<usize>]) -> Result<(Tensor, Tensor)> {
         let taken = &self.pool.taken;
-        if self.len == 0 {
+        if ranges.iter().all(Range::is_empty) {
             let KvShape { kv_heads, head_dim, .. } = taken.shape;
             let empty = Tensor::zeros((self.batch, 0, kv_heads, head_dim), taken.dtype, &taken.device)?;
             return Ok((empty.clone(), empty));
@@ -110,7 +144,7 @@ impl View {
         let (mut keys, mut values) = (vec![], vec![]);
         for sequence in 0..self.batch {
             let (mut k_parts, mut v_parts) = (vec![], vec![]);
-            for seen in self.seen() {
+            for seen in ranges {
                 for at in 0..self.parts.len() {
                     let bounds = Part::bounds(&self.parts, at);
                     let positions = seen.start.max(bounds.start)..seen.end.min(bounds.end);

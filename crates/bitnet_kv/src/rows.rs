@@ -1,10 +1,13 @@
 //! Keys and values as they come, checked and brought into one shape.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use paged_attention::{KvDtype, KvShape};
 
 use crate::KvError;
 use crate::error::Result;
+
+/// What rounding may change of a row, relative to its largest number: 8-bit storage changes it by up to 1/254.
+const ROUNDING: f64 = 0.01;
 
 /// What a cache takes.
 #[derive(Debug, Clone)]
@@ -76,9 +79,30 @@ impl Taken {
 }
 
 impl Rows {
+    /// The first token that is not the one given here, `(batch, tokens, kv_heads, head_dim)` too: where a number differs by more
+    /// than rounding explains, in 8 bits or because it was computed in another order.
+    pub(crate) fn differs(&self, k: &Tensor, v: &Tensor) -> Result<Option<usize>> {
+        let mut first = None;
+        for (own, other) in [(&self.k, k), (&self.v, v)] {
+            let (own, other) = (own.to_dtype(DType::F32)?, other.to_dtype(DType::F32)?);
+            let largest = other.abs()?.max_keepdim(D::Minus1)?;
+            let apart = (own - other)?.abs()?.max_keepdim(D::Minus1)?;
+            let apart = apart.gt(&(largest * ROUNDING)?)?.squeeze(D::Minus1)?; // (batch, tokens, kv_heads)
+            for sequence in apart.to_vec3::<u8>()? {
+                let at = sequence.iter().position(|heads| heads.contains(&1));
+                first = at.into_iter().chain(first).min();
+            }
+        }
+        Ok(first)
+    }
+
     /// The last `tokens` tokens.
     pub(crate) fn last(&self, tokens: usize) -> Result<Self> {
-        let first = self.tokens - tokens;
+        self.part(self.tokens - tokens, tokens)
+    }
+
+    /// `tokens` tokens from `first` on.
+    pub(crate) fn part(&self, first: usize, tokens: usize) -> Result<Self> {
         Ok(Self { k: self.k.narrow(1, first, tokens)?, v: self.v.narrow(1, first, tokens)?, batch: self.batch, tokens })
     }
 

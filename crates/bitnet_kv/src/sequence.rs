@@ -22,20 +22,22 @@ use crate::{KvError, Overflow};
 
 #[derive(Debug)]
 pub(crate) struct Sequence {
-    pool: Arc<Inner>,
+    pub(crate) pool: Arc<Inner>,
     pub(crate) batch: usize,
     /// How the first table is made: its window and salt.
-    options: TableOptions,
+    pub(crate) options: TableOptions,
     pub(crate) overflow: Overflow,
+    /// Whether nobody else uses the pool: then a larger one may take its place.
+    pub(crate) alone: bool,
     max_seq_len: usize,
     /// Those in 8-bit storage first; they follow each other.
-    parts: Arc<Vec<Part>>,
+    pub(crate) parts: Arc<Vec<Part>>,
     /// Whether the parts may hold what no layer has any more.
-    to_shrink: bool,
+    pub(crate) to_shrink: bool,
     /// The tokens that each layer has.
-    lens: Vec<usize>,
-    /// The tokens whose ids were told, from the first one on.
-    tokens: Vec<u32>,
+    pub(crate) lens: Vec<usize>,
+    /// The tokens whose ids were told, from the first one on: those that the layers have, and perhaps some that come.
+    pub(crate) tokens: Vec<u32>,
 }
 
 impl Sequence {
@@ -47,6 +49,7 @@ impl Sequence {
             batch,
             options,
             overflow,
+            alone: false,
             max_seq_len,
             parts: Arc::default(),
             to_shrink: false,
@@ -133,8 +136,17 @@ impl Sequence {
         if let Some(part) = parts.last_mut().filter(|part| !part.old) {
             match part.reserve(end) {
                 Err(ReserveError::OutOfBlocks(_)) if self.overflow == Overflow::Grow => {}
+                Err(ReserveError::OutOfBlocks(_)) if self.alone => {
+                    let larger = self.pool.recent.replaced(part.blocks_with_room(end))?;
+                    *part = part.moved(larger, &self.options, &self.lens, end)?;
+                    return Ok(());
+                }
                 other => return Ok(other?),
             }
+        }
+        if self.alone && filled == 0 && self.overflow != Overflow::Grow {
+            let recent = &self.pool.recent;
+            recent.at_least(end.div_ceil(recent.block_size()).saturating_mul(self.batch))?;
         }
         // Only what begins at the beginning can be found by its tokens.
         let hidden = TableOptions::default().private();
@@ -145,7 +157,7 @@ impl Sequence {
 
     /// Commits the tokens that all layers have, and moves what is old. Called when a pass is over: no layer attends to it
     /// any more.
-    fn settle(&mut self) -> Result<()> {
+    pub(crate) fn settle(&mut self) -> Result<()> {
         let shortest = self.shortest();
         let parts = to_change(&mut self.parts)?;
         for at in 0..parts.len() {
@@ -184,9 +196,19 @@ impl Sequence {
 
     /// Keeps the first `len` tokens of all layers.
     pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
+        if len >= self.longest() {
+            return Ok(()); // tokens that were told and come next still do
+        }
         self.can_go_back(len)?;
         self.lens.iter_mut().for_each(|of_layer| *of_layer = len.min(*of_layer));
         self.cut(len)
+    }
+
+    /// Forgets all tokens, and those that it was told would come.
+    pub(crate) fn clear(&mut self) {
+        // There is nothing that going back to the beginning would see.
+        drop(self.truncate(0));
+        self.tokens.clear();
     }
 
     /// Whether a window still holds what would be seen again.
@@ -220,38 +242,6 @@ impl Sequence {
         parts.last_mut().map_or(Ok(()), |part| part.truncate(longest))
     }
 
-    /// Starts with what is known of these tokens; says how many need not be computed.
-    pub(crate) fn reuse(&mut self, tokens: &[u32]) -> Result<usize> {
-        let (len, batch) = (self.longest(), self.batch);
-        if len > 0 || batch != 1 {
-            return Err(KvError::NotEmpty { len, batch });
-        }
-        let parts = to_change(&mut self.parts)?;
-        let mut best: Option<Part> = None;
-        for cache in self.pool.recent.all() {
-            let mut table = cache.table_with(&self.options);
-            let found = table.reuse(tokens);
-            if found > best.as_ref().map_or(0, Part::committed) {
-                best = Some(Part { cache, tables: vec![table], start: 0, old: false });
-            }
-        }
-        let found = best.as_ref().map_or(0, Part::committed);
-        *parts = best.into_iter().collect();
-        self.to_shrink = false;
-        self.lens.fill(found);
-        self.tokens = tokens.to_vec();
-        Counters::count(&self.pool.counters.hits, found);
-        Counters::count(&self.pool.counters.misses, tokens.len() - found);
-        Ok(found)
-    }
-
-    /// Says which tokens come next. Ignored when those before are not known.
-    pub(crate) fn note_tokens(&mut self, tokens: &[u32]) {
-        if self.tokens.len() == self.longest() {
-            self.tokens.extend_from_slice(tokens);
-        }
-    }
-
     pub(crate) fn bytes(&self) -> usize {
         self.parts.iter().map(Part::bytes).sum()
     }
@@ -278,7 +268,7 @@ impl Drop for Sequence {
 }
 
 /// The parts, when nobody looks at them.
-fn to_change(parts: &mut Arc<Vec<Part>>) -> Result<&mut Vec<Part>> {
+pub(crate) fn to_change(parts: &mut Arc<Vec<Part>>) -> Result<&mut Vec<Part>> {
     Arc::get_mut(parts).ok_or(KvError::Busy)
 }
 

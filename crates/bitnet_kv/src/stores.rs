@@ -40,6 +40,10 @@ impl Stores {
         self.lock().first().map_or(1, |cache| cache.pool().block_size())
     }
 
+    pub(crate) fn bytes_per_token(&self) -> usize {
+        self.lock().first().map_or(0, |cache| cache.bytes_per_block() / cache.pool().block_size())
+    }
+
     /// All pools at this moment; later ones come behind.
     pub(crate) fn all(&self) -> Vec<KvCache> {
         self.lock().clone()
@@ -64,6 +68,24 @@ impl Stores {
         drop(all);
         tracing::debug!(blocks = cache.pool().blocks(), "the cache grows");
         Ok(cache)
+    }
+
+    /// A pool of so many blocks, in place of all that there were. Those go when nobody holds a block of them any more.
+    pub(crate) fn replaced(&self, blocks: usize) -> Result<KvCache> {
+        let cache = self.builder.clone().blocks(blocks).build()?;
+        self.growths.fetch_add(1, Ordering::Relaxed);
+        let before = std::mem::replace(&mut *self.lock(), vec![cache.clone()]);
+        drop(before);
+        tracing::debug!(blocks, "a larger pool takes the place of another");
+        Ok(cache)
+    }
+
+    /// Sees to it that one pool has so many blocks. Nobody holds any.
+    pub(crate) fn at_least(&self, blocks: usize) -> Result<()> {
+        if self.all().iter().all(|cache| cache.pool().blocks() < blocks) {
+            self.replaced(blocks)?;
+        }
+        Ok(())
     }
 
     /// Sums over all pools.

@@ -1,16 +1,18 @@
 //! What takes the place of `bitnet_inference`'s `layers::attention::KVCache`.
 
+use std::cmp::Ordering::{Equal, Greater, Less};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Device, Tensor};
-use paged_attention::{KvDtype, KvShape};
+use paged_attention::KvShape;
 
+use crate::contiguous::Contiguous;
 use crate::error::Result;
 use crate::rows::Rows;
 use crate::sequence::Sequence;
 use crate::stats::Counters;
-use crate::{CacheOptions, CacheStats, KvError, Overflow, PagedKVPool};
+use crate::{CacheOptions, CacheStats, KVCacheOptions, KvError, Overflow, PagedKVPool};
 
 /// Keys and values of all layers, updated in place: a layer grows by its new tokens, and nothing else is touched.
 ///
@@ -33,40 +35,13 @@ use crate::{CacheOptions, CacheStats, KvError, Overflow, PagedKVPool};
 pub struct KVCache {
     /// None until the first tokens say how many sequences they belong to.
     sequence: Option<Sequence>,
+    /// Nobody else has it.
     pool: PagedKVPool,
+    /// The blocks that one sequence takes.
+    blocks: usize,
     overflow: Overflow,
-}
-
-/// What a [`KVCache`] differs in from one made by [`KVCache::new`].
-#[derive(Debug, Clone, Default)]
-#[non_exhaustive]
-pub struct KVCacheOptions {
-    /// What happens past `max_seq_len`.
-    pub overflow: Overflow,
-    /// Tokens older than the last so many are kept in 8-bit storage.
-    pub compress_older_than: Option<usize>,
-    /// How new tokens are stored, and given.
-    pub dtype: KvDtype,
-}
-
-impl KVCacheOptions {
-    /// What happens past `max_seq_len`; an error unless told.
-    #[must_use]
-    pub fn overflow(self, overflow: Overflow) -> Self {
-        Self { overflow, ..self }
-    }
-
-    /// Keeps tokens that are older than the last `n` in 8-bit storage.
-    #[must_use]
-    pub fn compress_older_than(self, n: usize) -> Self {
-        Self { compress_older_than: Some(n), ..self }
-    }
-
-    /// How new tokens are stored, and given; as f32 unless told.
-    #[must_use]
-    pub fn dtype(self, dtype: KvDtype) -> Self {
-        Self { dtype, ..self }
-    }
+    /// What [`get`](Self::get) has copied of each layer.
+    copies: Mutex<Vec<Option<Contiguous>>>,
 }
 
 impl KVCache {
@@ -111,54 +86,70 @@ impl KVCache {
         // A ring holds what it sees, and what comes until all layers have it: as much again.
         let tokens =
             if matches!(overflow, Overflow::Circular { .. }) { max_seq_len.saturating_mul(2) } else { max_seq_len };
-        let blocks = tokens.div_ceil(16) + if tokens > max_seq_len { 2 } else { 0 };
-        let builder = PagedKVPool::builder(shape).max_seq_len(max_seq_len).blocks(blocks.max(1)).dtype(dtype);
+        let blocks = (tokens.div_ceil(16) + if tokens > max_seq_len { 2 } else { 0 }).max(1);
+        let builder = PagedKVPool::builder(shape).max_seq_len(max_seq_len).blocks(blocks).dtype(dtype);
         let builder = builder.device(device).overflow(overflow).name("bitnet_kv update");
         let pool = compress_older_than.map_or(builder.clone(), |n| builder.compress_older_than(n)).build()?;
-        Ok(Self { sequence: None, pool, overflow })
+        let copies = Mutex::new((0..num_layers).map(|_| None).collect());
+        Ok(Self { sequence: None, pool, blocks, overflow, copies })
     }
 
-    /// Brings a layer to `seq_len` tokens. `k` and `v` are `[T, H, D]` or `[B, H, T, D]`, and hold either the new tokens or the
-    /// whole sequence, of which only the new ones are taken.
+    /// Brings a layer to `seq_len` tokens: the length of the sequence, not of the pass. `k` and `v` are `[T, H, D]` or
+    /// `[B, H, T, D]`, and hold either new tokens or the whole sequence.
     ///
-    /// - `seq_len` grows: the new tokens are appended.
+    /// - `seq_len` grows: `T` new tokens are appended. If `T` is `seq_len`, the whole sequence is given, and what is new of it
+    ///   is appended.
     /// - It shrinks: the layer keeps its first `seq_len` tokens; `T` is `seq_len`, or 0.
     /// - It stays: the last `T` tokens are overwritten in place.
+    ///
+    /// A whole sequence has to begin as the one that the layer holds, to about a hundredth of each row's largest number: so
+    /// another prompt, or a `seq_len` that counts the pass alone, is an error. It is compared, which costs a copy of what is
+    /// held. What looks like the tokens that are there passes for them; and a pass of `T` tokens in place of the last `T` is
+    /// meant to be one.
     ///
     /// # Errors
     ///
     /// [`KvError`] when the layer does not exist, a shape, type or device is wrong, the batch is another than before, `T` does
-    /// not lead to `seq_len`, there is no room, or a circular cache has given back what the last of `seq_len` tokens sees
-    /// ([`KvError::BehindWindow`]). The cache is then as it was.
+    /// not lead to `seq_len`, other tokens are given than the layer holds ([`KvError::OtherTokens`]), there is no room, or a
+    /// circular cache has given back what the last of `seq_len` tokens sees ([`KvError::BehindWindow`]). The cache is then as
+    /// it was.
     pub fn update(&mut self, layer_idx: usize, k: Tensor, v: Tensor, seq_len: usize) -> Result<()> {
         self.layer(layer_idx)?;
         let rows = self.pool.0.taken.rows(&k, &v, true)?;
-        let current = self.sequence.as_ref().map_or(0, |sequence| sequence.len(layer_idx));
+        let (current, tokens) = (self.seq_len(layer_idx), rows.tokens);
         let new = seq_len.saturating_sub(current);
-        let fits = match seq_len {
-            _ if seq_len > current => rows.tokens == new || rows.tokens == seq_len,
-            _ if seq_len < current => rows.tokens == seq_len || rows.tokens == 0,
-            _ => rows.tokens <= current,
+        let (fits, expected) = match seq_len.cmp(&current) {
+            Greater => (tokens == new || tokens == seq_len, format!("{new} new ones or all {seq_len}")),
+            Less => (tokens == seq_len || tokens == 0, format!("all {seq_len} or none")),
+            Equal => (tokens <= current, format!("at most {current}")),
         };
         if !fits {
-            let expected = match seq_len {
-                _ if seq_len > current => format!("{new} new ones or all {seq_len}"),
-                _ if seq_len < current => format!("all {seq_len} or none"),
-                _ => format!("at most {current}"),
-            };
             let (k, v) = (k.dims().to_vec(), v.dims().to_vec());
-            return Err(KvError::Length { tokens: rows.tokens, current, seq_len, expected, k, v });
+            return Err(KvError::Length { tokens, current, seq_len, expected, k, v });
         }
-        let sequence = self.sequence_for(&rows, &k, &v)?;
-        match seq_len {
-            _ if seq_len > current => sequence.append(layer_idx, &rows.last(new)?),
-            _ if seq_len < current => sequence.truncate_layer(layer_idx, seq_len),
-            _ => sequence.write(layer_idx, current - rows.tokens, &rows),
+        self.fits(&rows, &k, &v)?;
+        if let Some(sequence) = self.sequence.as_ref().filter(|_| tokens == seq_len && current > 0)
+            && let Some(at) = sequence.view(layer_idx)?.differs(&rows)?
+        {
+            return Err(KvError::OtherTokens { at, tokens, current });
+        }
+        if seq_len < current || seq_len == current && tokens > 0 {
+            self.copies()[layer_idx] = None;
+        }
+        let sequence = self.sequence_of(rows.batch)?;
+        match seq_len.cmp(&current) {
+            Greater => sequence.append(layer_idx, &rows.last(new)?),
+            Less => sequence.truncate_layer(layer_idx, seq_len),
+            Equal => sequence.write(layer_idx, current - tokens, &rows),
         }
     }
 
     /// A layer's keys and values, `[S, H, D]` each for its `S` tokens, or `[B, H, S, D]` if it holds a batch of several
     /// sequences. Of a circular cache, those that its last token sees.
+    ///
+    /// The first call copies the layer, and what it has copied is kept beside the blocks: the next one copies what is new, and
+    /// gives views. Views never change. A layer that was cut or overwritten is copied anew, and so is each time one that is
+    /// circular or keeps old tokens in 8 bits. [`attend`](Self::attend) needs no copy.
     ///
     /// # Errors
     ///
@@ -176,11 +167,20 @@ impl KVCache {
             };
             return Ok((empty.clone(), empty));
         };
-        let (k, v) = sequence.view(layer_idx)?.keys_and_values()?;
-        match sequence.batch {
-            1 => Ok((k.squeeze(0)?, v.squeeze(0)?)),
-            _ => Ok((k.transpose(1, 2)?.contiguous()?, v.transpose(1, 2)?.contiguous()?)),
+        let view = sequence.view(layer_idx)?;
+        if view.window.is_some() || self.pool.0.older_than.is_some() {
+            return view.shaped(view.keys_and_values()?);
         }
+        // Nobody waits for who reads: whoever comes meanwhile makes a copy of his own.
+        let most = if sequence.overflow == Overflow::Grow { usize::MAX } else { self.pool.max_seq_len() };
+        let kept = self.copies()[layer_idx].take();
+        let copy = match kept {
+            Some(mut copy) => copy.extend(&view, most).map(|()| copy)?,
+            None => Contiguous::new(&view, most)?,
+        };
+        let views = copy.views();
+        self.copies()[layer_idx] = Some(copy);
+        views
     }
 
     /// Attends with the last `T` tokens of a layer, `q [B, n * H, T, D]`, without copying keys and values together: see
@@ -206,10 +206,14 @@ impl KVCache {
         sequence.map_or(0, |sequence| sequence.len(layer_idx))
     }
 
-    /// The host's numbers, as they are: `tensor_memory_bytes` of all blocks, `current_sequence_length` of the longest layer,
-    /// `max_sequence_length`, which grows with a cache that grows; and `held_memory_bytes` of the blocks that hold tokens.
+    /// The host's numbers, as it counts them: `current_sequence_length` of the longest layer, `max_sequence_length`, which grows
+    /// with a cache that grows, and `tensor_memory_bytes` of as many tokens of each sequence. Beside them
+    /// `reserved_memory_bytes` of all blocks, `held_memory_bytes` of those that hold tokens, and `copied_memory_bytes` of what
+    /// [`get`](Self::get) keeps.
     pub fn memory_usage(&self) -> HashMap<String, usize> {
         let stats = self.pool.stats();
+        let batch = self.sequence.as_ref().map_or(1, |sequence| sequence.batch);
+        let copied = self.copies().iter().flatten().map(Contiguous::bytes).sum();
         let current = self.sequence.as_ref().map_or(0, Sequence::longest);
         let max = if self.overflow == Overflow::Grow {
             self.pool.max_seq_len().max(current)
@@ -217,10 +221,12 @@ impl KVCache {
             self.pool.max_seq_len()
         };
         let numbers = [
-            ("tensor_memory_bytes", stats.bytes_reserved),
+            ("tensor_memory_bytes", max.saturating_mul(batch).saturating_mul(self.pool.0.recent.bytes_per_token())),
             ("current_sequence_length", current),
             ("max_sequence_length", max),
+            ("reserved_memory_bytes", stats.bytes_reserved),
             ("held_memory_bytes", stats.bytes_held),
+            ("copied_memory_bytes", copied),
         ];
         numbers.into_iter().map(|(key, number)| (key.into(), number)).collect()
     }
@@ -260,7 +266,7 @@ impl KVCache {
             let (got, expected) = (format!("{device:?}"), format!("{own:?}"));
             return Err(KvError::Device { tensor: "clear", got, expected });
         }
-        self.sequence = None;
+        self.forget();
         Ok(())
     }
 
@@ -280,24 +286,45 @@ impl KVCache {
         if layer < layers { Ok(()) } else { Err(KvError::Layer { layer, layers }) }
     }
 
-    /// The tokens of the batch that these belong to.
-    fn sequence_for(&mut self, rows: &Rows, k: &Tensor, v: &Tensor) -> Result<&mut Sequence> {
-        // An empty cache may begin anew with another batch.
-        let other = |sequence: &Sequence| sequence.batch != rows.batch;
-        if let Some(sequence) = self.sequence.as_ref().filter(|sequence| other(sequence) && sequence.longest() > 0) {
-            let (expected, got) = (sequence.batch, rows.batch);
-            return Err(KvError::Batch { expected, got, k: k.dims().to_vec(), v: v.dims().to_vec() });
+    fn copies(&self) -> MutexGuard<'_, Vec<Option<Contiguous>>> {
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forget(&mut self) {
+        self.sequence = None;
+        self.copies().iter_mut().for_each(|copy| *copy = None);
+    }
+
+    /// Whether these belong to the batch that is held.
+    fn fits(&self, rows: &Rows, k: &Tensor, v: &Tensor) -> Result<()> {
+        match &self.sequence {
+            // An empty cache may begin anew with another batch.
+            Some(sequence) if sequence.batch != rows.batch && sequence.longest() > 0 => {
+                let (expected, got) = (sequence.batch, rows.batch);
+                Err(KvError::Batch { expected, got, k: k.dims().to_vec(), v: v.dims().to_vec() })
+            }
+            _ => Ok(()),
         }
-        if self.sequence.as_ref().is_some_and(other) {
-            self.sequence = None;
+    }
+
+    /// The tokens of a batch; another one is forgotten.
+    fn sequence_of(&mut self, batch: usize) -> Result<&mut Sequence> {
+        if self.sequence.as_ref().is_some_and(|sequence| sequence.batch != batch) {
+            self.forget();
         }
         let (pool, overflow) = (&self.pool, self.overflow);
-        Ok(self.sequence.get_or_insert_with(|| {
-            let mut table = pool.table_options(&CacheOptions::default().batch(rows.batch)).private();
-            table.window = table.window.filter(|_| overflow != Overflow::Grow);
-            let mut sequence = Sequence::new(&Arc::clone(&pool.0), rows.batch, table);
-            sequence.overflow = overflow;
-            sequence
-        }))
+        match &mut self.sequence {
+            Some(sequence) => Ok(sequence),
+            none => {
+                for stores in [Some(&pool.0.recent), pool.0.old.as_ref()].into_iter().flatten() {
+                    stores.at_least(self.blocks.saturating_mul(batch))?;
+                }
+                let mut table = pool.table_options(&CacheOptions::default().batch(batch)).private();
+                table.window = table.window.filter(|_| overflow != Overflow::Grow);
+                let mut sequence = Sequence::new(&Arc::clone(&pool.0), batch, table);
+                (sequence.overflow, sequence.alone) = (overflow, true);
+                Ok(none.insert(sequence))
+            }
+        }
     }
 }

@@ -12,6 +12,7 @@ mod parts;
 mod plan;
 mod step;
 mod validate;
+mod wrap;
 
 pub use attention::Attention;
 pub use builder::{Backend, KvCacheBuilder};
@@ -21,6 +22,7 @@ pub use error::{CacheError, CommitError, PushError};
 pub use parts::{Part, attend_parts};
 pub use step::Step;
 pub use validate::AttendError;
+pub use wrap::{find_error, wrap_error};
 
 pub use block_pool::{
     BlockId, BlockPool, BlockState, Found, KvDtype, KvShape, OutOfBlocks, PoolError, PoolEvent, PoolEvents, PrefixKey,

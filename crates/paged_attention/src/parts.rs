@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use block_pool::{KvShape, Order};
 use block_table::BlockTable;
-use candle_core::{DType, Error, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use crate::gather::Sequence;
 use crate::plan::{Plan, Span, gap_of};
-use crate::{AttendError, Attention, KvCache, cpu, gather, validate};
+use crate::{AttendError, Attention, KvCache, cpu, gather, validate, wrap_error};
 
 /// The last position that there can be: distances between positions are signed.
 const LAST_POSITION: usize = isize::MAX as usize;
@@ -70,7 +70,7 @@ impl KvCache {
         }
         let mut plan = Plan::default();
         for table in tables {
-            table.own(start..end).map_err(Error::wrap)?;
+            table.own(start..end).map_err(wrap_error)?;
             plan.slots.extend((start..end).filter_map(|at| table.slot(at)).map(|slot| slot as u32));
         }
         match self.layout().order {
@@ -346,5 +346,5 @@ fn check(parts: &[Part<'_>], layer: usize, at: usize, q: &Tensor, attention: &At
 }
 
 fn parts_error<T>(what: String) -> Result<T> {
-    Err(Error::wrap(AttendError::Parts(what)))
+    Err(wrap_error(AttendError::Parts(what)))
 }

@@ -4,11 +4,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use block_pool::Order;
 use block_table::BlockTable;
-use candle_core::{Error, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use crate::layers::Layers;
 use crate::plan::{Plan, Span};
-use crate::{AttendError, Attention, CommitError, KvCache, PushError, cpu, gather, validate};
+use crate::{AttendError, Attention, CommitError, KvCache, PushError, cpu, gather, validate, wrap_error};
 
 /// One forward pass over a batch of sequences, prefill and decode alike.
 ///
@@ -219,7 +219,7 @@ impl<'t> Step<'t> {
         let declared = Layers::none_of(self.written.layers());
         for layer in layers {
             if !declared.insert(layer) {
-                return Err(Error::wrap(AttendError::NoLayer { layer, layers: declared.layers() }));
+                return Err(wrap_error(AttendError::NoLayer { layer, layers: declared.layers() }));
             }
         }
         self.written.insert_all(&declared);

@@ -2,12 +2,12 @@
 
 use block_pool::{BlockPool, KvShape, KvTensors};
 use block_table::BlockTable;
-use candle_core::{DType, Error, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
-use crate::{Attention, KvCache};
+use crate::{Attention, KvCache, wrap_error};
 
-/// What is wrong with the arguments of [`Step::attend`](crate::Step::attend). It arrives wrapped in a
-/// `candle_core::Error`, so that `?` works inside a model.
+/// What is wrong with the arguments of [`Step::attend`](crate::Step::attend). It arrives inside a
+/// `candle_core::Error`, so that `?` works in a model; [`find_error`](crate::find_error) takes it out again.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttendError {
@@ -80,22 +80,22 @@ pub enum AttendError {
 }
 
 pub(crate) fn layer(tensors: &KvTensors, layer: usize) -> Result<&Tensor> {
-    tensors.layer(layer).ok_or_else(|| Error::wrap(AttendError::NoLayer { layer, layers: tensors.layers() }))
+    tensors.layer(layer).ok_or_else(|| wrap_error(AttendError::NoLayer { layer, layers: tensors.layers() }))
 }
 
 pub(crate) fn table(pool: &BlockPool, table: &BlockTable) -> Result<()> {
-    if table.pool().is_same(pool) { Ok(()) } else { Err(Error::wrap(AttendError::ForeignTable)) }
+    if table.pool().is_same(pool) { Ok(()) } else { Err(wrap_error(AttendError::ForeignTable)) }
 }
 
 /// Checks k and v.
 pub(crate) fn keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-    check_keys_and_values(cache, rows, k, v).map_err(Error::wrap)
+    check_keys_and_values(cache, rows, k, v).map_err(wrap_error)
 }
 
 /// Checks q beside k, and what the layer asks for; returns the number of query heads.
 pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, attention: &Attention) -> Result<usize> {
     let heads = queries_alone(cache, rows, q, attention)?;
-    same_dtype(k, "k", q).map_err(Error::wrap)?;
+    same_dtype(k, "k", q).map_err(wrap_error)?;
     Ok(heads)
 }
 
@@ -103,7 +103,7 @@ pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, atte
 pub(crate) fn queries_alone(cache: &KvCache, rows: usize, q: &Tensor, attention: &Attention) -> Result<usize> {
     check_queries(cache, rows, q)
         .and_then(|heads| check_attention(attention, heads).map(|()| heads))
-        .map_err(Error::wrap)
+        .map_err(wrap_error)
 }
 
 fn check_attention(attention: &Attention, heads: usize) -> std::result::Result<(), AttendError> {

@@ -136,6 +136,6 @@ fn rope(x: &Tensor, at: usize) -> Result<Tensor> {
     Tensor::cat(&[first, second], D::Minus1)
 }
 
-fn likeliest(logits: &[f32]) -> u32 {
+pub fn likeliest(logits: &[f32]) -> u32 {
     (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
 }
