@@ -5,6 +5,7 @@
 //!   for each query head, scores, mask, softmax, product.
 //! - `replacing` does what a user of `bitnet-inference`'s `KVCache::update` must: put the whole history together, by token,
 //!   hand it over, get it back, and attend as above.
+//! - `updating` is the same through ours: `update` takes the new token, `get` gives everything, attention is as above.
 //!
 //! A token's cost depends on how many there are before it. It is measured at a few lengths, all contenders in turn, and summed
 //! up between them; our own run is timed in full, too, to see what such a sum is worth.
@@ -16,7 +17,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use benches::{Contender, Race, Record, is_smoke_test};
-use bitnet_kv::{KvShape, PagedKVCache, PagedKVPool};
+use bitnet_kv::{KVCache, KvShape, PagedKVCache, PagedKVPool};
 use candle_core::{D, DType, Device, Tensor};
 
 const HEADS: usize = 20;
@@ -117,6 +118,33 @@ fn replacing(histories: &mut Histories, token: &Token) -> Result<Tensor> {
     Ok(y)
 }
 
+/// A cache that is updated, with this history in all layers.
+fn updated(history: &(Tensor, Tensor)) -> Result<KVCache> {
+    let len = history.0.dim(2)?;
+    let mut cache = KVCache::new(len + 64, layers(), KV_HEADS, DIM, &Device::Cpu)?;
+    for layer in 0..layers() {
+        cache.update(layer, history.0.clone(), history.1.clone(), len)?;
+    }
+    Ok(cache)
+}
+
+/// Adds a token to a layer, and gets all there are, `(T, KV_HEADS, DIM)`.
+fn update_and_get(cache: &mut KVCache, layer: usize, token: &Token) -> Result<(Tensor, Tensor)> {
+    let len = cache.seq_len(layer) + 1;
+    cache.update(layer, token.k.clone(), token.v.clone(), len)?;
+    Ok(cache.get(layer)?)
+}
+
+fn updating(cache: &mut KVCache, token: &Token) -> Result<Tensor> {
+    let by_head = |t: &Tensor| -> Result<Tensor> { Ok(t.transpose(0, 1)?.contiguous()?.unsqueeze(0)?) };
+    let mut y = token.q.clone();
+    for layer in 0..layers() {
+        let (k, v) = update_and_get(cache, layer, token)?;
+        y = dense(&token.q, &by_head(&k)?, &by_head(&v)?)?;
+    }
+    Ok(y)
+}
+
 /// Nanoseconds that a token takes of each contender behind `len` others.
 #[derive(Debug, Clone, Copy)]
 struct Sample {
@@ -124,8 +152,11 @@ struct Sample {
     paged: f64,
     concatenating: f64,
     replacing: f64,
+    updating: f64,
     append: f64,
     concatenate: f64,
+    update_and_get: f64,
+    replace: f64,
 }
 
 fn sample(len: usize) -> Result<Sample> {
@@ -136,17 +167,31 @@ fn sample(len: usize) -> Result<Sample> {
     }
     let cache = RefCell::new(cache);
     let histories = RefCell::new(vec![history.clone(); layers()]);
-    let mut by_tokens = vec![(by_token(&history.0)?, by_token(&history.1)?); layers()];
+    let by_tokens = RefCell::new(vec![(by_token(&history.0)?, by_token(&history.1)?); layers()]);
+    let updated = RefCell::new(updated(&history)?);
+    let of_token = (by_token(&token.k)?, by_token(&token.v)?);
     let mut contenders: Vec<Contender<'_>> = vec![
         Box::new(|| drop(black_box(paged(&mut cache.borrow_mut(), &token).expect("there is room")))),
         Box::new(|| drop(black_box(concatenating(&mut histories.borrow_mut(), &token).expect("the shapes fit")))),
-        Box::new(|| drop(black_box(replacing(&mut by_tokens, &token).expect("the shapes fit")))),
+        Box::new(|| drop(black_box(replacing(&mut by_tokens.borrow_mut(), &token).expect("the shapes fit")))),
+        Box::new(|| drop(black_box(updating(&mut updated.borrow_mut(), &token).expect("there is room")))),
         Box::new(|| {
             for layer in &mut cache.borrow_mut().layers {
                 layer.append(&token.k, &token.v).expect("there is room");
             }
         }),
         Box::new(|| concatenate(&mut histories.borrow_mut(), &token).expect("the shapes fit")),
+        Box::new(|| {
+            for layer in 0..layers() {
+                black_box(update_and_get(&mut updated.borrow_mut(), layer, &token).expect("there is room"));
+            }
+        }),
+        Box::new(|| {
+            for (k, v) in by_tokens.borrow_mut().iter_mut() {
+                *k = Tensor::cat(&[&*k, &of_token.0], 0).expect("the shapes fit");
+                *v = Tensor::cat(&[&*v, &of_token.1], 0).expect("the shapes fit");
+            }
+        }),
     ];
     let rounds = if len > 2048 || is_smoke_test() { 1 } else { 3 };
     let race = Race::run(rounds, &mut contenders);
@@ -155,8 +200,11 @@ fn sample(len: usize) -> Result<Sample> {
         paged: race.time(0),
         concatenating: race.time(1),
         replacing: race.time(2),
-        append: race.time(3),
-        concatenate: race.time(4),
+        updating: race.time(3),
+        append: race.time(4),
+        concatenate: race.time(5),
+        update_and_get: race.time(6),
+        replace: race.time(7),
     })
 }
 
@@ -187,14 +235,19 @@ fn generation(record: &mut Record) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     for &tokens in if smoke { &[32][..] } else { &[2048, 8192][..] } {
         let total = |of| sum(&samples, tokens, of);
-        let peers = [("concatenating", Some(total(|s| s.concatenating))), ("replacing", Some(total(|s| s.replacing)))];
+        let replacing = ("replacing", Some(total(|s| s.replacing)));
+        let peers = [("concatenating", Some(total(|s| s.concatenating))), replacing];
         record.time(&format!("generate {tokens} tokens, {}", name()), Some(total(|s| s.paged)), None, &peers);
+        let case = format!("generate {tokens} tokens by update and get, {}", name());
+        record.time(&case, Some(total(|s| s.updating)), None, &[replacing]);
         let peers = [("concatenation", Some(total(|s| s.concatenate)))];
         record.time(&format!("append {tokens} tokens, {}", name()), Some(total(|s| s.append)), None, &peers);
     }
     for sample in &samples {
         let case = format!("append a token behind {}, {}", sample.len, name());
         record.time(&case, Some(sample.append), None, &[("concatenation", Some(sample.concatenate))]);
+        let case = format!("update and get a token behind {}, {}", sample.len, name());
+        record.time(&case, Some(sample.update_and_get), None, &[("replacing", Some(sample.replace))]);
         let case = format!("generate a token behind {}, {}", sample.len, name());
         let peers = [("concatenating", Some(sample.concatenating)), ("replacing", Some(sample.replacing))];
         record.time(&case, Some(sample.paged), None, &peers);

@@ -52,19 +52,17 @@ impl Part {
     }
 }
 
-/// An empty table that counts as many tokens, and has left as much behind.
+/// A table that has left as much behind, and nothing in the rest.
 fn as_long(like: &BlockTable, cache: &KvCache, options: &TableOptions) -> Result<BlockTable> {
     let mut table = cache.table_with(options);
     let block_size = table.pool().block_size();
-    // By whole blocks, so that it never holds more than a window and one of them. Where tokens have been taken back, what was
-    // left behind for their sake stays so.
-    while table.len() < like.len() || table.gap().1 < like.gap().1 {
-        let missing = like.len().checked_sub(table.len()).filter(|&missing| missing > 0);
-        let tokens = missing.map_or(block_size, |missing| missing.min(block_size));
+    // By blocks, so that it never holds more than a window and one of them.
+    while table.len() < like.len() {
+        let tokens = block_size.min(like.len() - table.len());
         table.reserve(tokens)?;
         let committed = table.commit(tokens);
         debug_assert!(committed.is_ok(), "they are reserved");
     }
-    table.truncate(like.len())?;
+    debug_assert_eq!(table.gap().1, like.gap().1, "a ring goes back only as far as it has left nothing behind");
     Ok(table)
 }

@@ -27,8 +27,8 @@ pub(crate) struct Sequence {
     /// How the first table is made: its window and salt.
     pub(crate) options: TableOptions,
     pub(crate) overflow: Overflow,
-    /// Whether nobody else uses the pool: then a larger one may take its place.
-    pub(crate) alone: bool,
+    /// Whether a larger pool takes the place of its own when a pass does not fit: of a ring, if nobody else uses the pool.
+    pub(crate) enlarges: bool,
     max_seq_len: usize,
     /// Those in 8-bit storage first; they follow each other.
     pub(crate) parts: Arc<Vec<Part>>,
@@ -49,7 +49,7 @@ impl Sequence {
             batch,
             options,
             overflow,
-            alone: false,
+            enlarges: false,
             max_seq_len,
             parts: Arc::default(),
             to_shrink: false,
@@ -136,7 +136,7 @@ impl Sequence {
         if let Some(part) = parts.last_mut().filter(|part| !part.old) {
             match part.reserve(end) {
                 Err(ReserveError::OutOfBlocks(_)) if self.overflow == Overflow::Grow => {}
-                Err(ReserveError::OutOfBlocks(_)) if self.alone => {
+                Err(ReserveError::OutOfBlocks(_)) if self.enlarges => {
                     let larger = self.pool.recent.replaced(part.blocks_with_room(end))?;
                     *part = part.moved(larger, &self.options, &self.lens, end)?;
                     return Ok(());
@@ -144,7 +144,7 @@ impl Sequence {
                 other => return Ok(other?),
             }
         }
-        if self.alone && filled == 0 && self.overflow != Overflow::Grow {
+        if self.enlarges && filled == 0 {
             let recent = &self.pool.recent;
             recent.at_least(end.div_ceil(recent.block_size()).saturating_mul(self.batch))?;
         }

@@ -322,7 +322,8 @@ impl KVCache {
                 let mut table = pool.table_options(&CacheOptions::default().batch(batch)).private();
                 table.window = table.window.filter(|_| overflow != Overflow::Grow);
                 let mut sequence = Sequence::new(&Arc::clone(&pool.0), batch, table);
-                (sequence.overflow, sequence.alone) = (overflow, true);
+                sequence.enlarges = sequence.options.window.is_some();
+                sequence.overflow = overflow;
                 Ok(none.insert(sequence))
             }
         }

@@ -105,13 +105,15 @@ fn what_others_have_computed_is_taken() {
     drop(alice);
     let mut bob = pool.cache();
     assert_eq!(pass(&mut bob, &prompt).unwrap(), 1);
+    let longer: Vec<u32> = (0..40).chain(200..216).collect();
+    assert_eq!(pass(&mut bob, &longer).unwrap(), 16);
     // Bob holds the first 12 of another prompt, the pool knows more of it.
     let carol: Vec<u32> = (0..12).chain(50..90).collect();
     assert_eq!(pass(&mut pool.cache(), &carol).unwrap(), 40);
     assert_eq!(pass(&mut bob, &carol).unwrap(), 1);
     assert_holds(&bob, &carol, None, 0.0);
     // And what bob held goes back to those who look for it.
-    assert_eq!(pass(&mut pool.cache(), &prompt).unwrap(), 1);
+    assert_eq!(pass(&mut pool.cache(), &longer).unwrap(), 1);
 }
 
 #[test]

@@ -359,23 +359,29 @@ fn a_ring_takes_a_pass_of_any_length() {
 
 #[test]
 fn layers_behind_keep_their_tokens_when_a_ring_is_enlarged() {
-    let mut random_numbers = Random::new(10);
-    let mut cache = with(16, 3, &KVCacheOptions::default().overflow(Overflow::Circular { sinks: 2 }));
-    let (k, v) = random(&mut random_numbers, 600);
-    let give = |cache: &mut KVCache, layer: usize, from: usize, to: usize| {
-        cache.update(layer, tokens(&k, from..to), tokens(&v, from..to), to).unwrap();
-    };
-    for layer in 0..3 {
-        give(&mut cache, layer, 0, 20);
-    }
-    give(&mut cache, 0, 20, 40);
-    give(&mut cache, 0, 40, 500);
-    for layer in 1..3 {
-        give(&mut cache, layer, 20, 40);
-        give(&mut cache, layer, 40, 500);
-    }
-    let kept = |t: &Tensor| cat(&[tokens(t, 0..2), tokens(t, 486..500)]);
-    for layer in 0..3 {
-        assert_holds(&cache, layer, &kept(&k), &kept(&v));
+    for leader in 0..3 {
+        let mut random_numbers = Random::new(10);
+        let mut cache = with(16, 3, &KVCacheOptions::default().overflow(Overflow::Circular { sinks: 2 }));
+        let (k, v) = random(&mut random_numbers, 600);
+        let give = |cache: &mut KVCache, layer: usize, from: usize, to: usize| {
+            cache.update(layer, tokens(&k, from..to), tokens(&v, from..to), to).unwrap();
+        };
+        (0..3).for_each(|layer| give(&mut cache, layer, 0, 20));
+        give(&mut cache, leader, 20, 40);
+        give(&mut cache, leader, 40, 500);
+        // The first of them look at what came before.
+        let q = random_numbers.tensor(&[1, HEADS, 460, DIM]);
+        let got = cache.attend(leader, &q, SCALE, true).unwrap();
+        let sees = |at: usize, seen: usize| seen <= at && (seen < 2 || seen + 14 > at);
+        let (all_k, all_v) = (tokens(&k, 0..500), tokens(&v, 0..500));
+        assert!(difference(&got, &dense(&q, &all_k, &all_v, f64::from(SCALE), sees)) < 1e-5);
+        for layer in (0..3).filter(|&layer| layer != leader) {
+            give(&mut cache, layer, 20, 40);
+            give(&mut cache, layer, 40, 500);
+        }
+        let kept = |t: &Tensor| cat(&[tokens(t, 0..2), tokens(t, 486..500)]);
+        for layer in 0..3 {
+            assert_holds(&cache, layer, &kept(&k), &kept(&v));
+        }
     }
 }

@@ -173,6 +173,10 @@ fn a_copy_is_kept_and_counted() {
     assert_eq!(copied(&cache), 0);
     cache.get(0).unwrap();
     assert_eq!(copied(&cache), 40 * of_a_token);
+    let more = random(&mut numbers_of, 21, DType::F32);
+    cache.update(0, more.clone(), more, 41).unwrap();
+    cache.get(0).unwrap();
+    assert_eq!(copied(&cache), 64 * of_a_token);
     cache.clear(&Device::Cpu).unwrap();
     assert_eq!(copied(&cache), 0);
 }
