@@ -28,7 +28,7 @@ pub fn run(args: &Args) -> Result<()> {
     // What can be refused before a download is refused before it.
     let sampling = Sampling::new(args.temperature, args.top_p)?;
     let prompts = match &args.prompts {
-        Some(path) => prompts::read(path)?,
+        Some(path) => prompts::read(path, args.prompts_format)?,
         None => prompts::built_in(),
     };
     #[cfg(feature = "verify")]

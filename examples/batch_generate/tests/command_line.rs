@@ -147,14 +147,48 @@ fn bad_prompt_files_are_refused() {
     let world = World::new();
     let prompts = |path: &Path, message| refused(&world.model, &["--prompts", path.to_str().unwrap()], message);
     prompts(Path::new("no-such-file"), "no-such-file");
+    prompts(world.folder.path(), "cannot read the prompts");
     prompts(&world.file("empty.txt", "\n"), "there is none");
-    prompts(&world.file("broken.jsonl", "{\"prompt\": \"a\"}\nb\n"), "line 2 is not a prompt");
-    prompts(&world.file("binary.txt", [0xff, 0xfe, 0x00]), "cannot read the prompts");
+    prompts(&world.file("broken.jsonl", "{\"prompt\": \"a\"}\n\nb\n"), "line 3, column 1: expected value\n");
+    prompts(&world.file("none.jsonl", "{\"prompt\": \"a\", \"max_tokens\": 0}"), "line 1, column 31: invalid value");
+    prompts(&world.file("binary.txt", [b'a', 0xff, 0x00]), "line 1, column 2: this is not UTF-8");
+    prompts(
+        &world.file("either", "{name}\n"),
+        "line 1, column 2: key must be a string; say --prompts-format text or json",
+    );
     prompts(&world.file("huge.txt", "word ".repeat(1000)), "the model's context is 256 tokens");
     let unwritable = world.folder.path().join("no/such/folder.json");
     let short = world.file("short.txt", "a");
     let args = ["--prompts", short.to_str().unwrap(), "--max-tokens", "2", "--json", unwritable.to_str().unwrap()];
     refused(&world.model, &args, "cannot write");
+}
+
+#[test]
+fn prompts_are_what_their_name_or_content_or_the_option_says() {
+    let world = World::new();
+    let json = world.folder.path().join("out.json");
+    let asked = |prompts: &Path, more: &[&str], stdin: &str| -> Vec<String> {
+        let args = ["--max-tokens", "1", "--prompts", prompts.to_str().unwrap(), "--json", json.to_str().unwrap()];
+        command(&world.model, &args).args(more).write_stdin(stdin).assert().success();
+        let report: Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+        report["sequences"].as_array().unwrap().iter().map(|s| s["prompt"].as_str().unwrap().to_owned()).collect()
+    };
+    // As editors and scripts on Windows leave it.
+    let object = "\u{feff}{\"prompt\": \"ab\"}\r\n";
+    assert_eq!(asked(&world.file("a.jsonl", object), &[], ""), ["ab"]);
+    assert_eq!(asked(&world.file("a", object), &[], ""), ["ab"]);
+    assert_eq!(asked(&world.file("a.txt", object), &[], ""), ["{\"prompt\": \"ab\"}"]);
+    assert_eq!(asked(&world.file("a", "[\"ab\",\n {\"prompt\": \"c\"}]"), &[], ""), ["ab", "c"]);
+    assert_eq!(asked(&world.file("a.txt", "[\"ab\"]"), &["--prompts-format", "json"], ""), ["ab"]);
+    assert_eq!(asked(&world.file("a", "{name}\nb"), &["--prompts-format", "text"], ""), ["{name}", "b"]);
+    assert_eq!(asked(Path::new("-"), &[], "one\ntwo\n"), ["one", "two"]);
+    assert_eq!(asked(Path::new("-"), &[], object), ["ab"]);
+    refused(&world.model, &["--prompts-format", "json"], "--prompts");
+    command(&world.model, &["--prompts", "-"])
+        .write_stdin("")
+        .assert()
+        .code(1)
+        .stderr(contains("standard input: there is"));
 }
 
 #[cfg(feature = "verify")]
