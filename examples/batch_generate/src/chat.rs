@@ -6,7 +6,7 @@ use candle_core::quantized::gguf_file::Content;
 use minijinja::{Environment, Error, ErrorKind, context};
 use minijinja_contrib::pycompat;
 
-use crate::tokenizer::Metadata;
+use crate::metadata::Metadata;
 
 const NAME: &str = "chat template";
 
@@ -92,7 +92,7 @@ mod tests {
     use candle_core::quantized::gguf_file::Value;
 
     use super::*;
-    use crate::tokenizer::tests::content;
+    use crate::metadata::tests::content;
 
     fn chat(template: &str) -> Result<ChatTemplate> {
         let tokens = ["<s>", "</s>"].map(|token| Value::String(token.to_owned()));

@@ -11,6 +11,7 @@ use crate::args::Args;
 use crate::chat::ChatTemplate;
 use crate::engine::{self, Outcome, Request, Settings};
 use crate::measure::Measured;
+use crate::memory::{gib, memory};
 use crate::model::{Gguf, Model};
 use crate::model_file;
 use crate::prompts::{self, Prompt};
@@ -122,27 +123,13 @@ fn cache(args: &Args, model: &Model) -> Result<KvCache> {
     let bytes_per_block = shape.bytes_per_block(args.block_size, dtype).unwrap_or(usize::MAX);
     let asked = args.memory.unwrap_or_else(|| args.blocks.saturating_mul(bytes_per_block));
     let there_is = memory();
-    ensure!(
-        asked <= there_is,
-        "the pool would take {:.1} GiB, this machine has {:.1}",
-        asked as f64 / f64::from(1 << 30),
-        there_is as f64 / f64::from(1 << 30)
-    );
+    ensure!(asked <= there_is, "the pool would take {}, this machine has {}", gib(asked), gib(there_is));
     let builder = KvCache::builder(shape).block_size(args.block_size).dtype(dtype);
     let builder = match args.memory {
         Some(bytes) => builder.memory(bytes),
         None => builder.blocks(args.blocks),
     };
     Ok(builder.build()?)
-}
-
-/// The machine's memory in bytes, or the container's share of it.
-fn memory() -> usize {
-    let mut system = sysinfo::System::new();
-    system.refresh_memory();
-    let total = system.cgroup_limits().map_or(u64::MAX, |limits| limits.total_memory).min(system.total_memory());
-    // A system that does not say is not held against the user.
-    if total == 0 { usize::MAX } else { total as usize }
 }
 
 fn generate(

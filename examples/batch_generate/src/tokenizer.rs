@@ -3,15 +3,18 @@
 //! Candle can build one too, but does not know `smollm` and takes the default in silence: one which
 //! puts a space before every text and after every special token. Here, what is not known is refused.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::Content;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, PreTokenizerWrapper};
+
+use crate::metadata::Metadata;
+use crate::used;
 
 /// `tokenizer.ggml.token_type` of tokens which steer the model and are no text.
 const CONTROL: i64 = 3;
@@ -37,9 +40,9 @@ impl Tokenizer {
     /// If the metadata is incomplete or contradicts itself, or describes another kind of tokenizer.
     pub fn from_gguf(content: &Content) -> Result<Self> {
         let metadata = Metadata::of(content);
-
         let model = metadata.required("tokenizer.ggml.model", Metadata::text)?;
         ensure!(model == "gpt2", "the tokenizer model `{model}` is not supported, only `gpt2` is");
+        used::check_tokenizer(&metadata)?;
         let words = words(metadata.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
 
         let tokens = metadata.required("tokenizer.ggml.tokens", Metadata::texts)?;
@@ -57,13 +60,14 @@ impl Tokenizer {
         };
         let eos = known("tokenizer.ggml.eos_token_id")?;
         let eot = known("tokenizer.ggml.eot_token_id")?;
+        let eom = known("tokenizer.ggml.eom_token_id")?;
         let bos = known("tokenizer.ggml.bos_token_id")?;
         let add_bos = metadata.flag("tokenizer.ggml.add_bos_token")?;
 
         Ok(Self {
             inner,
             bos: bos.filter(|_| add_bos == Some(true)),
-            ends: eos.into_iter().chain(eot).collect(),
+            ends: [eos, eot, eom].into_iter().flatten().collect(),
             vocab_size: tokens.len(),
         })
     }
@@ -166,88 +170,16 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, metadata: &Metadata<'_>, tokens
     Ok(())
 }
 
-/// A GGUF's metadata, read by type. A missing key is `None`, a value of another type an error.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Metadata<'a>(&'a HashMap<String, Value>);
-
-impl<'a> Metadata<'a> {
-    pub(crate) fn of(content: &'a Content) -> Self {
-        Self(&content.metadata)
-    }
-
-    pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>> {
-        self.read(key, "a text", text)
-    }
-
-    pub(crate) fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
-        self.read(key, "a list of texts", |value| list(value, text))
-    }
-
-    pub(crate) fn id(&self, key: &str) -> Result<Option<u32>> {
-        self.read(key, "a token id", |value| integer(value).and_then(|id| u32::try_from(id).ok()))
-    }
-
-    fn integers(&self, key: &str) -> Result<Option<Vec<i64>>> {
-        self.read(key, "a list of integers", |value| list(value, integer))
-    }
-
-    fn flag(&self, key: &str) -> Result<Option<bool>> {
-        self.read(key, "true or false", |value| value.to_bool().ok())
-    }
-
-    fn required<T>(&self, key: &str, read: impl Fn(&Self, &str) -> Result<Option<T>>) -> Result<T> {
-        read(self, key)?.with_context(|| format!("the model file has no `{key}`"))
-    }
-
-    fn read<T>(&self, key: &str, wanted: &str, convert: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
-        self.0
-            .get(key)
-            .map(|value| convert(value).with_context(|| format!("`{key}` in the model file is not {wanted}")))
-            .transpose()
-    }
-}
-
-fn text(value: &Value) -> Option<&str> {
-    value.to_string().ok().map(String::as_str)
-}
-
-fn list<'a, T>(value: &'a Value, item: impl Fn(&'a Value) -> Option<T>) -> Option<Vec<T>> {
-    value.to_vec().ok()?.iter().map(item).collect()
-}
-
-fn integer(value: &Value) -> Option<i64> {
-    match *value {
-        Value::U8(number) => Some(number.into()),
-        Value::I8(number) => Some(number.into()),
-        Value::U16(number) => Some(number.into()),
-        Value::I16(number) => Some(number.into()),
-        Value::U32(number) => Some(number.into()),
-        Value::I32(number) => Some(number.into()),
-        Value::U64(number) => i64::try_from(number).ok(),
-        Value::I64(number) => Some(number),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use std::fs::File;
 
-    use candle_core::quantized::gguf_file::VersionedMagic;
+    use candle_core::quantized::gguf_file::Value;
 
     use super::*;
     use crate::chat::ChatTemplate;
+    use crate::metadata::tests::content;
     use crate::model_file;
-
-    /// A GGUF file with nothing but metadata.
-    pub(crate) fn content<const N: usize>(metadata: [(&str, Value); N]) -> Content {
-        Content {
-            magic: VersionedMagic::GgufV3,
-            metadata: metadata.map(|(key, value)| (key.to_owned(), value)).into(),
-            tensor_infos: HashMap::new(),
-            tensor_data_offset: 0,
-        }
-    }
 
     fn text(value: &str) -> Value {
         Value::String(value.to_owned())

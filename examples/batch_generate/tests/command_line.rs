@@ -8,9 +8,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use candle_core::quantized::gguf_file::Value;
+use candle_core::{DType, Device, Tensor};
 use predicates::prelude::*;
 use predicates::str::contains;
-use serde_json::Value;
 
 struct World {
     folder: tempfile::TempDir,
@@ -51,7 +52,7 @@ fn prompts_are_answered_and_reported() {
     let args = ["--max-tokens", "5", "--block-size", "4", "--json", json.to_str().unwrap()];
     let args = [&args[..], &["--prompts", prompts.to_str().unwrap()]].concat();
     command(&world.model, &args).assert().success().stdout(contains("Hello there").and(contains("per reserved slot")));
-    let report: Value = serde_json::from_str(&fs::read_to_string(json).unwrap()).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(json).unwrap()).unwrap();
     let first = &report["sequences"][0];
     assert_eq!((&first["prompt"], &first["prompt_tokens"]), (&"Hello there".into(), &11.into()));
     assert!(first["tokens"].as_array().unwrap().len() <= 3 && first["text"].is_string());
@@ -116,6 +117,49 @@ fn bad_model_files_are_told_apart() {
 }
 
 #[test]
+fn what_a_model_file_says_and_is_not_used_is_refused() {
+    let world = World::new();
+    let key = |key: &str, value: Value, message: &str| {
+        let path = world.folder.path().join("changed.gguf");
+        common::write_changed(&path, |metadata, _| drop(metadata.insert(key.into(), value)));
+        refused(&path, &[], message);
+    };
+    key("llama.rope.scaling.factor", Value::F32(8.0), "`llama.rope.scaling.factor` of the model file is 8");
+    key("tokenizer.ggml.add_eos_token", Value::Bool(true), "`tokenizer.ggml.add_eos_token` of the model file is true");
+    key("general.alignment", Value::U32(0), "`general.alignment`");
+    key("llama.context_length", Value::U32(u32::MAX), "`llama.context_length` in the model file is 4294967295");
+    key("llama.attention.head_count", Value::U32(0), "`llama.attention.head_count` in the model file is 0");
+    key("llama.rope.freq_base", Value::F32(f32::NAN), "`llama.rope.freq_base` in the model file is NaN");
+    let tensor = |name: &str, shape: &[usize], message: &str| {
+        let path = world.folder.path().join("changed.gguf");
+        let tensor = Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+        common::write_changed(&path, |_, tensors| drop(tensors.insert(name.into(), tensor)));
+        refused(&path, &[], message);
+    };
+    tensor("rope_freqs.weight", &[4], "tensors that are not supported: `rope_freqs.weight`");
+    tensor("blk.0.attn_q.bias", &[32], "tensors that are not supported: `blk.0.attn_q.bias`");
+    tensor("token_embd.weight", &[32], "the tensor `token_embd.weight` of the model file has the shape [32]");
+    tensor("output_norm.weight", &[1, 32], "has the shape [1, 32], the model needs [32]");
+    tensor("blk.1.ffn_down.weight", &[64, 32], "has the shape [64, 32], the model needs [32, 64]");
+    tensor("token_embd.weight", &[95, 32], "the tokenizer has 96 tokens, the model's embedding 95");
+}
+
+#[test]
+fn numbers_of_other_integer_types_are_read() {
+    let world = World::new();
+    let path = world.folder.path().join("wide.gguf");
+    common::write_changed(&path, |metadata, _| {
+        metadata.values_mut().for_each(|value| {
+            if let Value::U32(n) = *value {
+                *value = Value::U64(n.into());
+            }
+        });
+    });
+    let prompts = world.file("one.txt", "Hello");
+    command(&path, &["--max-tokens", "1", "--prompts", prompts.to_str().unwrap()]).assert().success();
+}
+
+#[test]
 fn absurd_numbers_are_refused() {
     let world = World::new();
     let refused = |args: &[&str], message| refused(&world.model, args, message);
@@ -170,7 +214,7 @@ fn prompts_are_what_their_name_or_content_or_the_option_says() {
     let asked = |prompts: &Path, more: &[&str], stdin: &str| -> Vec<String> {
         let args = ["--max-tokens", "1", "--prompts", prompts.to_str().unwrap(), "--json", json.to_str().unwrap()];
         command(&world.model, &args).args(more).write_stdin(stdin).assert().success();
-        let report: Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+        let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
         report["sequences"].as_array().unwrap().iter().map(|s| s["prompt"].as_str().unwrap().to_owned()).collect()
     };
     // As editors and scripts on Windows leave it.
