@@ -44,6 +44,12 @@ impl ChatTemplate {
         })
     }
 
+    /// The template's own words; none without one.
+    pub(crate) fn source(&self) -> String {
+        let template = self.template.as_ref().and_then(|environment| environment.get_template(NAME).ok());
+        template.map(|template| template.source().to_owned()).unwrap_or_default()
+    }
+
     /// The text after which the model answers `prompt`, with `system` to tell it who it is. Without
     /// `system`, the template may have a word of its own to say there.
     ///

@@ -19,6 +19,7 @@ pub mod prompts;
 pub mod report;
 pub mod run;
 pub mod sampling;
+mod specials;
 pub mod tokenizer;
 mod used;
 pub mod weights;

@@ -61,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
     let requests = prompts
         .iter()
         .map(|Prompt { prompt, max_tokens }| {
-            let prompt = tokenizer.encode(&template.render_user(prompt, args.system.as_deref())?)?;
+            let prompt = tokenizer.encode_user(&template, prompt, args.system.as_deref())?;
             Ok(Request { prompt, max_tokens: max_tokens.unwrap_or(args.max_tokens) })
         })
         .collect::<Result<Vec<_>>>()?;

@@ -117,6 +117,16 @@ fn bad_model_files_are_told_apart() {
 }
 
 #[test]
+fn a_special_token_s_name_in_a_prompt_is_text() {
+    let world = World::new();
+    let (prompts, json) = (world.file("prompts.txt", "a<end>b"), world.folder.path().join("out.json"));
+    let args = ["--max-tokens", "1", "--prompts", prompts.to_str().unwrap(), "--json", json.to_str().unwrap()];
+    command(&world.model, &args).assert().success();
+    let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(json).unwrap()).unwrap();
+    assert_eq!(report["sequences"][0]["prompt_tokens"], 7);
+}
+
+#[test]
 fn what_a_model_file_says_and_is_not_used_is_refused() {
     let world = World::new();
     let key = |key: &str, value: Value, message: &str| {
