@@ -13,6 +13,7 @@ use candle_core::quantized::gguf_file::{Content, Value};
 use crate::config::Config;
 use crate::header;
 use crate::memory::{gib, memory};
+use crate::shown::line;
 use crate::used;
 use crate::weights::Weights;
 
@@ -44,7 +45,7 @@ impl Gguf {
             .with_context(|| format!("{} is not a GGUF file, or is damaged", path.display()))?;
         match content.metadata.get("general.architecture") {
             Some(Value::String(name)) if name == "llama" => {}
-            Some(Value::String(name)) => bail!("{} is a {name} model, only llama is supported", path.display()),
+            Some(Value::String(name)) => bail!("{} is a {} model, only llama is supported", path.display(), line(name)),
             _ => bail!("{} does not say what architecture it is", path.display()),
         }
         let config = Config::of(&content)?;

@@ -6,6 +6,8 @@ use std::io::{BufRead, Seek, SeekFrom};
 
 use anyhow::{Result, bail};
 
+use crate::shown::line;
+
 /// The longest name: the format's own limit.
 const LONGEST_NAME: u64 = 1 << 16;
 /// How deep lists may lie in lists, as in candle.
@@ -52,7 +54,7 @@ impl<R: BufRead + Seek> Header<'_, R> {
                 self.skip_value(kind, 0)?;
             }
             if seen.contains(&key) {
-                return Some(format!("has two keys `{key}`"));
+                return Some(format!("has two keys `{}`", line(&key)));
             }
             seen.insert(key);
         }
@@ -63,7 +65,7 @@ impl<R: BufRead + Seek> Header<'_, R> {
             let type_and_offset = 4 + 8;
             self.skip(dims * if self.wide { 8 } else { 4 } + type_and_offset)?;
             if seen.contains(&name) {
-                return Some(format!("has two tensors `{name}`"));
+                return Some(format!("has two tensors `{}`", line(&name)));
             }
             seen.insert(name);
         }

@@ -15,6 +15,7 @@ use tokenizers::{AddedToken, PreTokenizerWrapper};
 
 use crate::chat::ChatTemplate;
 use crate::metadata::Metadata;
+use crate::shown::line;
 use crate::specials::{Piece, Specials};
 use crate::used;
 
@@ -46,7 +47,7 @@ impl Tokenizer {
     pub fn from_gguf(content: &Content) -> Result<Self> {
         let metadata = Metadata::of(content);
         let model = metadata.required("tokenizer.ggml.model", Metadata::text)?;
-        ensure!(model == "gpt2", "the tokenizer model `{model}` is not supported, only `gpt2` is");
+        ensure!(model == "gpt2", "the tokenizer model `{}` is not supported, only `gpt2` is", line(model));
         used::check_tokenizer(&metadata)?;
         let words = words(metadata.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
 
@@ -137,6 +138,12 @@ impl Tokenizer {
         self.ends.contains(&id)
     }
 
+    /// Whether the model can say that it has finished at all.
+    #[must_use]
+    pub fn has_end(&self) -> bool {
+        !self.ends.is_empty()
+    }
+
     /// The number of tokens: every id is smaller.
     #[must_use]
     pub fn vocab_size(&self) -> usize {
@@ -151,8 +158,9 @@ fn words(pre: &str) -> Result<PreTokenizerWrapper> {
         "smollm" => Ok(Sequence::new(vec![Digits::new(true).into(), gpt2.into()]).into()),
         "gpt-2" | "default" => Ok(gpt2.into()),
         other => bail!(
-            "the tokenizer's `pre` is `{other}`, which is not supported, \
-             only `smollm`, `gpt-2` and `default` are"
+            "the tokenizer's `pre` is `{}`, which is not supported, \
+             only `smollm`, `gpt-2` and `default` are",
+            line(other)
         ),
     }
 }
@@ -160,7 +168,7 @@ fn words(pre: &str) -> Result<PreTokenizerWrapper> {
 fn byte_pairs(tokens: &[&str], merges: &[&str]) -> Result<BPE> {
     let mut known = HashSet::new();
     if let Some(twice) = tokens.iter().find(|token| !known.insert(**token)) {
-        bail!("the model file has the token `{twice}` twice");
+        bail!("the model file has the token `{}` twice", line(twice));
     }
     let merges = merges
         .iter()
@@ -173,7 +181,7 @@ fn byte_pairs(tokens: &[&str], merges: &[&str]) -> Result<BPE> {
                 })
                 .map(|(left, right)| (left.to_owned(), right.to_owned()))
                 .with_context(|| {
-                    format!("the merge `{merge}` in the model file is not of two known tokens into a third")
+                    format!("the merge `{}` in the model file is not of two known tokens into a third", line(merge))
                 })
         })
         .collect::<Result<Vec<_>>>()?;

@@ -8,6 +8,7 @@ use candle_core::quantized::gguf_file::{Content, Value};
 
 use crate::config::Config;
 use crate::metadata::{Metadata, integer};
+use crate::shown::line;
 
 /// What becomes of a key of the metadata.
 #[derive(Clone, Copy)]
@@ -198,7 +199,7 @@ fn number(value: &Value) -> Option<f64> {
 
 fn shown(value: &Value) -> String {
     match value {
-        Value::String(text) => format!("`{text}`"),
+        Value::String(text) => format!("`{}`", line(text)),
         Value::Bool(flag) => flag.to_string(),
         Value::Array(values) => format!("a list of {}", values.len()),
         _ => number(value).map_or_else(|| "another number".to_owned(), |number| number.to_string()),
@@ -256,7 +257,7 @@ pub(crate) fn check_tensors(content: &Content, config: &Config) -> Result<()> {
 /// The first few names, and how many more there are.
 fn few(names: &[String]) -> String {
     const SHOWN: usize = 3;
-    let first: Vec<_> = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect();
+    let first: Vec<_> = names.iter().take(SHOWN).map(|name| format!("`{}`", line(name))).collect();
     let more = names.len().saturating_sub(SHOWN);
     first.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
 }

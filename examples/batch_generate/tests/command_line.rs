@@ -74,9 +74,6 @@ fn batches_and_contexts_are_measured() {
         .success()
         .stdout(table.and(predicates::str::is_match("(?m)^    3      100 ").unwrap()));
     let refused = |args: &[&str], message| refused(&world.model, args, message);
-    refused(&["--measure", "--batch", "0"], "a batch of 0");
-    refused(&["--measure", "--context", "0"], "a context of 0");
-    refused(&["--measure", "--context", "300"], "the model's context is 256 tokens");
     refused(&["--measure", "--context", "16", "--batch", "99999999999999"], "error:");
     refused(&["--measure", "--context", "many"], "many");
     refused(&["--batch", "4"], "--measure");
@@ -110,7 +107,6 @@ fn bad_model_files_are_told_apart() {
     refused(&world.file("text.gguf", "not a model"), &[], "is not a GGUF file, or is damaged");
     refused(&world.file("empty.gguf", ""), &[], "is not a GGUF file, or is damaged");
     refused(&world.file("header.gguf", &whole[..600]), &[], "is not a GGUF file, or is damaged");
-    refused(&world.file("half.gguf", &whole[..whole.len() / 2]), &[], "truncated or damaged");
     let other = world.folder.path().join("other.gguf");
     common::write(&other, "mamba");
     refused(&other, &[], "is a mamba model, only llama is supported");
@@ -173,27 +169,107 @@ fn numbers_of_other_integer_types_are_read() {
 fn absurd_numbers_are_refused() {
     let world = World::new();
     let refused = |args: &[&str], message| refused(&world.model, args, message);
-    refused(&["--blocks", "0"], "a pool of 0 blocks holds nothing");
-    refused(&["--block-size", "0"], "a block of 0 tokens holds nothing");
     refused(&["--blocks", "99999999999"], "this machine has");
     refused(&["--blocks", "18446744073709551615"], "this machine has");
     refused(&["--block-size", "99999999999999"], "this machine has");
     refused(&["--blocks", "-1"], "--blocks");
     refused(&["--kv-dtype", "q9"], "q9");
     refused(&["--memory", "9000TiB"], "--memory");
-    refused(&["--memory", "9000000GiB"], "this machine has");
     refused(&["--memory", "1"], "1 bytes do not hold one block");
     refused(&["--memory", "1GiB", "--blocks", "3"], "cannot be used with");
-    refused(&["--blocks", "1"], "the pool has 1");
+    refused(&["--nonsense"], "--nonsense");
+}
+
+#[test]
+fn what_is_wrong_by_itself_is_refused_before_the_model_is_looked_for() {
+    let world = World::new();
+    let none = world.folder.path().join("none.gguf");
+    let refused = |args: &[&str], message| refused(&none, args, message);
+    refused(&["--blocks", "0"], "a pool of 0 blocks holds nothing");
+    refused(&["--block-size", "0"], "a block of 0 tokens holds nothing");
+    refused(&["--memory", "9000000GiB"], "this machine has");
     refused(&["--max-tokens", "0"], "at least one");
-    refused(&["--max-tokens", "99999999"], "the model's context is 256 tokens");
-    refused(&["--max-tokens", "18446744073709551615"], "the model's context is 256 tokens");
     refused(&["--samples", "0"], "0 samples");
+    refused(&["--samples", "3", "--max-batch", "2"], "3 samples of a prompt do not fit into a batch of 2");
     refused(&["--max-batch", "0"], "do not fit into a batch of 0");
     refused(&["--temperature", "-1"], "temperature");
     refused(&["--temperature", "NaN"], "the temperature NaN is not 0 or more");
     refused(&["--top-p", "2"], "top-p 2 is not above 0 and at most 1");
-    refused(&["--nonsense"], "--nonsense");
+    refused(&["--measure", "--batch", "1,0"], "a batch of 0");
+    refused(&["--measure", "--context", "16,0"], "a context of 0");
+    refused(&["--prompts", "no-such-file"], "no-such-file");
+    refused(&["--json", world.folder.path().to_str().unwrap()], "cannot write");
+    let missing = world.folder.path().join("no/such/folder.json");
+    refused(&["--json", missing.to_str().unwrap()], "cannot write");
+    // What is right by itself leaves nothing behind when something else is wrong.
+    let json = world.folder.path().join("out.json");
+    refused(&["--json", json.to_str().unwrap()], "none.gguf");
+    assert!(!json.exists());
+}
+
+#[test]
+fn what_does_not_fit_the_model_is_refused_before_its_weights_are_read() {
+    let world = World::new();
+    let whole = fs::read(&world.model).unwrap();
+    let half = world.file("half.gguf", &whole[..whole.len() / 2]);
+    let short = world.file("short.txt", "a");
+    let short = short.to_str().unwrap();
+    let refused = |args: &[&str], message| refused(&half, args, message);
+    refused(&["--prompts", short], "truncated or damaged");
+    refused(&[], "the model's context is 256 tokens");
+    refused(&["--prompts", short, "--max-tokens", "99999999"], "the model's context is 256 tokens");
+    refused(&["--prompts", short, "--max-tokens", "18446744073709551615"], "the model's context is 256 tokens");
+    refused(&["--prompts", short, "--blocks", "1"], "the pool has 1");
+    refused(&["--prompts", short, "--blocks", "99999999999"], "this machine has");
+    refused(&["--prompts", short, "--system", "b"], "no chat template");
+    refused(&["--measure", "--context", "300"], "the model's context is 256 tokens");
+}
+
+#[test]
+fn an_older_file_stays_whole_until_there_is_a_new_one() {
+    let world = World::new();
+    let whole = fs::read(&world.model).unwrap();
+    let half = world.file("half.gguf", &whole[..whole.len() / 2]);
+    let (short, json) = (world.file("short.txt", "a"), world.file("out.json", "older"));
+    let args = ["--prompts", short.to_str().unwrap(), "--max-tokens", "2", "--json", json.to_str().unwrap()];
+    refused(&half, &args, "truncated or damaged");
+    assert_eq!(fs::read_to_string(&json).unwrap(), "older");
+    command(&world.model, &args).assert().success();
+    assert!(fs::read_to_string(&json).unwrap().starts_with('{'));
+    assert_eq!(fs::read_dir(world.folder.path()).unwrap().count(), 4, "no temporary file is left");
+}
+
+#[test]
+fn a_terminal_gets_nothing_that_it_would_obey() {
+    let world = World::new();
+    let quiet = || contains("\u{1b}").not();
+    let (prompts, json) = (world.file("prompts.txt", "a\u{1b}[31mb\u{202e}c"), world.folder.path().join("out.json"));
+    let args = ["--max-tokens", "1", "--prompts", prompts.to_str().unwrap(), "--json", json.to_str().unwrap()];
+    let shown = contains("\n  1 a\\u{1b}[31mb\\u{202e}c ").and(contains("── 1 ── a\\u{1b}[31mb\\u{202e}c\n"));
+    command(&world.model, &args).assert().success().stdout(shown.and(quiet()));
+    let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(json).unwrap()).unwrap();
+    assert_eq!(report["sequences"][0]["prompt"], "a\u{1b}[31mb\u{202e}c");
+
+    let other = world.folder.path().join("other.gguf");
+    common::write(&other, "\u{1b}]0;x\u{7}\nerror");
+    let said = contains("is a \\u{1b}]0;x\\u{7}\\nerror model");
+    command(&other, &[]).assert().code(1).stderr(said.and(quiet()));
+    let lines = world.file("lines.jsonl", "{\"\\u001b[2J\\n\": 1}");
+    let said = contains("unknown field `\\u{1b}[2J\\n`");
+    let args = ["--prompts", lines.to_str().unwrap()];
+    command(&world.model, &args).assert().code(1).stderr(said.and(quiet()));
+}
+
+#[test]
+fn a_model_without_an_end_is_told() {
+    let world = World::new();
+    let endless = world.folder.path().join("endless.gguf");
+    common::write_changed(&endless, |metadata, _| drop(metadata.remove("tokenizer.ggml.eos_token_id")));
+    let prompts = world.file("two.txt", "a\nb");
+    let args = ["--max-tokens", "2", "--prompts", prompts.to_str().unwrap()];
+    let said = contains("names no end token").count(1);
+    command(&endless, &args).assert().success().stderr(said);
+    command(&world.model, &args).assert().success().stderr(contains("end token").not());
 }
 
 #[test]
@@ -211,10 +287,6 @@ fn bad_prompt_files_are_refused() {
         "line 1, column 2: key must be a string; say --prompts-format text or json",
     );
     prompts(&world.file("huge.txt", "word ".repeat(1000)), "the model's context is 256 tokens");
-    let unwritable = world.folder.path().join("no/such/folder.json");
-    let short = world.file("short.txt", "a");
-    let args = ["--prompts", short.to_str().unwrap(), "--max-tokens", "2", "--json", unwritable.to_str().unwrap()];
-    refused(&world.model, &args, "cannot write");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use serde::de::{MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::Prompt;
+use crate::shown;
 
 /// The prompts of a whole file.
 ///
@@ -53,7 +54,7 @@ pub(super) fn place_of(text: &str, at: usize, wrong: &str) -> String {
     let before = &text[..text.floor_char_boundary(at)];
     let line = before.matches('\n').count() + 1;
     let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-    format!("line {line}, column {column}: {wrong}")
+    format!("line {line}, column {column}: {}", shown::line(wrong))
 }
 
 /// The object of a prompt.
