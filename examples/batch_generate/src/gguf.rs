@@ -112,7 +112,8 @@ mod tests {
         let long = Config { context: 1 << 24, head_dim: 32, ..SMALL };
         assert_eq!(
             fits(&long, Weights::F32, gib).unwrap_err().to_string(),
-            "the model would take 2.0 GiB, 2.0 GiB of them for the rotary tables of 16777216 tokens, this machine has 1.0 GiB"
+            "the model would take 2.0 GiB, 2.0 GiB of them for the rotary tables of 16777216 tokens, this machine has 1.0 \
+             GiB"
         );
         let wide = Config { feed_forward: 10_000_000, ..SMALL };
         assert!(

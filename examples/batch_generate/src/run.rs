@@ -29,11 +29,11 @@ use crate::weights::Weights;
 /// If something is wrong with the arguments, the files, or the machine.
 pub fn run(args: &Args) -> Result<()> {
     let settings = settings(args)?;
+    let json = args.json.as_deref().map(Output::prepare).transpose()?;
     let prompts = match &args.prompts {
         Some(path) => prompts::read(path, args.prompts_format)?,
         None => prompts::built_in(),
     };
-    let json = args.json.as_deref().map(Output::prepare).transpose()?;
 
     let file = model_file::obtain(args.model.as_deref(), &say)?;
     say(&format!("model: {} ({})", file.path.display(), file.origin));

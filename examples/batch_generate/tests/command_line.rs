@@ -329,6 +329,10 @@ fn answers_equal_candle_s_own() {
         let args = [&["--verify", "--prompts", short, "--max-tokens", max_tokens][..], extra].concat();
         command(&world.model, &args).assert().success().stderr(contains("verified: 3 of 3 sequences"));
     }
+    let brief = world.folder.path().join("brief.gguf");
+    common::write_changed(&brief, |metadata, _| drop(metadata.insert("llama.context_length".into(), Value::U32(64))));
+    let args = ["--verify", "--prompts", short, "--max-tokens", "1"];
+    refused(&brief, &args, "what is verified takes 128 tokens, the model's context is 64 tokens");
     refused(&world.model, &["--verify", "--temperature", "1"], "use --temperature 0");
     refused(&world.model, &["--verify", "--weights", "int8"], "use --weights f32");
 }
