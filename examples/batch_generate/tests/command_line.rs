@@ -329,6 +329,13 @@ fn answers_equal_candle_s_own() {
         let args = [&["--verify", "--prompts", short, "--max-tokens", max_tokens][..], extra].concat();
         command(&world.model, &args).assert().success().stderr(contains("verified: 3 of 3 sequences"));
     }
+    let untied = world.folder.path().join("untied.gguf");
+    common::write_changed(&untied, |_, tensors| {
+        let output = tensors["token_embd.weight"].neg().unwrap();
+        tensors.insert("output.weight".into(), output);
+    });
+    let args = ["--verify", "--prompts", short, "--max-tokens", "20"];
+    command(&untied, &args).assert().success().stderr(contains("verified: 3 of 3 sequences"));
     let brief = world.folder.path().join("brief.gguf");
     common::write_changed(&brief, |metadata, _| drop(metadata.insert("llama.context_length".into(), Value::U32(64))));
     let args = ["--verify", "--prompts", short, "--max-tokens", "1"];
