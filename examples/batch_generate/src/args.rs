@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
+use crate::prompts::Format;
 use crate::weights::Weights;
 
 /// Answers many prompts at once with a real language model, out of one paged KV cache.
@@ -18,9 +19,14 @@ pub struct Args {
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Weights::F32)]
     pub weights: Weights,
 
-    /// A prompt a line, or JSON lines: {"prompt": "..", "max_tokens": 32} [default: eight built-in prompts]
+    /// A prompt a line, or JSON lines: {"prompt": "..", "max_tokens": 32}, or a JSON array of them; - is the standard
+    /// input [default: eight built-in prompts]
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
+
+    /// What the file of prompts is
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Auto, requires = "prompts")]
+    pub prompts_format: Format,
 
     /// What every conversation begins with; computed once, whatever the number of prompts
     #[arg(long, value_name = "TEXT")]

@@ -6,7 +6,7 @@ use candle_core::quantized::gguf_file::Content;
 use minijinja::{Environment, Error, ErrorKind, context};
 use minijinja_contrib::pycompat;
 
-use crate::tokenizer::Metadata;
+use crate::metadata::Metadata;
 
 const NAME: &str = "chat template";
 
@@ -42,6 +42,12 @@ impl ChatTemplate {
             bos: token("tokenizer.ggml.bos_token_id")?,
             eos: token("tokenizer.ggml.eos_token_id")?,
         })
+    }
+
+    /// The template's own words; none without one.
+    pub(crate) fn source(&self) -> String {
+        let template = self.template.as_ref().and_then(|environment| environment.get_template(NAME).ok());
+        template.map(|template| template.source().to_owned()).unwrap_or_default()
     }
 
     /// The text after which the model answers `prompt`, with `system` to tell it who it is. Without
@@ -92,7 +98,7 @@ mod tests {
     use candle_core::quantized::gguf_file::Value;
 
     use super::*;
-    use crate::tokenizer::tests::content;
+    use crate::metadata::tests::content;
 
     fn chat(template: &str) -> Result<ChatTemplate> {
         let tokens = ["<s>", "</s>"].map(|token| Value::String(token.to_owned()));

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use batch_generate::args::Args;
 use batch_generate::run::run;
+use batch_generate::shown::say;
 use clap::Parser;
 
 fn main() -> ExitCode {
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }

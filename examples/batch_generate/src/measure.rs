@@ -35,14 +35,8 @@ impl<'m> Filled<'m> {
     ///
     /// If the batch or the context is 0, the model's context is smaller, the memory cannot be had, or a step fails.
     pub fn new(model: &'m Model, dtype: KvDtype, batch: usize, context: usize, room: usize) -> Result<Self> {
-        ensure!(batch > 0, "a batch of 0 sequences decodes nothing");
-        ensure!(context > 0, "a context of 0 tokens has nothing to attend to");
-        let total = context.saturating_add(room);
-        ensure!(
-            total <= model.context(),
-            "a context of {context} tokens and {room} more are measured, the model's context is {} tokens",
-            model.context()
-        );
+        check_one(batch, context, room, model.context())?;
+        let total = context + room;
         let block_size = 16;
         let blocks = batch.saturating_mul(total.div_ceil(block_size));
         let cache = KvCache::builder(model.shape()).block_size(block_size).blocks(blocks).dtype(dtype).build()?;
@@ -224,6 +218,26 @@ impl fmt::Display for Measured {
         }
         Ok(())
     }
+}
+
+/// Refuses batches and contexts that cannot be measured with a model that can have `limit` tokens in a sequence.
+///
+/// # Errors
+///
+/// If one is 0, or a context is too long.
+pub fn check(batches: &[usize], contexts: &[usize], limit: usize) -> Result<()> {
+    let pairs = batches.iter().flat_map(|&batch| contexts.iter().map(move |&context| (batch, context)));
+    pairs.into_iter().try_for_each(|(batch, context)| check_one(batch, context, TOKENS, limit))
+}
+
+fn check_one(batch: usize, context: usize, room: usize, limit: usize) -> Result<()> {
+    ensure!(batch > 0, "a batch of 0 sequences decodes nothing");
+    ensure!(context > 0, "a context of 0 tokens has nothing to attend to");
+    ensure!(
+        context.saturating_add(room) <= limit,
+        "a context of {context} tokens and {room} more are measured, the model's context is {limit} tokens"
+    );
+    Ok(())
 }
 
 /// The prompt that is measured with: any tokens will do, but not the same again and again.

@@ -1,19 +1,32 @@
 //! The questions.
+//!
+//! - `format` says whether a file is text or JSON.
+//! - `json` reads JSON, and says in which line and column it is wrong.
+
+mod format;
+mod json;
 
 use std::fs;
+use std::io::{self, Read as _};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use anyhow::{Context, Result, bail, ensure};
+
+pub use format::Format;
 
 /// A question, and how long its answer may be.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
     /// The question.
     pub prompt: String,
-    /// Tokens of the answer, at most; the command line's number unless given.
+    /// Tokens of the answer, at most and at least one; the command line's number unless given.
     pub max_tokens: Option<usize>,
+}
+
+impl Prompt {
+    fn of(text: &str) -> Self {
+        Self { prompt: text.into(), max_tokens: None }
+    }
 }
 
 const BUILT_IN: [&str; 8] = [
@@ -35,31 +48,47 @@ const BUILT_IN: [&str; 8] = [
 
 /// Eight prompts of different lengths.
 pub fn built_in() -> Vec<Prompt> {
-    BUILT_IN.iter().map(|&prompt| Prompt { prompt: prompt.into(), max_tokens: None }).collect()
+    BUILT_IN.map(Prompt::of).into()
 }
 
-/// Reads a prompt from each line: plain text, or JSON lines if the first of them is a JSON object.
+/// Reads the prompts in the file `path`, or in the standard input if that is `-`: a line each, or JSON lines, or one JSON
+/// array. `format` says which, or that the name and the content do.
 ///
 /// # Errors
 ///
-/// If the file cannot be read, holds no prompt, or a line is not what the first one promises.
-pub fn read(path: &Path) -> Result<Vec<Prompt>> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read the prompts in {}", path.display()))?;
-    parse(&text).with_context(|| format!("the prompts in {}", path.display()))
+/// If the file cannot be read, holds no prompt, or is not what it should be.
+pub fn read(path: &Path, format: Format) -> Result<Vec<Prompt>> {
+    let (bytes, name) = if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        (io::stdin().read_to_end(&mut bytes).map(|_| bytes), "the standard input".to_owned())
+    } else {
+        (fs::read(path), path.display().to_string())
+    };
+    let bytes = bytes.with_context(|| format!("cannot read the prompts in {name}"))?;
+    text(&bytes).and_then(|text| parse(text, format.or_by_name(path))).with_context(|| format!("the prompts in {name}"))
 }
 
-fn parse(text: &str) -> Result<Vec<Prompt>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let json = lines.clone().next().is_some_and(|(_, line)| line.trim_start().starts_with('{'));
-    let prompts = lines
-        .map(|(i, line)| {
-            if json {
-                serde_json::from_str(line).with_context(|| format!("line {} is not a prompt", i + 1))
-            } else {
-                Ok(Prompt { prompt: line.trim().into(), max_tokens: None })
-            }
-        })
-        .collect::<Result<Vec<_>>>()?;
+/// The bytes as text, without the mark that some editors put before it.
+fn text(bytes: &[u8]) -> Result<&str> {
+    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
+        bail!("this is UTF-16, only UTF-8 is read");
+    }
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        let before = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
+        let line = before.rsplit('\n').next().unwrap_or_default();
+        let column = line.trim_start_matches(BYTE_ORDER_MARK).chars().count() + 1;
+        anyhow::anyhow!("line {}, column {column}: this is not UTF-8", before.matches('\n').count() + 1)
+    })?;
+    Ok(text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text))
+}
+
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
+fn parse(text: &str, format: Format) -> Result<Vec<Prompt>> {
+    let prompts = match format.or_by_content(text)? {
+        Format::Json => json::prompts(text)?,
+        _ => text.lines().map(str::trim).filter(|line| !line.is_empty()).map(Prompt::of).collect(),
+    };
     ensure!(!prompts.is_empty(), "there is none");
     Ok(prompts)
 }
@@ -68,24 +97,38 @@ fn parse(text: &str) -> Result<Vec<Prompt>> {
 mod tests {
     use super::*;
 
+    fn auto(text: &str) -> Result<Vec<Prompt>> {
+        parse(text, Format::Auto)
+    }
+
     #[test]
     fn a_line_is_a_prompt() {
-        let prompts = parse("one\n\n  two \n").unwrap();
-        assert_eq!(prompts.iter().map(|p| p.prompt.as_str()).collect::<Vec<_>>(), ["one", "two"]);
+        let prompts = auto("one\n\n  two \r\n").unwrap();
+        assert_eq!(prompts, [Prompt::of("one"), Prompt::of("two")]);
     }
 
     #[test]
-    fn json_lines_have_their_own_length() {
-        let prompts = parse("{\"prompt\": \"one\", \"max_tokens\": 3}\n{\"prompt\": \"two\"}").unwrap();
-        assert_eq!(prompts[0], Prompt { prompt: "one".into(), max_tokens: Some(3) });
-        assert_eq!(prompts[1].max_tokens, None);
+    fn nothing_is_no_prompt() {
+        for format in [Format::Auto, Format::Text, Format::Json] {
+            for nothing in ["", " \n", "\r\n\n"] {
+                assert_eq!(parse(nothing, format).unwrap_err().to_string(), "there is none");
+            }
+        }
+        assert_eq!(auto("[]").unwrap_err().to_string(), "there is none");
     }
 
     #[test]
-    fn wrong_lines_are_named() {
-        let error = parse("{\"prompt\": \"one\"}\ntwo").unwrap_err();
-        assert_eq!(error.to_string(), "line 2 is not a prompt");
-        assert!(parse("{\"prompt\": \"one\", \"max_token\": 3}").is_err());
-        assert_eq!(parse(" \n").unwrap_err().to_string(), "there is none");
+    fn a_byte_order_mark_is_no_part_of_the_text() {
+        assert_eq!(text("\u{feff}one".as_bytes()).unwrap(), "one");
+        // One only, and only at the beginning.
+        assert_eq!(text("\u{feff}\u{feff}a\u{feff}".as_bytes()).unwrap(), "\u{feff}a\u{feff}");
+    }
+
+    #[test]
+    fn what_is_not_utf_8_is_found() {
+        let error = |bytes: &[u8]| text(bytes).unwrap_err().to_string();
+        assert_eq!(error(b"one\n\xc3\xa9t\xe9\n"), "line 2, column 3: this is not UTF-8");
+        assert_eq!(error(b"\xef\xbb\xbfa\xff"), "line 1, column 2: this is not UTF-8");
+        assert_eq!(error(b"\xff\xfea\0"), "this is UTF-16, only UTF-8 is read");
     }
 }

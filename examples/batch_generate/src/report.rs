@@ -6,6 +6,7 @@ use paged_attention::KvCache;
 use serde::Serialize;
 
 use crate::engine::Outcome;
+use crate::shown::{line, lines};
 
 /// The results as JSON has them.
 #[derive(Debug, Serialize)]
@@ -90,7 +91,8 @@ impl Report {
     pub fn answers(&self) -> String {
         let mut out = String::new();
         for (i, sequence) in self.sequences.iter().enumerate() {
-            let _ = writeln!(out, "── {} ── {}\n{}\n", i + 1, shortened(&sequence.prompt, 90), sequence.text.trim());
+            let _ =
+                writeln!(out, "── {} ── {}\n{}\n", i + 1, shortened(&sequence.prompt, 90), lines(sequence.text.trim()));
         }
         out
     }
@@ -129,23 +131,41 @@ impl Report {
     }
 }
 
-/// The first line, cut to `width` characters.
+/// The first line as people see it, cut to `width` characters.
 fn shortened(text: &str, width: usize) -> String {
-    let line = text.lines().next().unwrap_or_default();
+    let line = line(text.lines().next().unwrap_or_default());
     if line.chars().count() <= width {
-        return line.into();
+        return line;
     }
     line.chars().take(width - 1).chain(['…']).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::shortened;
+    use paged_attention::KvShape;
+
+    use super::*;
+    use crate::engine::Answer;
+
+    #[test]
+    fn answers_are_escaped_for_people_and_exact_for_programs() {
+        let answer = Answer { request: 0, tokens: vec![1], prompt_tokens: 1, cached_tokens: 0, preemptions: 0 };
+        let outcome = Outcome { answers: vec![answer], ..Outcome::default() };
+        let cache = KvCache::builder(KvShape { layers: 1, kv_heads: 1, head_dim: 2 }).blocks(1).build().unwrap();
+        let text = "one\t1\n\u{1b}]0;two\u{9b}2J\u{202e}";
+        let report = Report::new(outcome, &cache, 8, &["a\u{7}".into()], vec![text.into()]);
+        assert_eq!(report.answers(), "── 1 ── a\\u{7}\none\t1\n\\u{1b}]0;two\\u{9b}2J\\u{202e}\n\n");
+        assert!(report.table().contains("  1 a\\u{7} "));
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!((&json["sequences"][0]["text"], &json["sequences"][0]["prompt"]), (&text.into(), &"a\u{7}".into()));
+    }
 
     #[test]
     fn long_prompts_are_cut_between_characters() {
         assert_eq!(shortened("short", 5), "short");
         assert_eq!(shortened("ünïcödé text", 5), "ünïc…");
         assert_eq!(shortened("one\ntwo", 10), "one");
+        assert_eq!(shortened("\u{1b}[2J", 20), "\\u{1b}[2J");
+        assert_eq!(shortened("\u{1b}[2J", 5), "\\u{1…");
     }
 }

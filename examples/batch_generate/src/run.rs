@@ -1,72 +1,75 @@
 //! From the command line to the table.
 
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
+use std::io::Write as _;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use paged_attention::{KvCache, KvDtype};
+use paged_attention::{KvCache, KvDtype, KvShape};
 
 use crate::args::Args;
 use crate::chat::ChatTemplate;
 use crate::engine::{self, Outcome, Request, Settings};
-use crate::measure::Measured;
+use crate::measure::{self, Measured};
+use crate::memory::{gib, memory};
 use crate::model::{Gguf, Model};
 use crate::model_file;
+use crate::output::Output;
 use crate::prompts::{self, Prompt};
 use crate::report::Report;
 use crate::sampling::Sampling;
+use crate::shown::say;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
-/// Does what the command line says.
+/// Does what the command line says. What can be refused is refused before what takes longer: first what is wrong by
+/// itself, then a download, then what does not fit the model, then the model's weights.
 ///
 /// # Errors
 ///
 /// If something is wrong with the arguments, the files, or the machine.
 pub fn run(args: &Args) -> Result<()> {
-    // What can be refused before a download is refused before it.
-    let sampling = Sampling::new(args.temperature, args.top_p)?;
+    let settings = settings(args)?;
+    let json = args.json.as_deref().map(Output::prepare).transpose()?;
     let prompts = match &args.prompts {
-        Some(path) => prompts::read(path)?,
+        Some(path) => prompts::read(path, args.prompts_format)?,
         None => prompts::built_in(),
     };
-    #[cfg(feature = "verify")]
-    ensure!(
-        !args.verify || args.temperature == 0.0,
-        "only the most likely tokens can be verified: use --temperature 0"
-    );
-    #[cfg(feature = "verify")]
-    ensure!(
-        !args.verify || args.weights != Weights::Int8,
-        "candle's own model rounds activations in other pieces, so that tokens may differ: use --weights f32"
-    );
 
-    let file = model_file::obtain(args.model.as_deref(), &|line| eprintln!("{line}"))?;
-    eprintln!("model: {} ({})", file.path.display(), file.origin);
+    let file = model_file::obtain(args.model.as_deref(), &say)?;
+    say(&format!("model: {} ({})", file.path.display(), file.origin));
     let mut gguf = Gguf::open(&file.path, args.weights)?;
     let tokenizer = Tokenizer::from_gguf(&gguf.content)?;
     let template = ChatTemplate::from_gguf(&gguf.content)?;
-    let model = Model::load(&mut gguf)?;
+    let context = gguf.config().context();
 
     if args.measure {
-        return measure(args, &model);
+        measure::check(&args.batch, &args.context, context)?;
+        return measure(args, &Model::load(&mut gguf)?);
     }
     #[cfg(feature = "verify")]
     if args.compare {
+        let model = Model::load(&mut gguf)?;
         return crate::candle_loop::compare(&file.path, &model, args.kv_dtype.into(), args.weights);
     }
 
     let requests = prompts
         .iter()
         .map(|Prompt { prompt, max_tokens }| {
-            let prompt = tokenizer.encode(&template.render_user(prompt, args.system.as_deref())?)?;
+            let prompt = tokenizer.encode_user(&template, prompt, args.system.as_deref())?;
             Ok(Request { prompt, max_tokens: max_tokens.unwrap_or(args.max_tokens) })
         })
         .collect::<Result<Vec<_>>>()?;
-    let cache = cache(args, &model)?;
-    let (samples, step_tokens) = (args.samples, engine::STEP_TOKENS);
-    let settings = Settings { max_batch: args.max_batch, step_tokens, samples, seed: args.seed, sampling };
+    let cache = cache(args, gguf.config().shape())?;
+    engine::check(context, &cache, &requests, &settings)?;
+    #[cfg(feature = "verify")]
+    if args.verify {
+        crate::candle_loop::check(&requests)?;
+        crate::scenarios::check(context)?;
+    }
+    if !tokenizer.has_end() {
+        say("the model file names no end token, so every answer takes all the tokens that it may have");
+    }
+    let model = Model::load(&mut gguf)?;
     let mut outcome = generate(&model, &cache, &requests, &settings, &tokenizer)?;
     let fullest = outcome.fullest.take();
 
@@ -85,15 +88,33 @@ pub fn run(args: &Args) -> Result<()> {
     if let (true, Some(fullest)) = (args.show_pool, fullest) {
         let _ = write!(std::io::stdout(), "\nthe pool when it was fullest\n{fullest}");
     }
-    if let Some(path) = &args.json {
-        let write = || -> Result<()> {
-            let mut file = BufWriter::new(File::create(path)?);
-            serde_json::to_writer_pretty(&mut file, &report)?;
-            Ok(file.flush()?)
-        };
-        write().with_context(|| format!("cannot write {}", path.display()))?;
+    json.map_or(Ok(()), |json| json.write(|file| Ok(serde_json::to_writer_pretty(file, &report)?)))
+}
+
+/// How to answer, if the arguments make sense by themselves.
+fn settings(args: &Args) -> Result<Settings> {
+    let sampling = Sampling::new(args.temperature, args.top_p)?;
+    let (samples, step_tokens) = (args.samples, engine::STEP_TOKENS);
+    let settings = Settings { max_batch: args.max_batch, step_tokens, samples, seed: args.seed, sampling };
+    settings.check()?;
+    ensure!(args.max_tokens > 0, "0 tokens of answer were asked for, at least one is needed");
+    ensure!(args.blocks > 0, "a pool of 0 blocks holds nothing");
+    ensure!(args.block_size > 0, "a block of 0 tokens holds nothing");
+    pool_fits(args.memory.unwrap_or_default())?;
+    if args.measure {
+        measure::check(&args.batch, &args.context, usize::MAX)?;
     }
-    Ok(())
+    #[cfg(feature = "verify")]
+    ensure!(
+        !args.verify || args.temperature == 0.0,
+        "only the most likely tokens can be verified: use --temperature 0"
+    );
+    #[cfg(feature = "verify")]
+    ensure!(
+        !args.verify || args.weights != Weights::Int8,
+        "candle's own model rounds activations in other pieces, so that tokens may differ: use --weights f32"
+    );
+    Ok(settings)
 }
 
 /// Measures, and prints what came of it.
@@ -112,22 +133,17 @@ fn measure(args: &Args, model: &Model) -> Result<()> {
         Weights::Stored => "as stored",
     };
     let threads = candle_core::utils::get_num_threads();
-    print!("weights {weights}, keys and values {dtype}, {threads} threads\n{}", measured?);
+    let measured = measured?;
+    // A reader that has seen enough is no failure.
+    let _ = write!(std::io::stdout(), "weights {weights}, keys and values {dtype}, {threads} threads\n{measured}");
     Ok(())
 }
 
 /// Makes the cache, or says why this machine cannot have it.
-fn cache(args: &Args, model: &Model) -> Result<KvCache> {
-    let (shape, dtype) = (model.shape(), args.kv_dtype.into());
+fn cache(args: &Args, shape: KvShape) -> Result<KvCache> {
+    let dtype = args.kv_dtype.into();
     let bytes_per_block = shape.bytes_per_block(args.block_size, dtype).unwrap_or(usize::MAX);
-    let asked = args.memory.unwrap_or_else(|| args.blocks.saturating_mul(bytes_per_block));
-    let there_is = memory();
-    ensure!(
-        asked <= there_is,
-        "the pool would take {:.1} GiB, this machine has {:.1}",
-        asked as f64 / f64::from(1 << 30),
-        there_is as f64 / f64::from(1 << 30)
-    );
+    pool_fits(args.memory.unwrap_or_else(|| args.blocks.saturating_mul(bytes_per_block)))?;
     let builder = KvCache::builder(shape).block_size(args.block_size).dtype(dtype);
     let builder = match args.memory {
         Some(bytes) => builder.memory(bytes),
@@ -136,13 +152,10 @@ fn cache(args: &Args, model: &Model) -> Result<KvCache> {
     Ok(builder.build()?)
 }
 
-/// The machine's memory in bytes, or the container's share of it.
-fn memory() -> usize {
-    let mut system = sysinfo::System::new();
-    system.refresh_memory();
-    let total = system.cgroup_limits().map_or(u64::MAX, |limits| limits.total_memory).min(system.total_memory());
-    // A system that does not say is not held against the user.
-    if total == 0 { usize::MAX } else { total as usize }
+fn pool_fits(bytes: usize) -> Result<()> {
+    let there_is = memory();
+    ensure!(bytes <= there_is, "the pool would take {}, this machine has {}", gib(bytes), gib(there_is));
+    Ok(())
 }
 
 fn generate(

@@ -13,9 +13,23 @@ use crate::candle_loop::generate;
 use crate::engine::Request;
 use crate::model::Model;
 use crate::sampling::{Random, Sampling};
+use crate::shown::say;
 
 /// Tokens that are generated and compared, each time.
 const TOKENS: usize = 24;
+
+/// The most tokens that a scenario gives a sequence, and some more.
+const CONTEXT: usize = 128;
+
+/// Makes sure that the model can hold the scenarios' sequences.
+///
+/// # Errors
+///
+/// If its context is too short.
+pub(crate) fn check(context: usize) -> Result<()> {
+    ensure!(context >= CONTEXT, "what is verified takes {CONTEXT} tokens, the model's context is {context} tokens");
+    Ok(())
+}
 
 /// Runs every scenario.
 ///
@@ -40,10 +54,10 @@ pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dty
         verifier.window(&prompt, window)?;
     }
     verifier.eight_bits(&prompt)?;
-    eprintln!(
+    say(&format!(
         "verified: forks and truncations at odd lengths, a shared prefix, swapping, resuming, and windows with sinks, \
          {TOKENS} tokens each"
-    );
+    ));
     Ok(())
 }
 
@@ -209,13 +223,13 @@ impl Verifier<'_> {
         drop((step, other_step));
         let (expected, got) = (answer(&full)?, answer(&bytes)?);
         let agree = expected.iter().zip(&got).take_while(|(a, b)| a == b).count();
-        eprintln!(
+        say(&format!(
             "8-bit storage: attention differs from f32 by {:.1e} at most and {:.1e} on average, where its numbers are {:.1e} \
              on average; the first {agree} of {length} greedy tokens are the same",
             most,
             differing / n,
             size / n
-        );
+        ));
         Ok(())
     }
 

@@ -21,6 +21,7 @@ use candle_core::Tensor;
 use paged_attention::{KvCache, Snapshot, Step};
 
 use crate::sampling::Sampling;
+pub use check::check;
 use state::Engine;
 
 /// New tokens of one step: long prompts are computed in pieces of so many, so that the others go on talking.
@@ -147,7 +148,7 @@ pub fn generate(
     is_end: impl Fn(u32) -> bool,
     mut progress: impl FnMut(Progress),
 ) -> Result<Outcome> {
-    check::check(model, cache, requests, settings)?;
+    check(model.context(), cache, requests, settings)?;
     let mut engine = Engine::new(cache, requests, settings);
     // Why this ends. The *longest* is the running sequence with the most computed tokens, the earliest among equals. It
     // is the first to be given tokens and blocks in a step, and it never yields while another runs. So in each step

@@ -1,6 +1,7 @@
 //! A model small enough to be made on the spot.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // every test binary uses another part
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
@@ -12,8 +13,18 @@ use candle_core::{Device, Tensor};
 
 pub const VOCABULARY: usize = 96;
 
+pub type Metadata = BTreeMap<String, Value>;
+pub type Tensors = BTreeMap<String, Tensor>;
+
 /// A llama of two layers with weights from a fixed sequence, and a tokenizer for printable ASCII.
 pub fn write(path: &Path, architecture: &str) {
+    write_changed(path, |metadata, _| {
+        metadata.insert("general.architecture".into(), Value::String(architecture.into()));
+    });
+}
+
+/// The same model after a change.
+pub fn write_changed(path: &Path, change: impl FnOnce(&mut Metadata, &mut Tensors)) {
     let (width, heads, kv_heads, feed) = (32usize, 4u32, 2u32, 64usize);
     let tokens: Vec<Value> =
         ('!'..='~').map(String::from).chain(["Ġ".to_string(), "<end>".to_string()]).map(Value::String).collect();
@@ -21,7 +32,7 @@ pub fn write(path: &Path, architecture: &str) {
     let end = tokens.len() as u32 - 1;
     let types = (0..=end).map(|id| Value::I32(if id == end { 3 } else { 1 })).collect();
     let metadata = [
-        ("general.architecture", Value::String(architecture.into())),
+        ("general.architecture", Value::String("llama".into())),
         ("llama.embedding_length", Value::U32(width as u32)),
         ("llama.attention.head_count", Value::U32(heads)),
         ("llama.attention.head_count_kv", Value::U32(kv_heads)),
@@ -67,12 +78,15 @@ pub fn write(path: &Path, architecture: &str) {
             tensors.push((format!("blk.{i}.{name}.weight"), tensor));
         }
     }
+    let mut metadata: Metadata = metadata.map(|(key, value)| (key.to_owned(), value)).into();
+    let mut tensors: Tensors = tensors.into_iter().collect();
+    change(&mut metadata, &mut tensors);
     let tensors: Vec<_> = tensors
         .iter()
         .map(|(name, tensor)| (name.as_str(), QTensor::quantize(tensor, GgmlDType::F32).unwrap()))
         .collect();
     let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
-    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
 }
 

@@ -1,0 +1,231 @@
+//! What has to be known of a GGUF file before candle reads it: candle divides by the alignment that the file gives, and
+//! keeps the last of several things of one name.
+
+use std::collections::HashSet;
+use std::io::{BufRead, Seek, SeekFrom};
+
+use anyhow::{Result, bail};
+
+use crate::shown::line;
+
+/// The longest name: the format's own limit.
+const LONGEST_NAME: u64 = 1 << 16;
+/// How deep lists may lie in lists, as in candle.
+const DEEPEST: usize = 64;
+
+/// Looks through the header, and goes back to its beginning. What it cannot read it leaves to candle, which says what
+/// is wrong with it.
+///
+/// # Errors
+///
+/// If the alignment is no power of two, or two keys or two tensors have the same name.
+pub(crate) fn check(reader: &mut (impl BufRead + Seek)) -> Result<()> {
+    let wrong = Header { reader, wide: true }.wrong();
+    reader.seek(SeekFrom::Start(0))?;
+    match wrong {
+        Some(wrong) => bail!("the model file {wrong}"),
+        None => Ok(()),
+    }
+}
+
+struct Header<'a, R> {
+    reader: &'a mut R,
+    /// Whether lengths have 64 bits.
+    wide: bool,
+}
+
+impl<R: BufRead + Seek> Header<'_, R> {
+    /// What is wrong; nothing if all is well, and where the header ends too early or is not understood.
+    fn wrong(&mut self) -> Option<String> {
+        self.skip(4)?; // the magic
+        self.wide = self.u32()? > 1; // the version
+        let (tensors, keys) = (self.length()?, self.length()?);
+        let mut seen = HashSet::new();
+        for _ in 0..keys {
+            let key = self.name()?;
+            let kind = self.u32()?;
+            if key == "general.alignment" {
+                // The format wants a u32.
+                let alignment = if kind == 4 { self.u32()? } else { 0 };
+                if !alignment.is_power_of_two() {
+                    return Some("has a `general.alignment` which is no power of two".to_owned());
+                }
+            } else {
+                self.skip_value(kind, 0)?;
+            }
+            if seen.contains(&key) {
+                return Some(format!("has two keys `{}`", line(&key)));
+            }
+            seen.insert(key);
+        }
+        seen.clear();
+        for _ in 0..tensors {
+            let name = self.name()?;
+            let dims = u64::from(self.u32()?);
+            let type_and_offset = 4 + 8;
+            self.skip(dims * if self.wide { 8 } else { 4 } + type_and_offset)?;
+            if seen.contains(&name) {
+                return Some(format!("has two tensors `{}`", line(&name)));
+            }
+            seen.insert(name);
+        }
+        None
+    }
+
+    fn bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        self.reader.read_exact(&mut bytes).ok().map(|()| bytes)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.bytes().map(u32::from_le_bytes)
+    }
+
+    fn length(&mut self) -> Option<u64> {
+        if self.wide { self.bytes().map(u64::from_le_bytes) } else { self.u32().map(u64::from) }
+    }
+
+    fn name(&mut self) -> Option<String> {
+        let length = self.length().filter(|&length| length <= LONGEST_NAME)?;
+        let mut name = vec![0; length as usize];
+        self.reader.read_exact(&mut name).ok()?;
+        Some(String::from_utf8_lossy(&name).trim_end_matches('\0').to_owned())
+    }
+
+    /// Beyond the end of the file, too: there the next thing that is read is missing.
+    fn skip(&mut self, bytes: u64) -> Option<()> {
+        self.reader.seek_relative(i64::try_from(bytes).ok()?).ok()
+    }
+
+    fn skip_value(&mut self, kind: u32, depth: usize) -> Option<()> {
+        match kind {
+            TEXT => {
+                let length = self.length()?;
+                self.skip(length)
+            }
+            LIST if depth < DEEPEST => {
+                let (kind, n) = (self.u32()?, self.length()?);
+                match size(kind) {
+                    Some(size) => self.skip(n.checked_mul(size)?),
+                    None => (0..n).try_for_each(|_| self.skip_value(kind, depth + 1)),
+                }
+            }
+            _ => self.skip(size(kind)?),
+        }
+    }
+}
+
+const TEXT: u32 = 8;
+const LIST: u32 = 9;
+
+/// The bytes of a value, if that is all that has to be known.
+fn size(kind: u32) -> Option<u64> {
+    match kind {
+        0 | 1 | 7 => Some(1),
+        2 | 3 => Some(2),
+        4..=6 => Some(4),
+        10..=12 => Some(8),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use candle_core::quantized::gguf_file::{self, Content, Value};
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+
+    fn file(metadata: &[(&str, Value)], tensors: &[&str]) -> Vec<u8> {
+        let zeros = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let zeros = QTensor::quantize(&zeros, GgmlDType::F32).unwrap();
+        let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+        let tensors: Vec<_> = tensors.iter().map(|name| (*name, &zeros)).collect();
+        let mut bytes = Cursor::new(Vec::new());
+        gguf_file::write(&mut bytes, &metadata, &tensors).unwrap();
+        bytes.into_inner()
+    }
+
+    fn wrong(bytes: &[u8]) -> Option<String> {
+        check(&mut Cursor::new(bytes)).err().map(|error| error.to_string())
+    }
+
+    /// One of each kind, so that what follows is found only if all are skipped.
+    fn all_kinds() -> Vec<(&'static str, Value)> {
+        let text = |text: &str| Value::String(text.to_owned());
+        vec![
+            ("a", Value::U8(1)),
+            ("b", Value::I8(1)),
+            ("c", Value::U16(1)),
+            ("d", Value::I16(1)),
+            ("e", Value::U32(1)),
+            ("f", Value::I32(1)),
+            ("g", Value::F32(1.0)),
+            ("h", Value::Bool(true)),
+            ("i", text("text")),
+            ("j", Value::U64(1)),
+            ("k", Value::I64(1)),
+            ("l", Value::F64(1.0)),
+            ("m", Value::Array(vec![Value::U16(1); 3])),
+            ("n", Value::Array(vec![text("one"), text("")])),
+            ("o", Value::Array(vec![Value::Array(vec![Value::U8(1)]), Value::Array(vec![text("two")])])),
+        ]
+    }
+
+    #[test]
+    fn a_good_header_is_left_to_be_read() {
+        let mut metadata = all_kinds();
+        metadata.push(("general.alignment", Value::U32(32)));
+        let mut reader = Cursor::new(file(&metadata, &["x", "y"]));
+        check(&mut reader).unwrap();
+        let content = Content::read(&mut reader).unwrap();
+        assert_eq!((content.metadata.len(), content.tensor_infos.len()), (16, 2));
+    }
+
+    #[test]
+    fn an_alignment_that_is_no_power_of_two_is_refused() {
+        for alignment in [Value::U32(0), Value::U32(24), Value::U8(0), Value::U64(32)] {
+            let mut metadata = all_kinds();
+            metadata.push(("general.alignment", alignment));
+            let said = "the model file has a `general.alignment` which is no power of two";
+            assert_eq!(wrong(&file(&metadata, &[])).as_deref(), Some(said));
+        }
+    }
+
+    #[test]
+    fn equal_names_are_refused() {
+        let mut metadata = all_kinds();
+        metadata.push(("a", Value::U8(2)));
+        assert_eq!(wrong(&file(&metadata, &[])).as_deref(), Some("the model file has two keys `a`"));
+        let bytes = file(&all_kinds(), &["x", "y", "x"]);
+        assert_eq!(wrong(&bytes).as_deref(), Some("the model file has two tensors `x`"));
+    }
+
+    /// Every byte of a header changed or cut off: an error, or a header, but never a panic or an absurd allocation.
+    #[test]
+    fn damaged_headers_do_no_harm() {
+        let mut metadata = all_kinds();
+        metadata.push(("general.alignment", Value::U32(32)));
+        let whole = file(&metadata, &["x", "y"]);
+        let read = |bytes: &[u8]| {
+            let mut reader = Cursor::new(bytes);
+            check(&mut reader).is_ok() && Content::read(&mut reader).is_ok()
+        };
+        assert!(read(&whole));
+        for i in 0..whole.len() {
+            for change in [1u8, 0x10, 0x7f, 0xff] {
+                let mut bytes = whole.clone();
+                bytes[i] ^= change;
+                read(&bytes);
+            }
+            // Lengths that are absurd.
+            let mut bytes = whole.clone();
+            bytes[i..].iter_mut().take(8).for_each(|byte| *byte = 0x10);
+            read(&bytes);
+            read(&whole[..i]);
+        }
+    }
+}

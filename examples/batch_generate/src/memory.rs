@@ -1,0 +1,15 @@
+//! How much memory there is.
+
+/// The machine's memory in bytes, or the container's share of it.
+pub(crate) fn memory() -> usize {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    let total = system.cgroup_limits().map_or(u64::MAX, |limits| limits.total_memory).min(system.total_memory());
+    // A system that does not say is not held against the user.
+    if total == 0 { usize::MAX } else { total as usize }
+}
+
+/// Bytes in GiB, for people.
+pub(crate) fn gib(bytes: usize) -> String {
+    format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
+}
