@@ -128,8 +128,8 @@ pub enum KvError {
         max_seq_len: usize,
     },
     /// The pool has too few free blocks: wait, or drop another request's cache.
-    #[error(transparent)]
-    OutOfBlocks(#[from] OutOfBlocks),
+    #[error("the KV cache's pool is full: {0}")]
+    OutOfBlocks(OutOfBlocks),
     /// A circular cache has given back what the last token would see again.
     #[error(transparent)]
     BehindWindow(#[from] BehindWindow),
@@ -156,6 +156,12 @@ pub enum KvError {
     /// The tensor library refused.
     #[error(transparent)]
     Candle(candle_core::Error),
+}
+
+impl From<OutOfBlocks> for KvError {
+    fn from(error: OutOfBlocks) -> Self {
+        Self::OutOfBlocks(error)
+    }
 }
 
 impl From<ReserveError> for KvError {

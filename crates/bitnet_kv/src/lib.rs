@@ -24,7 +24,7 @@ pub use pool::{PagedKVPool, PagedKVPoolBuilder};
 pub use stats::CacheStats;
 pub use update::KVCache;
 
-pub use paged_attention::{KvDtype, KvShape, OutOfBlocks, Salt};
+pub use paged_attention::{BehindWindow, CacheError, KvDtype, KvShape, OutOfBlocks, Salt, StorageError};
 
 /// The page whose examples are compiled and run as tests.
 #[cfg(doctest)]

@@ -189,6 +189,9 @@ impl PagedLayerKVCache {
     /// Adds the keys, after the rotary embedding, and values of new tokens, each `[B, H_kv, T, D]` in the cache's type. In place:
     /// nothing that is there is copied.
     ///
+    /// They come after all that the layer has. An engine that goes back, or begins another sequence, says so before its pass:
+    /// see [`PagedKVCache::begin_pass`].
+    ///
     /// # Errors
     ///
     /// [`KvError`] when a shape, batch, type or device is wrong, the cache would be longer than `max_seq_len`

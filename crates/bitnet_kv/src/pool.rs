@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use paged_attention::{KvCache, KvDtype, KvShape, TableOptions};
+use paged_attention::{CacheError, KvCache, KvDtype, KvShape, TableOptions};
 
 use crate::error::Result;
 use crate::rows::Taken;
@@ -50,6 +50,7 @@ pub(crate) struct Inner {
 pub struct PagedKVPoolBuilder {
     shape: KvShape,
     blocks: usize,
+    memory_limit: Option<usize>,
     old_blocks: Option<usize>,
     block_size: usize,
     max_seq_len: usize,
@@ -66,6 +67,7 @@ impl PagedKVPool {
         PagedKVPoolBuilder {
             shape,
             blocks: 1024,
+            memory_limit: None,
             old_blocks: None,
             block_size: 16,
             max_seq_len: 4096,
@@ -105,6 +107,11 @@ impl PagedKVPool {
     /// The length that a cache may have, or sees if it is circular.
     pub fn max_seq_len(&self) -> usize {
         self.0.max_seq_len
+    }
+
+    /// The length beyond which a cache is refused more tokens; `None` if it goes on as a ring, or grows.
+    pub fn length_limit(&self) -> Option<usize> {
+        (self.0.overflow == Overflow::Error).then_some(self.0.max_seq_len)
     }
 
     /// Blocks of new tokens that somebody holds. One that several requests share counts once.
@@ -162,6 +169,11 @@ impl PagedKVPoolBuilder {
     /// Blocks for new tokens, all requests together; 1024 unless told.
     pub fn blocks(self, blocks: usize) -> Self {
         Self { blocks, ..self }
+    }
+
+    /// No more blocks for new tokens than fit into this many bytes, all layers together.
+    pub fn memory_limit(self, bytes: usize) -> Self {
+        Self { memory_limit: Some(bytes), ..self }
     }
 
     /// Tokens per block; 16 unless told.
@@ -227,11 +239,12 @@ impl PagedKVPoolBuilder {
         if self.older_than.is_some() && !self.device.is_cpu() {
             return Err(KvError::Options("8-bit storage is read on CPUs only".into()));
         }
+        let blocks = self.block_count()?;
         let grows = self.overflow == Overflow::Grow;
         let builder =
             KvCache::builder(self.shape).block_size(self.block_size).device(&self.device).name(self.name.clone());
-        let recent = Stores::new(builder.clone().blocks(self.blocks).dtype(self.dtype), grows)?;
-        let old = builder.dtype(KvDtype::Int8).blocks(self.old_blocks.unwrap_or(self.blocks));
+        let recent = Stores::new(builder.clone().blocks(blocks).dtype(self.dtype), grows)?;
+        let old = builder.dtype(KvDtype::Int8).blocks(self.old_blocks.unwrap_or(blocks));
         let old = self.older_than.map(|_| Stores::new(old.name(format!("{} old", self.name)), grows)).transpose()?;
         Ok(PagedKVPool(Arc::new(Inner {
             taken: Taken::new(self.shape, self.dtype, &self.device),
@@ -242,5 +255,14 @@ impl PagedKVPoolBuilder {
             old,
             counters: Counters::default(),
         })))
+    }
+
+    fn block_count(&self) -> Result<usize> {
+        let Some(bytes) = self.memory_limit else { return Ok(self.blocks) };
+        let bytes_per_block = self.shape.bytes_per_block(self.block_size, self.dtype).unwrap_or(usize::MAX);
+        match bytes.checked_div(bytes_per_block) {
+            Some(0) => Err(CacheError::TooLittleMemory { bytes, bytes_per_block }.into()),
+            fitting => Ok(fitting.map_or(self.blocks, |fitting| fitting.min(self.blocks))),
+        }
     }
 }

@@ -100,7 +100,7 @@ impl KVCache {
     /// - `seq_len` grows: `T` new tokens are appended. If `T` is `seq_len`, the whole sequence is given, and what is new of it
     ///   is appended.
     /// - It shrinks: the layer keeps its first `seq_len` tokens; `T` is `seq_len`, or 0.
-    /// - It stays: the last `T` tokens are overwritten in place.
+    /// - It stays: the last `T` tokens are overwritten in place. If `T` is `seq_len`, these are all, and the whole sequence.
     ///
     /// A whole sequence has to begin as the one that the layer holds, to about a hundredth of each row's largest number: so
     /// another prompt, or a `seq_len` that counts the pass alone, is an error. It is compared, which costs a copy of what is

@@ -117,3 +117,17 @@ fn extreme_lengths_of_an_updated_cache() {
     cache.update(0, none.clone(), none.clone(), 0).unwrap();
     assert!(cache.attend(0, &none, 0.3, true).is_err());
 }
+
+#[test]
+fn memory_limits_the_blocks() {
+    let of_a_block = 2 * 2 * 2 * 8 * 4 * 4; // layers, K and V, heads, dimensions, bytes, tokens
+    let pool = |bytes| PagedKVPool::builder(SHAPE).blocks(8).block_size(4).memory_limit(bytes).build();
+    assert_eq!(pool(3 * of_a_block + 1).unwrap().blocks_available(), 3);
+    assert_eq!(pool(usize::MAX).unwrap().blocks_available(), 8);
+    assert!(pool(of_a_block - 1).unwrap_err().to_string().contains(&format!("takes {of_a_block}")));
+    let limit = |overflow| {
+        let pool = PagedKVPool::builder(SHAPE).blocks(8).max_seq_len(20).overflow(overflow).build();
+        pool.unwrap().length_limit()
+    };
+    assert_eq!(overflows().map(limit), [Some(20), None, None, None]);
+}
