@@ -1,4 +1,4 @@
-# What CI runs, piece by piece.
+# The commands that CI runs, one by one, and some others.
 
 default:
     @just --list
@@ -7,11 +7,11 @@ default:
 ci:
     .ci/run
 
-# All tests. Those that need the model are skipped without it, loudly; `PAGED_KV_NEEDS_MODEL=1 just test` makes that an error
+# All tests. Tests that need the model print SKIPPED without it; `PAGED_KV_NEEDS_MODEL=1 just test` makes that an error
 test:
     cargo test --workspace
 
-# Random histories of the blocks and tables: `just properties 100000`
+# Random histories of pools and tables: `just properties 100000`
 properties cases="10000":
     PROPTEST_CASES={{cases}} cargo test --package block_table --no-default-features --test properties
 
@@ -25,15 +25,15 @@ lint:
     cargo clippy --workspace --all-targets --features batch_generate/verify -- -D warnings
     RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps
 
-# The libraries on the oldest candle they support
+# The tests of the libraries with the oldest candle they support
 oldest-candle:
     .ci/oldest-candle
 
-# The real model against candle's own, token for token
+# Compares the real model token for token with candle's own
 verify *args:
     cargo run --release --package batch_generate --features verify -- --verify {{args}}
 
-# Beside PyTorch, vLLM, llama.cpp, candle and kvbm-logical: `just peers --quick --only decode`
+# Benchmarks in comparison with PyTorch, vLLM, llama.cpp, candle and kvbm-logical: `just peers --quick --only decode`
 peers *args:
     cargo run --release --manifest-path benches/peers/Cargo.toml -- {{args}}
 

@@ -1,4 +1,4 @@
-"""Reads the generator's JSON: preemptions happened, and samples equal separate runs with their seeds."""
+"""Checks batch_generate's JSON output: sequences were preempted, and samples equal separate runs with their seeds."""
 
 import json
 import sys
@@ -24,11 +24,11 @@ for seed in range(4):
     for prompt, alone in enumerate(load(f"seed{seed}")["sequences"]):
         together = samples["sequences"][4 * prompt + seed]
         assert together["tokens"] == alone["tokens"], f"prompt {prompt}, seed {seed}"
-        # The first sample computes what no other prompt begins with, the others find the whole prompt there.
+        # The first sample computes the part of its prompt that is not cached; the others compute nothing of the prompt.
         cached, prompt_tokens = together["cached_tokens"], together["prompt_tokens"]
         assert cached == prompt_tokens if seed else cached < prompt_tokens
 
-# 32 prompts behind one long beginning: it is computed once, and each prompt's own end.
+# 32 prompts with one long common prefix: the prefix is computed once, and the rest of each prompt.
 shared = load("shared")
 assert len(shared["sequences"]) == 32
 begin, own = shared["sequences"][0], shared["sequences"][1:]
@@ -42,7 +42,7 @@ factor = prefix["prompt_tokens"] / prefix["computed_prompt_tokens"]
 assert factor > 15, factor
 block_size = samples["pool"]["block_size"]
 prompts = [s["prompt_tokens"] for s in samples["sequences"][::4]]
-# Each prompt's full blocks once; per answer its last block, and what 24 tokens can grow into.
+# The full blocks of each prompt once; for each answer, its last block and the blocks that 24 more tokens can need.
 most = sum(p // block_size + 4 * (1 + -(-24 // block_size)) for p in prompts)
 assert samples["pool"]["peak_blocks"] <= most, (samples["pool"], most)
 print(f"{preemptions} preemptions, 32 of 32 samples equal, {samples['pool']['peak_blocks']} <= {most} blocks, "

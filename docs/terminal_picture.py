@@ -1,4 +1,4 @@
-"""Draws what a command printed as an SVG terminal: `command | python3 docs/terminal_picture.py TITLE > picture.svg`."""
+"""Draws a command's output as an SVG terminal: `command | python3 docs/terminal_picture.py TITLE > picture.svg`."""
 
 import sys
 import textwrap

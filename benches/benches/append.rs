@@ -1,5 +1,5 @@
-//! Appending one token's keys and values (8 heads x 128, f32) to a cache that holds many, beside candle's own caches. Only the
-//! append is timed: going back to the length before, or a fresh cache, comes in between.
+//! Appending one token's keys and values (8 heads x 128, f32) to a long cache, compared with candle's own caches. Only
+//! the append is timed, not the `truncate` or the new cache before each append.
 
 use std::cell::RefCell;
 
@@ -32,7 +32,7 @@ fn main() -> Result<()> {
         let packed = |tokens| Tensor::zeros((tokens, HEADS, DIM), DType::F32, &Device::Cpu);
         let mut table = cache.table();
         let one = packed(1)?;
-        // Filled in full: memory that was never touched is not there yet.
+        // Every page is written first: the system provides a page only when it is first touched.
         let all = packed(context)?;
         let mut step = cache.step();
         step.push(&mut table, &vec![0; context])?;
@@ -52,13 +52,13 @@ fn main() -> Result<()> {
             },
         );
 
-        // Room for one more token, and no room: then the whole history is copied.
+        // With room for one more token, and with no room; without room the whole history is copied.
         let contiguous = |room: usize| -> Result<Contiguous> {
             let mut cache = Contiguous::new(2, context + room);
             cache.append(&history, &history)?;
             Ok(cache)
         };
-        // A clone has a length of its own in the same memory.
+        // A clone shares the memory and has its own length.
         let roomy = contiguous(1)?;
         let fits = Stopwatch::time_with(
             c,

@@ -1,14 +1,15 @@
-//! Sequential generation at the attention geometry of BitNet's 2B model: 30 layers, 20 query and 5 key heads of 128
-//! dimensions, f32. Keys, values and queries are given, so that the cache and attention are all that is timed.
+//! Sequential generation with the attention geometry of BitNet's 2B model: 30 layers, 20 query and 5 key heads of 128
+//! dimensions, f32. Keys, values and queries are given, so that only the cache and attention are timed.
 //!
-//! - `concatenating` does what `bitnet-transformer` does today: `Tensor::cat` of the whole history, keys and values repeated
-//!   for each query head, scores, mask, softmax, product.
-//! - `replacing` does what a user of `bitnet-inference`'s `KVCache::update` must: put the whole history together, by token,
-//!   hand it over, get it back, and attend as above.
-//! - `updating` is the same through ours: `update` takes the new token, `get` gives everything, attention is as above.
+//! - `concatenating` does what `bitnet-transformer` does today: `Tensor::cat` of the whole history, keys and values
+//!   repeated for each query head, scores, mask, softmax, product.
+//! - `replacing` does what a user of `bitnet-inference`'s `KVCache::update` must do: concatenate the whole history by
+//!   token, pass it to `update`, get it back, and attend as above.
+//! - `updating` is the same with our cache: `update` takes the new token, `get` returns all tokens, attention is as
+//!   above.
 //!
-//! A token's cost depends on how many there are before it. It is measured at a few lengths, all contenders in turn, and summed
-//! up between them; our own run is timed in full, too, to see what such a sum is worth.
+//! A token's cost depends on the number of tokens before it. It is measured at a few lengths, all contenders in turn,
+//! and interpolated and summed. Our own run is also timed in full, to check that sum.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -46,7 +47,7 @@ fn pool(tokens: usize, sequences: usize) -> Result<PagedKVPool> {
     Ok(PagedKVPool::builder(shape).blocks(sequences * (tokens / 16 + 2)).max_seq_len(tokens + 32).build()?)
 }
 
-/// What one token brings to a layer.
+/// The query, key and value of one token in a layer.
 struct Token {
     q: Tensor,
     k: Tensor,
@@ -59,17 +60,17 @@ impl Token {
     }
 }
 
-/// One token through all layers of ours.
+/// Passes one token through all layers of our cache.
 fn paged(cache: &mut PagedKVCache, token: &Token) -> Result<Tensor> {
     let mut y = token.q.clone();
-    for layer in &mut cache.layers {
+    for layer in cache.layers_mut() {
         layer.append(&token.k, &token.v)?;
         y = layer.attend(&token.q, scale(), true)?;
     }
     Ok(y)
 }
 
-/// Keys and values of all layers, each as it is kept.
+/// Keys and values of all layers, in the shape that the contender stores.
 type Histories = Vec<(Tensor, Tensor)>;
 
 fn concatenate(histories: &mut Histories, token: &Token) -> Result<()> {
@@ -80,7 +81,8 @@ fn concatenate(histories: &mut Histories, token: &Token) -> Result<()> {
     Ok(())
 }
 
-/// Keys and values `(1, KV_HEADS, T, DIM)`, repeated; scores, mask, softmax, product.
+/// Dense attention over `(1, KV_HEADS, T, DIM)`: keys and values repeated for each query head, scores, mask, softmax,
+/// product.
 fn dense(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let len = k.dim(2)?;
     let repeat = |t: &Tensor| -> Result<Tensor> {
@@ -102,7 +104,7 @@ fn concatenating(histories: &mut Histories, token: &Token) -> Result<Tensor> {
     Ok(y)
 }
 
-/// `(1, KV_HEADS, T, DIM)` as `(T, KV_HEADS, DIM)`.
+/// Reshapes `(1, KV_HEADS, T, DIM)` to `(T, KV_HEADS, DIM)`.
 fn by_token(t: &Tensor) -> Result<Tensor> {
     Ok(t.squeeze(0)?.transpose(0, 1)?.contiguous()?)
 }
@@ -118,7 +120,7 @@ fn replacing(histories: &mut Histories, token: &Token) -> Result<Tensor> {
     Ok(y)
 }
 
-/// A cache that is updated, with this history in all layers.
+/// A cache for [`updating`], with `history` in all layers.
 fn updated(history: &(Tensor, Tensor)) -> Result<KVCache> {
     let len = history.0.dim(2)?;
     let mut cache = KVCache::new(len + 64, layers(), KV_HEADS, DIM, &Device::Cpu)?;
@@ -128,7 +130,7 @@ fn updated(history: &(Tensor, Tensor)) -> Result<KVCache> {
     Ok(cache)
 }
 
-/// Adds a token to a layer, and gets all there are, `(T, KV_HEADS, DIM)`.
+/// Adds a token to a layer, and returns the keys and values of all its tokens, `(T, KV_HEADS, DIM)`.
 fn update_and_get(cache: &mut KVCache, layer: usize, token: &Token) -> Result<(Tensor, Tensor)> {
     let len = cache.seq_len(layer) + 1;
     cache.update(layer, token.k.clone(), token.v.clone(), len)?;
@@ -145,7 +147,7 @@ fn updating(cache: &mut KVCache, token: &Token) -> Result<Tensor> {
     Ok(y)
 }
 
-/// Nanoseconds that a token takes of each contender behind `len` others.
+/// Nanoseconds that each contender takes for one token after `len` others.
 #[derive(Debug, Clone, Copy)]
 struct Sample {
     len: usize,
@@ -162,7 +164,7 @@ struct Sample {
 fn sample(len: usize) -> Result<Sample> {
     let (token, history) = (Token::random()?, (random(KV_HEADS, len)?, random(KV_HEADS, len)?));
     let mut cache = pool(len, 1)?.cache();
-    for layer in &mut cache.layers {
+    for layer in cache.layers_mut() {
         layer.append(&history.0, &history.1)?;
     }
     let cache = RefCell::new(cache);
@@ -176,7 +178,7 @@ fn sample(len: usize) -> Result<Sample> {
         Box::new(|| drop(black_box(replacing(&mut by_tokens.borrow_mut(), &token).expect("the shapes fit")))),
         Box::new(|| drop(black_box(updating(&mut updated.borrow_mut(), &token).expect("there is room")))),
         Box::new(|| {
-            for layer in &mut cache.borrow_mut().layers {
+            for layer in cache.borrow_mut().layers_mut() {
                 layer.append(&token.k, &token.v).expect("there is room");
             }
         }),
@@ -208,8 +210,8 @@ fn sample(len: usize) -> Result<Sample> {
     })
 }
 
-/// The time of `tokens` tokens, from those at a few lengths: straight lines between them, and what the first and last one say
-/// before and behind.
+/// The time of `tokens` tokens, from samples at a few lengths: interpolated linearly between them, and constant before
+/// the first and after the last.
 fn sum(samples: &[Sample], tokens: usize, of: fn(&Sample) -> f64) -> f64 {
     let at = |position: usize| {
         let after = samples.iter().position(|sample| sample.len >= position).unwrap_or(samples.len() - 1);
@@ -229,7 +231,7 @@ fn generation(record: &mut Record) -> Result<()> {
     let samples = lens
         .iter()
         .map(|&len| {
-            eprintln!("behind {len} tokens");
+            eprintln!("after {len} tokens");
             sample(len)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -265,19 +267,19 @@ fn generation(record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// Who keeps a history, when this program is started again to see what that takes.
+/// The contenders whose peak memory is measured, each in a new process of this program.
 const KEEPERS: [&str; 3] = ["paged", "concatenating", "replacing"];
 
-/// Generates a token behind `len` others, and prints the most memory that the process has had, in KiB, if the system says.
-fn keep(who: &str, len: usize) -> Result<()> {
+/// Generates a token after `len` others, and prints the peak memory of the process in KiB, if the system reports it.
+fn keep(contender: &str, len: usize) -> Result<()> {
     let token = Token::random()?;
     let history = |_| -> Result<(Tensor, Tensor)> { Ok((random(KV_HEADS, len)?, random(KV_HEADS, len)?)) };
-    match who {
+    match contender {
         "paged" => {
             let mut cache = pool(len, 1)?.cache();
             for at in 0..layers() {
                 let (k, v) = history(at)?;
-                cache.layers[at].append(&k, &v)?;
+                cache.layers_mut()[at].append(&k, &v)?;
             }
             paged(&mut cache, &token)?;
         }
@@ -288,32 +290,33 @@ fn keep(who: &str, len: usize) -> Result<()> {
         }
     }
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
-    println!("{}", most.unwrap_or_default());
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
+    println!("{}", peak.unwrap_or_default());
     Ok(())
 }
 
-/// The most memory while a token is generated behind `len` others, these included: each in a process of its own.
+/// The peak memory while a token is generated after `len` others, these included: each contender in its own process.
 fn memory(record: &mut Record, len: usize) -> Result<()> {
-    for who in KEEPERS {
+    for contender in KEEPERS {
         let mut again = Command::new(std::env::current_exe()?);
-        again.args(is_smoke_test().then_some("--test")).env("BITNET_KV_KEEP", format!("{who} {len}"));
+        again.args(is_smoke_test().then_some("--test")).env("BITNET_KV_KEEP", format!("{contender} {len}"));
         let output = again.output()?;
-        ensure!(output.status.success(), "{who}: {}", String::from_utf8_lossy(&output.stderr));
+        ensure!(output.status.success(), "{contender}: {}", String::from_utf8_lossy(&output.stderr));
         if let Ok(kib) = String::from_utf8_lossy(&output.stdout).trim().parse::<f64>() {
-            record.value(&format!("{who} behind {len}, {}", name()), "peak memory", kib * 1024.0 / 1e6, "MB");
+            record.value(&format!("{contender} behind {len}, {}", name()), "peak memory", kib * 1024.0 / 1e6, "MB");
         }
     }
     Ok(())
 }
 
-/// Four threads with a sequence each, out of one pool, beside one thread that computes one after the other: with a core for
-/// each thread, as a server does that has more requests than cores, and with all cores for the one.
+/// Four threads with one sequence each from one pool, compared with one thread that computes the four sequences one
+/// after another. Each of the four threads has one core, as in a server with more requests than cores. The one thread
+/// is measured with one core and with all cores.
 fn threads(record: &mut Record) -> Result<()> {
     let tokens = if is_smoke_test() { 16 } else { 512 };
-    let given = (0..4).map(|_| Token::random()).collect::<Result<Vec<_>>>()?;
+    let inputs = (0..4).map(|_| Token::random()).collect::<Result<Vec<_>>>()?;
     let pool = pool(tokens, 4)?;
-    // What the last token sees.
+    // Returns the attention result of the last token.
     let one = |token: &Token| -> Result<Vec<f32>> {
         let mut cache = pool.cache();
         let mut last = paged(&mut cache, token)?;
@@ -330,15 +333,15 @@ fn threads(record: &mut Record) -> Result<()> {
         let done = work()?;
         Ok((started.elapsed().as_nanos() as f64, done))
     };
-    let (all_cores, alone) = timed(&|| given.iter().map(one).collect())?;
-    let (one_core, _) = timed(&|| given.iter().map(on_one_core).collect())?;
+    let (all_cores, alone) = timed(&|| inputs.iter().map(one).collect())?;
+    let (one_core, _) = timed(&|| inputs.iter().map(on_one_core).collect())?;
     let (at_once, together) = timed(&|| {
         std::thread::scope(|scope| {
-            let threads: Vec<_> = given.iter().map(|token| scope.spawn(|| on_one_core(token))).collect();
+            let threads: Vec<_> = inputs.iter().map(|token| scope.spawn(|| on_one_core(token))).collect();
             threads.into_iter().map(|thread| thread.join().ok().context("a thread panicked")?).collect()
         })
     })?;
-    ensure!(alone == together, "a thread computed something else than alone");
+    ensure!(alone == together, "a thread's result differs from that of the same sequence alone");
     let case = format!("4 threads x {tokens} tokens, {}", name());
     let peers = [("one thread on one core", Some(one_core)), ("one thread on all cores", Some(all_cores))];
     record.time(&case, Some(at_once), None, &peers);
@@ -346,7 +349,7 @@ fn threads(record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// What 8-bit storage of old tokens saves and costs.
+/// The memory that 8-bit storage of old tokens saves, its time, and its error.
 fn compressed(record: &mut Record) -> Result<()> {
     let (tokens, recent) = if is_smoke_test() { (64, 16) } else { (2048, 256) };
     let shape = KvShape { layers: layers(), kv_heads: KV_HEADS, head_dim: DIM };
@@ -367,8 +370,8 @@ fn compressed(record: &mut Record) -> Result<()> {
     let stats = cache.pool().stats();
     let case = format!("{tokens} tokens, all but {recent} in 8 bits, {}", name());
     record.time(&case, Some(spent), None, &[("all in f32", Some(exact))]);
-    record.value(&case, "saved of old", 100.0 * stats.saved_part(), "%");
-    record.value(&case, "held", stats.bytes_held as f64 / 1e6, "MB");
+    record.value(&case, "saved of old", 100.0 * stats.saved_fraction(), "%");
+    record.value(&case, "held", stats.bytes_in_use as f64 / 1e6, "MB");
     record.value(&case, "key error", 100.0 * stats.key_error, "%");
     record.value(&case, "value error", 100.0 * stats.value_error, "%");
     Ok(())
@@ -376,8 +379,8 @@ fn compressed(record: &mut Record) -> Result<()> {
 
 fn main() -> Result<()> {
     if let Ok(keep_what) = std::env::var("BITNET_KV_KEEP") {
-        let (who, len) = keep_what.split_once(' ').context("who and how many tokens")?;
-        return keep(who, len.parse()?);
+        let (contender, len) = keep_what.split_once(' ').context("BITNET_KV_KEEP needs a contender and a length")?;
+        return keep(contender, len.parse()?);
     }
     let mut record = Record::default();
     for &len in if is_smoke_test() { &[32][..] } else { &[2048, 8192][..] } {

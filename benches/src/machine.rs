@@ -1,22 +1,22 @@
-//! Where a record was made.
+//! The machine that a record was made on.
 
 use std::fs;
 
 use serde::Serialize;
 
-/// The machine.
+/// A machine.
 #[derive(Debug, Clone, Serialize)]
 pub struct Machine {
-    /// The processor's name for itself, or its architecture.
+    /// The processor's model name, or its architecture if the system does not say.
     pub cpu: String,
-    /// Threads that run at once.
+    /// Threads that can run at once.
     pub cores: usize,
     /// The operating system.
     pub os: &'static str,
 }
 
 impl Machine {
-    /// This one.
+    /// The machine that this program runs on.
     pub fn this() -> Self {
         let named = fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
             let line = text.lines().find(|line| line.starts_with("model name"))?;

@@ -4,25 +4,25 @@ use std::time::Instant;
 
 use crate::is_smoke_test;
 
-/// One contender: does its work once and returns nothing; what it leaves behind is its own business.
+/// One contender. A call does its work once; the contender itself drops or keeps the result.
 pub type Contender<'a> = Box<dyn FnMut() + 'a>;
 
-/// Times each contender once per round, in turn, so that what else the machine does hits all alike. Each round begins with
-/// another one: who comes first is not always the same.
+/// Times each contender once per round, in turn, so that other load on the machine disturbs all contenders alike. Each
+/// round begins with a different contender, so that none always runs first.
 #[derive(Debug)]
 pub struct Race {
-    /// Nanoseconds: round after round, contender after contender.
+    /// Nanoseconds, indexed by round and by contender.
     rounds: Vec<Vec<f64>>,
 }
 
 impl Race {
-    /// Runs `rounds` rounds, and one before them that does not count.
+    /// Runs one round that does not count, then `rounds` rounds.
     pub fn run(rounds: usize, contenders: &mut [Contender<'_>]) -> Self {
         round(contenders, 0);
         Self { rounds: (0..rounds).map(|first| round(contenders, first)).collect() }
     }
 
-    /// Runs rounds for some seconds, five at least, and one before them that does not count. In a smoke test one is enough.
+    /// Runs one round that does not count, then rounds for `seconds` seconds, but at least five. A smoke test runs one.
     pub fn run_for(seconds: f64, contenders: &mut [Contender<'_>]) -> Self {
         if is_smoke_test() {
             return Self::run(1, contenders);
@@ -46,7 +46,7 @@ impl Race {
     }
 }
 
-/// Nanoseconds of each contender, one after the other; the one after the last is the first.
+/// The nanoseconds of each contender in one round that begins with contender `first` and wraps around.
 fn round(contenders: &mut [Contender<'_>], first: usize) -> Vec<f64> {
     let mut times = vec![0.0; contenders.len()];
     for turn in 0..contenders.len() {
@@ -58,7 +58,7 @@ fn round(contenders: &mut [Contender<'_>], first: usize) -> Vec<f64> {
     times
 }
 
-/// The middle number; not a number if there is none.
+/// The median; NaN if there are no numbers.
 fn median(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
     numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)

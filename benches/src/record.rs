@@ -13,17 +13,17 @@ use crate::{Machine, is_smoke_test};
 pub struct Row {
     /// What was measured, e.g. `32/8x128 f16 batch 8 context 4096`.
     pub case: String,
-    /// Which number it is, e.g. `time`.
+    /// What the number is, e.g. `time`.
     pub metric: &'static str,
     /// The number.
     pub value: f64,
     /// Its unit.
     pub unit: &'static str,
-    /// The floor's time divided by ours: 1 is the limit of the machine.
+    /// The floor's time divided by ours; 1 is the limit of the machine.
     pub floor_ratio: Option<f64>,
-    /// Who was measured beside it.
+    /// The peer that was measured in the same run.
     pub peer: Option<String>,
-    /// The peer's time divided by ours: above 1 we are ahead.
+    /// The peer's time divided by ours; above 1 we are ahead.
     pub peer_ratio: Option<f64>,
 }
 
@@ -42,7 +42,8 @@ impl Default for Record {
 }
 
 impl Record {
-    /// Adds a time in nanoseconds, if it was measured, beside the peers that were; without peers it stands alone.
+    /// Adds a time in nanoseconds, if it was measured: one row for each peer that was measured, or one row without a
+    /// peer.
     pub fn time(&mut self, case: &str, ours: Option<f64>, floor: Option<f64>, peers: &[(&str, Option<f64>)]) {
         let Some(value) = ours else { return };
         let mut row = |peer: Option<&str>, peer_ratio| {
@@ -65,8 +66,8 @@ impl Record {
         }
     }
 
-    /// Adds the median time in nanoseconds of a race's winner or loser, with ratios that were taken round by round: the
-    /// floor's time divided by ours, and each peer's.
+    /// Adds our median time in nanoseconds from a race. The ratios are medians over the rounds: `floor_ratio` is the
+    /// floor's time divided by ours, and each peer has its time divided by ours.
     pub fn raced(&mut self, case: &str, ours: f64, floor_ratio: f64, peers: &[(&str, Option<f64>)]) {
         let alone = [("", None)];
         for &(peer, peer_ratio) in if peers.is_empty() { &alone[..] } else { peers } {
@@ -99,7 +100,7 @@ impl Record {
         self.save(name)
     }
 
-    /// Only writes them, for those that print a table of their own.
+    /// Writes the rows to `target/benchmarks/<name>.json` without printing them.
     ///
     /// # Errors
     ///
@@ -112,8 +113,8 @@ impl Record {
     }
 }
 
-/// The folder of the results, `target/benchmarks`. A smoke test's numbers mean nothing, and must not replace those that
-/// do: they have a folder of their own inside.
+/// The folder of the results, `target/benchmarks`. A smoke test writes to `smoke` inside it, because its numbers mean
+/// nothing and must not replace real ones.
 pub fn results() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);

@@ -1,4 +1,4 @@
-//! Criterion's measurements, kept for the record.
+//! Timing through criterion that also returns the medians for the record.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -6,18 +6,18 @@ use std::time::{Duration, Instant};
 
 use criterion::Criterion;
 
-/// Times routines through criterion and keeps the samples, of which criterion itself tells only its own files.
+/// Times routines through criterion and keeps the samples, which criterion itself only writes to its own files.
 #[derive(Debug, Default, Clone)]
 pub struct Stopwatch(Rc<RefCell<Vec<f64>>>);
 
 impl Stopwatch {
-    /// Times `routine` under the name `id`; returns its median time in nanoseconds, or nothing when a filter on the
-    /// command line leaves it out.
+    /// Times `routine` under the name `id`. Returns its median time in nanoseconds, or `None` if a filter on the
+    /// command line excludes it.
     pub fn time(criterion: &mut Criterion, id: &str, mut routine: impl FnMut()) -> Option<f64> {
         Self::time_with(criterion, id, || (), |()| routine())
     }
 
-    /// The same with a `setup` before each call, which is not timed.
+    /// Does the same with a `setup` before each call, which is not timed.
     pub fn time_with<S>(
         criterion: &mut Criterion,
         id: &str,
@@ -25,7 +25,7 @@ impl Stopwatch {
         mut routine: impl FnMut(&mut S),
     ) -> Option<f64> {
         let samples = Self::default();
-        let seen = samples.clone();
+        let recorded = samples.clone();
         criterion.bench_function(id, |bencher| {
             bencher.iter_custom(|times| {
                 let mut total = Duration::ZERO;
@@ -35,7 +35,7 @@ impl Stopwatch {
                     routine(&mut state);
                     total += started.elapsed();
                 }
-                seen.0.borrow_mut().push(total.as_nanos() as f64 / times as f64);
+                recorded.0.borrow_mut().push(total.as_nanos() as f64 / times as f64);
                 total
             });
         });

@@ -1,9 +1,9 @@
-//! The benchmark's figures of this project are those of the shipped types: counted again, slot by slot, beside them.
+//! Checks the benchmark's figures for `paged_kv` against a second count, slot by slot, over the shipped types.
 
 #![allow(missing_docs, unreachable_pub)]
 
 #[path = "../benches/block_utilisation/simulation/mod.rs"]
-#[allow(dead_code, unused_imports, reason = "the benchmark uses the rest")]
+#[allow(dead_code, unused_imports, reason = "the benchmark uses more of it than this test")]
 mod simulation;
 
 use paged_attention::{BlockState, BlockTable};
@@ -11,7 +11,7 @@ use simulation::allocator::{Allocator, Step, Usage};
 use simulation::paged_kv::PagedKv;
 use simulation::{Arrivals, Outcome, Pool, Request, built_in, replay};
 
-/// Replays into the real types, and counts after every step what they report.
+/// Replays into the shipped types, and counts their slots and blocks after every step.
 struct Recounted<'a> {
     paged_kv: PagedKv<'a>,
     steps: usize,
@@ -23,7 +23,8 @@ struct Recounted<'a> {
 impl Recounted<'_> {
     fn count(&mut self) {
         let pool = self.paged_kv.pool();
-        pool.check_held(self.paged_kv.tables().map(BlockTable::blocks)).expect("the books agree with the tables");
+        pool.check_ref_counts(self.paged_kv.tables().map(BlockTable::blocks))
+            .expect("the pool's counts agree with the tables");
         let mut live = vec![false; pool.blocks() * pool.block_size()];
         for table in self.paged_kv.tables() {
             for position in 0..table.len() {
@@ -31,8 +32,8 @@ impl Recounted<'_> {
             }
         }
         let slots = live.iter().filter(|&&live| live).count();
-        let held = |state: &&BlockState| matches!(state, BlockState::Held(_));
-        let blocks = pool.snapshot().blocks.iter().filter(held).count();
+        let in_use = |state: &&BlockState| matches!(state, BlockState::InUse(_));
+        let blocks = pool.snapshot().blocks.iter().filter(in_use).count();
         let tokens: usize = self.paged_kv.tables().map(BlockTable::len).sum();
         self.steps += 1;
         self.live += slots as f64;
@@ -78,7 +79,7 @@ fn recount(requests: &[Request], pool: Pool, block_size: usize) -> (Outcome, usi
 }
 
 #[test]
-fn utilisation_is_what_the_tables_hold() {
+fn utilisation_equals_a_count_of_the_tables_slots() {
     let [conversation, ..] = built_in();
     let pool = Pool { tokens: 1 << 14, max_len: 1 << 13 };
     for block_size in [1, 16, 128] {
@@ -88,7 +89,7 @@ fn utilisation_is_what_the_tables_hold() {
 }
 
 #[test]
-fn shared_prefixes_count_once() {
+fn slots_of_shared_prefixes_count_once() {
     let [.., long] = built_in();
     let pool = Pool { tokens: 1 << 15, max_len: 1 << 14 };
     let (outcome, shared) = recount(&long.generate(130), pool, 16);

@@ -1,8 +1,8 @@
-//! Where the memory goes: a serving workload through the real pool, tables, prefix reuse and admission, and through models
-//! of the alternatives.
+//! Where the memory goes: replays a serving workload through the shipped pool, tables, prefix matching and admission,
+//! and through models of other allocators.
 //!
-//! `cargo bench -p benches --bench block_utilisation` replays the built-in workloads; behind `--`, `--help` names what
-//! else there is.
+//! `cargo bench -p benches --bench block_utilisation` replays the built-in workloads; with `-- --help` it lists the
+//! options.
 
 mod options;
 mod pictures;

@@ -8,52 +8,52 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::simulation::Pool;
 
 pub(crate) const HELP: &str = "\
-Where the memory of a serving workload goes.
+Measures where the memory of a serving workload goes.
 
 cargo bench -p benches --bench block_utilisation [-- [CASE] [OPTIONS]]
 
-Without options the built-in workloads are replayed. CASE is a part of a case's name, workload/pool/allocator/block_size:
-then no other is replayed.
+Without --trace the built-in workloads are replayed. With CASE, only cases whose names contain CASE are replayed.
+A case is named workload/pool/allocator/block_size.
 
   --trace FILE       replay this trace: a .csv of the Azure LLM inference traces, or a .jsonl of Mooncake's
-  --pool TOKENS      with so much memory              [default: 65536]
-  --max-len TOKENS   and sequences of at most so many [default: 8192]
-  --requests N       only the first N requests
-  --pictures FOLDER  copies the pictures there
-  --test             a few requests of everything, to see that it works
+  --pool TOKENS      tokens in the pool, for --trace              [default: 65536]
+  --max-len TOKENS   most tokens in one sequence, for --trace     [default: 8192]
+  --requests N       replay only the first N requests
+  --pictures FOLDER  copy the pictures into this folder
+  --test             smoke test: 200 requests of each workload, if --requests is not given
 
-Files are sought from the workspace's folder.
+Paths are relative to the workspace's folder.
 ";
 
-/// What was asked for.
+/// The parsed command line.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Options {
-    /// A trace instead of the built-in workloads.
+    /// The trace to replay instead of the built-in workloads.
     pub(crate) trace: Option<PathBuf>,
-    /// The memory for the trace.
+    /// The pool for the trace.
     pub(crate) pool: Pool,
-    /// A part of the names of the cases to replay.
+    /// Only cases whose names contain this are replayed.
     pub(crate) case: String,
-    /// Only so many requests of each workload.
+    /// The most requests of each workload to replay.
     pub(crate) requests: Option<usize>,
-    /// Where copies of the pictures go.
+    /// The folder that the pictures are copied to.
     pub(crate) pictures: Option<PathBuf>,
 }
 
 impl Options {
-    /// None if help is wanted.
+    /// Parses the command line; `None` if it asks for help.
     ///
     /// # Errors
     ///
-    /// An argument that is not known, that lacks its value or has a wrong one.
+    /// If an argument is unknown, lacks its value or has a wrong value.
     pub(crate) fn of(args: impl Iterator<Item = String>) -> Result<Option<Self>> {
         let pool = Pool { tokens: 65_536, max_len: 8192 };
         let mut options = Self { trace: None, pool, case: String::new(), requests: None, pictures: None };
         let mut smoke = false;
-        let mut for_a_trace = None;
+        let mut trace_only = None;
         let mut args = args.peekable();
         while let Some(arg) = args.next() {
-            let mut value = || args.next().with_context(|| format!("{arg} lacks its value"));
+            let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
             match arg.as_str() {
                 "--help" => return Ok(None),
                 "--trace" => options.trace = Some(in_workspace(&value()?)),
@@ -62,17 +62,17 @@ impl Options {
                 "--requests" => options.requests = Some(number(&arg, &value()?)?),
                 "--pictures" => options.pictures = Some(in_workspace(&value()?)),
                 "--test" => smoke = true,
-                // What cargo says to every benchmark.
+                // Cargo passes `--bench` to every benchmark.
                 "--bench" => {}
                 case if !case.starts_with('-') => options.case = arg.clone(),
-                _ => bail!("the argument {arg} is not known; --help names those that are"),
+                _ => bail!("unknown argument {arg}; --help lists the arguments"),
             }
             if matches!(arg.as_str(), "--pool" | "--max-len") {
-                for_a_trace = Some(arg);
+                trace_only = Some(arg);
             }
         }
-        if let (Some(arg), None) = (for_a_trace, &options.trace) {
-            bail!("{arg} is for a --trace; the built-in workloads have their own pools");
+        if let (Some(arg), None) = (trace_only, &options.trace) {
+            bail!("{arg} needs --trace; the built-in workloads have their own pools");
         }
         if smoke {
             options.requests = options.requests.or(Some(200));
@@ -83,11 +83,11 @@ impl Options {
 
 fn number(arg: &str, value: &str) -> Result<usize> {
     let number = usize::from_str(value).with_context(|| format!("{arg} {value}: not a number"))?;
-    ensure!(number > 0, "{arg} 0: at least 1 is needed");
+    ensure!(number > 0, "{arg} 0: the least value is 1");
     Ok(number)
 }
 
-/// Cargo runs benchmarks in their package's folder.
+/// `path` relative to the workspace's folder; Cargo runs benchmarks in their package's folder.
 fn in_workspace(path: &str) -> PathBuf {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     workspace.canonicalize().unwrap_or(workspace).join(path)

@@ -17,7 +17,7 @@ const OVER_TIME: &str = "pool_over_time.svg";
 const FONT: &str = "sans-serif";
 const COLOURS: [RGBColor; 3] = [RGBColor(38, 99, 171), RGBColor(224, 130, 20), RGBColor(84, 150, 72)];
 
-/// Draws what the report has numbers for into `folder`, and names the files.
+/// Draws into `folder` the pictures that the report has numbers for, and returns their paths.
 ///
 /// # Errors
 ///
@@ -45,12 +45,12 @@ pub(crate) fn draw(report: &Report, folder: &Path) -> Result<Vec<PathBuf>> {
     pictured.map(draw).collect()
 }
 
-/// Those with a queue that is never empty.
+/// The workloads with a queue that is never empty.
 fn saturated(report: &Report) -> Vec<&str> {
     report.workloads().into_iter().filter(|name| !name.ends_with("_timed")).collect()
 }
 
-/// The usual block size, or the only one.
+/// The row of an allocator with the usual block size, or with its only one.
 fn usual<'a>(report: &'a Report, workload: &str, allocator: &str) -> Option<&'a Row> {
     report.find(workload, allocator, BLOCK_SIZE).or_else(|| report.find(workload, allocator, 1))
 }
@@ -76,9 +76,9 @@ fn by_allocator(report: &Report, area: &Area<'_>) -> Result<()> {
     for (nth, workload) in workloads.iter().enumerate() {
         let colour = COLOURS[nth % COLOURS.len()];
         let mut bars = Vec::new();
-        for (place, allocator) in ALLOCATORS.iter().enumerate() {
+        for (column, allocator) in ALLOCATORS.iter().enumerate() {
             let Some(row) = usual(report, workload, allocator) else { continue };
-            let left = place as f64 + 0.08 + nth as f64 * width;
+            let left = column as f64 + 0.08 + nth as f64 * width;
             bars.push((left, 100.0 * row.outcome.live_over_pool()));
         }
         let bar =
@@ -94,8 +94,8 @@ fn by_allocator(report: &Report, area: &Area<'_>) -> Result<()> {
     let plot = chart.plotting_area();
     let (x, y) = (plot.get_x_axis_pixel_range(), plot.get_y_axis_pixel_range());
     let each = f64::from(x.end - x.start) / ALLOCATORS.len() as f64;
-    for (place, allocator) in ALLOCATORS.iter().enumerate() {
-        let left = f64::from(x.start) + (place as f64 + 0.08) * each;
+    for (column, allocator) in ALLOCATORS.iter().enumerate() {
+        let left = f64::from(x.start) + (column as f64 + 0.08) * each;
         area.draw(&Text::new(allocator.replace("contiguous_", "contig. "), (left as i32, y.end + 10), (FONT, 14)))?;
     }
     legend(&mut chart, SeriesLabelPosition::UpperLeft)
@@ -140,15 +140,15 @@ fn by_block_size(report: &Report, area: &Area<'_>) -> Result<()> {
     legend(&mut chart, SeriesLabelPosition::LowerLeft)
 }
 
-/// Room above is for the legend.
+/// The label of the y axis. Above 100 there is none: that part of the picture is for the legend.
 fn percent_label(y: &f64) -> String {
     if *y > 100.0 { String::new() } else { format!("{y:.0} %") }
 }
 
-/// Its label, its colour and the tokens that it shows.
+/// A label, a colour and the tokens to show.
 type Series<'a> = (&'a str, RGBColor, &'a dyn Fn(&Sample) -> usize);
 
-/// Places for a picture: more cannot be told apart.
+/// The most points of a curve; more cannot be distinguished in the picture.
 const POINTS: usize = 400;
 
 fn over_time(report: &Report, area: &Area<'_>) -> Result<()> {
@@ -175,10 +175,10 @@ fn over_time(report: &Report, area: &Area<'_>) -> Result<()> {
         .y_label_formatter(&percent_label)
         .label_style((FONT, 14))
         .draw()?;
-    // From the back to the front: each is drawn over what it is a part of.
+    // From the back to the front: each series is drawn over the one that contains it.
     let layers: [Series<'_>; 3] = [
         ("paged_kv: remembered, for whoever begins alike", RGBColor(214, 226, 240), &|sample| {
-            sample.usage.reserved + sample.usage.remembered
+            sample.usage.reserved + sample.usage.evictable
         }),
         ("paged_kv: held and empty", RGBColor(176, 30, 60), &|sample| sample.usage.reserved),
         ("paged_kv: live tokens", RGBColor(90, 143, 200), &|sample| sample.usage.live),

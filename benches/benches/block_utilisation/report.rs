@@ -1,4 +1,4 @@
-//! The table and the record.
+//! The printed table and the record.
 
 use std::fmt::Write;
 
@@ -7,11 +7,11 @@ use benches::Record;
 
 use crate::simulation::{ALLOCATORS, Outcome, Sample};
 
-/// What one allocator made of one workload.
+/// The result of one workload replayed through one allocator.
 #[derive(Debug)]
 pub(crate) struct Row {
     pub(crate) workload: String,
-    /// Token places.
+    /// Slots of the pool.
     pub(crate) pool: usize,
     pub(crate) allocator: &'static str,
     pub(crate) block_size: usize,
@@ -30,8 +30,9 @@ impl Report {
     /// The rows from `first` on as a table, in Markdown.
     pub(crate) fn table(&self, first: usize) -> String {
         let mut table = String::from(
-            "| allocator | block | live / pool | live / reserved | mean batch | preemptions | recomputed | skipped, most | \
-             prefix hit | logical / physical | ns per token |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
+            "| allocator | block | live / pool | live / reserved | mean batch | preemptions | recomputed | \
+             skipped, most | prefix hit | logical / physical | ns per token |\n\
+             |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
         );
         for Row { allocator, block_size, outcome, .. } in &self.rows[first..] {
             let percent = |share: f64| format!("{:.2} %", 100.0 * share);
@@ -53,7 +54,7 @@ impl Report {
         table
     }
 
-    /// The same numbers for programs; shares are fractions of 1.
+    /// The same numbers as a record; shares are fractions of 1.
     pub(crate) fn record(&self) -> Record {
         let mut record = Record::default();
         for Row { workload, pool, allocator, block_size, outcome, .. } in &self.rows {
@@ -75,13 +76,13 @@ impl Report {
         record
     }
 
-    /// The row of one allocator.
+    /// The row of a workload, an allocator and a block size.
     pub(crate) fn find(&self, workload: &str, allocator: &str, block_size: usize) -> Option<&Row> {
         let is = |row: &&Row| row.workload == workload && row.allocator == allocator && row.block_size == block_size;
         self.rows.iter().find(is)
     }
 
-    /// The workloads, each once.
+    /// The names of the workloads, sorted, each once.
     pub(crate) fn workloads(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self.rows.iter().map(|row| row.workload.as_str()).collect();
         names.dedup();
@@ -90,17 +91,17 @@ impl Report {
         names
     }
 
-    /// Whether everybody is there, with numbers that can be.
+    /// Checks that every allocator has a row for every workload, and that the numbers are possible.
     ///
     /// # Errors
     ///
-    /// Names the row and the number that cannot.
+    /// Names the row and the number that is impossible, or the allocator that is missing.
     pub(crate) fn check_shape(&self) -> Result<()> {
         ensure!(!self.rows.is_empty(), "there are no rows");
         for workload in self.workloads() {
             for allocator in ALLOCATORS {
-                let there = self.rows.iter().any(|row| row.workload == workload && row.allocator == allocator);
-                ensure!(there, "{workload} lacks {allocator}");
+                let found = self.rows.iter().any(|row| row.workload == workload && row.allocator == allocator);
+                ensure!(found, "{workload} has no row for {allocator}");
             }
         }
         for Row { workload, allocator, block_size, outcome, .. } in &self.rows {
@@ -108,12 +109,15 @@ impl Report {
             let shares =
                 [outcome.live_over_pool(), outcome.live_over_reserved(), outcome.recomputed(), outcome.prefix_hit()];
             for share in shares {
-                ensure!((0.0..=1.0).contains(&share), "{row}: a share of {share}");
+                ensure!((0.0..=1.0).contains(&share), "{row}: a share is {share}, not between 0 and 1");
             }
-            ensure!(outcome.live_over_pool() > 0.0, "{row}: nothing lived");
-            ensure!(outcome.generated() > 0, "{row}: nothing was generated");
-            ensure!(outcome.logical_over_physical() >= 1.0, "{row}: more places than tokens");
-            ensure!(outcome.ns_per_token().is_some() == (*allocator == "paged_kv"), "{row}: whose books are timed");
+            ensure!(outcome.live_over_pool() > 0.0, "{row}: no slot was live");
+            ensure!(outcome.generated() > 0, "{row}: no token was generated");
+            ensure!(outcome.logical_over_physical() >= 1.0, "{row}: more live slots than tokens");
+            ensure!(
+                outcome.ns_per_token().is_some() == (*allocator == "paged_kv"),
+                "{row}: bookkeeping is timed for paged_kv and for no other allocator"
+            );
         }
         Ok(())
     }

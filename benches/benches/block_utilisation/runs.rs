@@ -1,4 +1,4 @@
-//! What is replayed through what.
+//! The workloads, and the allocators that each is replayed through.
 
 use std::fmt;
 
@@ -8,21 +8,21 @@ use crate::options::Options;
 use crate::report::{Report, Row};
 use crate::simulation::{ALLOCATORS, Arrivals, Pool, Request, allocator, block_sizes, built_in, read_trace, replay};
 
-/// Requests, and what they are replayed with.
+/// Requests, and the pool and arrivals that they are replayed with.
 #[derive(Debug)]
 pub(crate) struct Workload {
     pub(crate) name: String,
     pool: Pool,
     arrivals: Arrivals,
     requests: Vec<Request>,
-    /// Every block size, or the usual one.
+    /// Whether it is replayed with every block size, or only with the usual one.
     all_sizes: bool,
 }
 
 /// The usual block size.
 pub(crate) const BLOCK_SIZE: usize = 16;
 
-/// All workloads that are asked for.
+/// The workloads that the options select.
 ///
 /// # Errors
 ///
@@ -47,7 +47,7 @@ pub(crate) fn workloads(options: &Options) -> Result<Vec<Workload>> {
         let requests = built_in.generate(options.requests.unwrap_or(built_in.requests));
         add(built_in.name, built_in.pool, requests);
     }
-    // A large batch, for the cost of the books.
+    // A large pool and so a large batch, for the cost of the bookkeeping.
     let [conversation, ..] = built_in();
     let requests = conversation.generate(options.requests.unwrap_or(conversation.requests));
     let pool = Pool { tokens: 1 << 18, ..conversation.pool };
@@ -57,11 +57,12 @@ pub(crate) fn workloads(options: &Options) -> Result<Vec<Workload>> {
 }
 
 impl Workload {
-    /// Replays it through every allocator, and adds what that gives to the report: only cases with `case` in their names.
+    /// Replays it through every allocator and adds the results to the report, but only cases whose names contain
+    /// `case`.
     ///
     /// # Errors
     ///
-    /// If an allocator cannot be made or fails.
+    /// If an allocator cannot be created or fails.
     pub(crate) fn run(&self, case: &str, report: &mut Report) -> Result<()> {
         for name in ALLOCATORS {
             for &block_size in block_sizes(name) {

@@ -1,13 +1,14 @@
-//! One case: a geometry, a number of sequences, how their tokens are stored and where.
+//! One case: a geometry, a number of sequences, the type of their keys and values, and the order of their blocks.
 
 use anyhow::Result;
 use benches::is_smoke_test;
 use candle_core::{DType, Device, Tensor};
 use paged_attention::{BlockTable, KvCache, KvDtype, KvShape};
 
-/// Bytes over which the layers of one case rotate.
+/// Least bytes of the layers that the calls of one case rotate over.
 const COLD: usize = 512 << 20;
-/// Layers of a case whose layers stay in a cache. More than one: nobody can write into a layer while another reads it.
+/// Layers of a case whose layers stay in the processor's cache. More than one, because a layer cannot be written while
+/// another caller reads it.
 const CACHED_LAYERS: usize = 4;
 
 /// One row of the table.
@@ -20,11 +21,11 @@ pub(crate) struct Case {
     pub(crate) context: usize,
     pub(crate) dtype: KvDtype,
     pub(crate) threads: usize,
-    /// Tokens in a block; a whole sequence if it is to lie in one piece.
+    /// Tokens in a block; the capacity of a sequence if the sequence is contiguous.
     pub(crate) block_size: usize,
-    /// Whether each sequence's blocks lie in random order.
+    /// Whether each sequence's blocks are in random order.
     pub(crate) shuffled: bool,
-    /// Whether keys and values come out of a cache: few layers, again and again.
+    /// Whether keys and values come out of the processor's cache: calls rotate over few layers.
     pub(crate) cached: bool,
 }
 
@@ -62,7 +63,7 @@ impl Case {
     }
 
     pub(crate) fn random(&self, shape: &[usize]) -> Result<Tensor> {
-        // What a model hands over: numbers as wide as those that are stored, and never bytes.
+        // The type that a model computes in: as wide as the stored type, but f32 for 8-bit storage.
         let dtype = if self.dtype == KvDtype::Int8 { DType::F32 } else { self.dtype.tensor_dtype() };
         Ok(Tensor::randn(0f32, 1., shape, &Device::Cpu)?.to_dtype(dtype)?)
     }
@@ -78,7 +79,7 @@ impl Case {
         let cache = KvCache::builder(shape).blocks(blocks).block_size(self.block_size).dtype(self.dtype).build()?;
         let mut holes = Vec::new();
         if self.shuffled {
-            holes = (0..blocks).map(|_| cache.pool().take(1)).collect::<Result<_, _>>()?;
+            holes = (0..blocks).map(|_| cache.pool().allocate(1)).collect::<Result<_, _>>()?;
         }
         let history = self.random(&[self.context - 1, self.kv_heads, self.head_dim])?;
         let mut tables: Vec<_> = (0..self.batch).map(|_| cache.table()).collect();
@@ -92,7 +93,7 @@ impl Case {
                 table.reserve(table.capacity() + 1)?;
             }
             let mut step = cache.step();
-            // Every sequence has tokens of its own, or they would share their blocks.
+            // Every sequence has different tokens, or they would share blocks.
             step.push(table, &(first..).take(self.context - 1).collect::<Vec<_>>())?;
             for layer in 0..shape.layers {
                 step.write(layer, &history, &history)?;
@@ -102,7 +103,7 @@ impl Case {
         Ok((cache, tables))
     }
 
-    /// Keys and values of one layer, each `(batch, kv_heads, context, head_dim)`.
+    /// Keys and values of each layer, each `(batch, kv_heads, context, head_dim)`.
     pub(crate) fn contiguous(&self) -> Result<Vec<[Tensor; 2]>> {
         let shape = [self.batch, self.kv_heads, self.context, self.head_dim];
         let (k, v) = (self.random(&shape)?, self.random(&shape)?);

@@ -1,4 +1,4 @@
-//! One new token for each sequence, beside the memory's floor and candle's own attention.
+//! One new token for each sequence, compared with the memory's floor and candle's own attention.
 
 use std::cell::Cell;
 use std::hint::black_box;
@@ -14,8 +14,8 @@ use paged_attention::{Attention, KvDtype};
 use crate::case::Case;
 use crate::{SECONDS, floor};
 
-/// One layer after the other, round and round. Who reads the same layers takes the same turns: nobody finds in a cache what
-/// another has just read.
+/// Rotates over the layers. Contenders that read the same layers share one `Turn`, so that none finds in the
+/// processor's cache what another has just read.
 struct Turn(Cell<usize>);
 
 impl Turn {
@@ -25,16 +25,16 @@ impl Turn {
     }
 }
 
-/// Calls `read` with a layer's numbers, one, two or four bytes each, as words of four.
+/// Calls `read` with a layer's numbers, of one, two or four bytes each, as words of four bytes.
 pub(crate) fn with_words<R>(layer: &Tensor, read: impl FnOnce(&[u32]) -> R) -> Result<R> {
-    let (guard, place) = layer.storage_and_layout();
-    let own = place.start_offset()..place.start_offset() + layer.elem_count();
+    let (guard, layout) = layer.storage_and_layout();
+    let own = layout.start_offset()..layout.start_offset() + layer.elem_count();
     Ok(match &*guard {
         Storage::Cpu(CpuStorage::F32(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
         Storage::Cpu(CpuStorage::F16(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
         Storage::Cpu(CpuStorage::BF16(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
         Storage::Cpu(CpuStorage::U8(numbers)) => read(bytemuck::cast_slice(&numbers[own])),
-        _ => anyhow::bail!("the floor is read on a CPU"),
+        _ => anyhow::bail!("the floor needs f32, f16, bf16 or u8 on a CPU"),
     })
 }
 
@@ -44,7 +44,8 @@ pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
     let layers = case.layers();
     let order: Vec<u32> = tables.iter().flat_map(|table| table.blocks()).map(|id| id.index() as u32).collect();
     let block = cache.bytes_per_block() / layers / 4;
-    ensure!(order.len() * block * 4 >= case.bytes(), "the floor reads all that attention reads");
+    let floor_bytes = order.len() * block * 4;
+    ensure!(floor_bytes >= case.bytes(), "the floor reads {floor_bytes} bytes, attention reads {}", case.bytes());
 
     let q = case.random(&[case.batch, case.heads, case.head_dim])?;
     let k = case.random(&[case.batch, case.kv_heads, case.head_dim])?;
@@ -78,7 +79,7 @@ pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
             };
             black_box(attend().expect("the shapes fit"));
         }));
-        // It has neither bf16 nor bytes.
+        // candle's flash attention has neither bf16 nor 8 bits.
         if matches!(case.dtype, KvDtype::F32 | KvDtype::F16) {
             contenders.push(Box::new(|| {
                 let [k, v] = &contiguous[peers.next(layers)];

@@ -1,16 +1,17 @@
-//! What the machine gives: the same blocks in the same order, read and nothing else; and multiply-adds in registers.
+//! The limits of the machine: reading the same blocks in the same order and nothing else, and multiply-adds in
+//! registers.
 
 use std::hint::black_box;
 
 use rayon::prelude::*;
 
-/// Reads each block once through, the blocks shared out evenly among the threads of the current pool.
+/// Reads each block once from start to end. The blocks are divided evenly among the threads of the current pool.
 pub(crate) fn plain(storage: &[u32], block: usize, order: &[u32]) -> u32 {
     let read = |id: &u32| storage[*id as usize * block..][..block].iter().fold(0u32, |sum, x| sum.wrapping_add(*x));
     shares(order).map(|share| share.iter().map(read).fold(0, u32::wrapping_add)).reduce(|| 0, u32::wrapping_add)
 }
 
-/// Reads four blocks at a time, a few numbers of each in turn: four streams keep more reads under way than one.
+/// Reads four blocks at a time, a few numbers of each in turn: four streams keep more reads in flight than one.
 pub(crate) fn four_streams(storage: &[u32], block: usize, order: &[u32]) -> u32 {
     let of = |id: u32| storage[id as usize * block..][..block].chunks_exact(LANES);
     shares(order)
@@ -35,16 +36,17 @@ pub(crate) fn four_streams(storage: &[u32], block: usize, order: &[u32]) -> u32 
         .reduce(|| 0, u32::wrapping_add)
 }
 
-/// Numbers of a stream that are read in one go: as many as keep the sums of all four in registers.
+/// Numbers of a stream that are read at a time; with eight, the sums of all four streams stay in registers.
 const LANES: usize = 8;
 
-/// Multiplies and adds in registers, `n` times [`CHAINS`] on each thread of the current pool, with the widest instructions that
-/// this machine has.
+/// Does `n` times [`CHAINS`] multiply-adds in registers on each thread of the current pool, with the widest
+/// instructions of this machine.
 pub(crate) fn multiply_adds(n: usize) -> f32 {
     (0..rayon::current_num_threads()).into_par_iter().map(|_| pulp::Arch::new().dispatch(MultiplyAdds(n))).sum()
 }
 
-/// Not a closure: those are not sure to be compiled with the instructions that `dispatch` permits.
+/// `n` rounds of [`CHAINS`] multiply-adds. A type, because a closure may be compiled without the instructions that
+/// `dispatch` permits.
 struct MultiplyAdds(usize);
 
 impl pulp::NullaryFnOnce for MultiplyAdds {
@@ -63,7 +65,7 @@ impl pulp::NullaryFnOnce for MultiplyAdds {
     }
 }
 
-/// Chains of multiply-adds that do not wait for each other: as many as keep all units busy and fit into registers.
+/// Independent chains of multiply-adds: enough to keep all units busy, and few enough to fit into registers.
 pub(crate) const CHAINS: usize = 96;
 
 fn shares(order: &[u32]) -> impl ParallelIterator<Item = &[u32]> {

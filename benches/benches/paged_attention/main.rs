@@ -1,14 +1,14 @@
-//! Attention over blocks beside the machine's floor and candle's own attention: one new token for each sequence, and the
-//! prefill of one, whose floor is the time that as many multiply-adds take in registers.
+//! Attention over blocks, compared with the machine's floor and candle's own attention: one new token for each
+//! sequence, and the prefill of one sequence, whose floor is the time of the same number of multiply-adds in registers.
 //!
-//! All contenders of a case take turns in one run, on the same threads. Layers take turns too, over at least half a
-//! gibibyte, so that the caches see keys and values only once in a while, as when a whole model runs.
+//! All contenders of a case take turns in one run, on the same threads. Calls rotate over layers of at least half a
+//! gibibyte together, so that keys and values come from memory, as they do when a whole model runs.
 //!
-//! - `plain` reads the same blocks in the same order once through; `four streams` reads the same bytes as four
-//!   interleaved streams, the most that this memory gives.
-//! - Sequences in one block, and in blocks in random order, stand beside those in order.
-//! - Two callers, each with a thread and a sequence of its own in one cache, stand beside one of them.
-//! - candle's grouped matrix products and its flash attention read a contiguous cache that is there already.
+//! - `plain` reads the same blocks in the same order, each from start to end. `four streams` reads the same bytes as
+//!   four interleaved streams, which gives the highest bandwidth of this memory.
+//! - Sequences in one block, and in blocks in random order, are compared with sequences in blocks in order.
+//! - Two callers, each with a thread and a sequence of its own in one cache, are compared with one caller.
+//! - candle's grouped matrix products and its flash attention read a contiguous cache that already exists.
 
 mod case;
 mod decode;
@@ -28,12 +28,12 @@ const SECONDS: f64 = 0.8;
 
 const USAGE: &str = "usage: cargo bench -p benches --bench paged_attention [-- PART_OF_A_CASE'S_NAME], for example f16";
 
-/// What is measured of a case, on as many threads as it says.
+/// Measures a case. Runs in a pool of `case.threads` threads.
 type Measure = fn(&Case, &mut Record) -> Result<()>;
 
 fn main() -> Result<()> {
     let mut record = Record::default();
-    // What cargo itself adds.
+    // Cargo adds `--bench`; `is_smoke_test` reads `--test`.
     let arguments = std::env::args().skip(1).filter(|argument| !["--bench", "--test"].contains(&argument.as_str()));
     let arguments: Vec<_> = arguments.collect();
     ensure!(arguments.len() <= 1 && !arguments.iter().any(|argument| argument.starts_with('-')), USAGE);
@@ -49,7 +49,7 @@ fn main() -> Result<()> {
     record.write("paged_attention")
 }
 
-/// All cases, each with the beginning of its name.
+/// All cases, each with a prefix of its name and the function that measures it.
 fn cases() -> Vec<(&'static str, Case, Measure)> {
     let contexts: &[usize] = if is_smoke_test() { &[64] } else { &[4096, 16_384] };
     let (prompt, short) = if is_smoke_test() { (64, 64) } else { (2048, 256) };

@@ -1,8 +1,9 @@
-//! The same sequences in blocks of 16 in order, in one block each, and in blocks of 16 in random order, in turns: what paging
-//! costs.
+//! The cost of paging: the same sequences in blocks of 16 in order, in one block each, and in blocks of 16 in random
+//! order, in turns.
 //!
-//! The cache that is made first is up to 5 % slower to read, whatever its blocks: where the system finds the pages counts. So
-//! the caches are made as many times as there are, each time another one first, and the ratios are geometric means.
+//! The cache that is created first is up to 5 % slower to read, whatever its blocks are, because of where the system
+//! places its pages. So the three caches are created three times, each time with a different one first, and the ratios
+//! are geometric means.
 
 use std::hint::black_box;
 
@@ -13,7 +14,7 @@ use paged_attention::Attention;
 use crate::SECONDS;
 use crate::case::Case;
 
-/// In order, one block, random order.
+/// The number of orders: in order, one block, random order.
 const ORDERS: usize = 3;
 
 /// Measures the new token of each sequence in every order of blocks. Runs on the threads of the current pool.
@@ -32,7 +33,8 @@ pub(crate) fn orders(case: &Case, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// The time of the first case, and those of the others in it. The caches are made in turn, case `first` first.
+/// The time of the first case, and the times of the others divided by it. The caches are created in turn, beginning
+/// with case `first`.
 fn race(cases: &[Case; ORDERS], first: usize) -> Result<[f64; ORDERS]> {
     let case = &cases[0];
     let mut filled = (0..ORDERS).map(|turn| cases[(first + turn) % ORDERS].filled()).collect::<Result<Vec<_>>>()?;

@@ -1,4 +1,4 @@
-//! A whole prompt, beside the most multiply-adds that the machine can do.
+//! The prefill of a whole prompt, compared with the machine's limit of multiply-adds.
 
 use std::hint::black_box;
 
@@ -9,8 +9,8 @@ use paged_attention::{Attention, KvCache, KvShape};
 use crate::case::Case;
 use crate::{SECONDS, floor};
 
-/// Measures the prefill of one causal sequence of `case.context` tokens beside the most multiply-adds that these threads can do. Runs on
-/// the threads of the current pool.
+/// Measures the prefill of one causal sequence of `case.context` tokens, compared with the same number of multiply-adds
+/// in registers. Runs on the threads of the current pool.
 pub(crate) fn prefill(case: &Case, record: &mut Record) -> Result<()> {
     let shape = KvShape { layers: 1, kv_heads: case.kv_heads, head_dim: case.head_dim };
     let cache = KvCache::builder(shape).memory(case.bytes() + (1 << 20)).dtype(case.dtype).build()?;
@@ -20,7 +20,7 @@ pub(crate) fn prefill(case: &Case, record: &mut Record) -> Result<()> {
     let q = case.random(&[case.context, case.heads, case.head_dim])?;
     let k = case.random(&[case.context, case.kv_heads, case.head_dim])?;
     let attention = Attention::new(case.scale());
-    // Each token sees itself and those before it; a product and a sum for each of its numbers, twice.
+    // Each token sees itself and the tokens before it, with one multiply-add per number of the key and of the value.
     let multiply_adds = 2 * case.context * (case.context + 1) / 2 * case.heads * case.head_dim;
     let chains = multiply_adds / floor::CHAINS / case.threads;
     let mut contenders: Vec<Contender<'_>> = vec![

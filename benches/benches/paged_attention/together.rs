@@ -1,5 +1,5 @@
-//! Two callers at once, each with a sequence of its own in one cache and a thread of its own: how much more they get done than
-//! one of them alone, and how much more two get done who only read.
+//! Two callers at once, each with its own thread and its own sequence in one cache: the work of both together divided
+//! by the work of one alone, and the same for two callers that only read.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -13,20 +13,20 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::case::Case;
 use crate::{SECONDS, decode, floor};
 
-/// Layers that a caller attends over in a turn: enough that starting its thread does not count.
+/// Layers that a caller attends over in a turn: enough to make the time to start its thread negligible.
 const LAYERS: usize = 32;
 
-/// Who works on a thread of its own.
+/// A caller with its own thread and its own step.
 struct Caller<'a> {
     pool: ThreadPool,
     step: Step<'a>,
-    /// Its sequence's blocks.
+    /// The blocks of its sequence.
     order: Vec<u32>,
-    /// The layer whose turn it is.
+    /// The layer of its last call; the next call takes the one after it.
     next: usize,
 }
 
-/// Each caller does `work` for some layers, one after the other; all at once.
+/// All callers at once do `work` for [`LAYERS`] layers, one layer after the other.
 fn run(callers: &mut [Caller<'_>], layers: usize, work: &(impl Fn(&Step<'_>, &[u32], usize) + Sync)) {
     thread::scope(|scope| {
         for Caller { pool, step, order, next } in callers {
@@ -42,7 +42,7 @@ fn run(callers: &mut [Caller<'_>], layers: usize, work: &(impl Fn(&Step<'_>, &[u
     });
 }
 
-/// Measures the new token of one sequence and of two at once, and one and two readers of the same blocks.
+/// Measures attention of the new token for one caller and for two at once, and one and two readers of the same blocks.
 pub(crate) fn together(case: &Case, record: &mut Record) -> Result<()> {
     let (cache, mut tables) = case.filled()?;
     let layers = case.layers();

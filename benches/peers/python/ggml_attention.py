@@ -11,7 +11,7 @@ import numpy as np
 from protocol import clocked, numbers, serve
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
-# Numbers of `enum ggml_type`, and of `enum ggml_prec`.
+# Values of `enum ggml_type`, and of `enum ggml_prec`.
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "int8": Q8_0}
 PRECISION_F32 = 10
@@ -61,7 +61,7 @@ contexts = []
 
 
 def converted(numbers, dtype):
-    """`numbers` as the bytes of a ggml type."""
+    """Returns `numbers` as the bytes of a ggml type."""
     numbers = np.ascontiguousarray(numbers, dtype=np.float32)
     if dtype == F32:
         return numbers.view(np.uint8).reshape(-1)
@@ -90,7 +90,8 @@ def prepare(case, variant):
         if variant == "head-major":
             x = x.transpose(0, 2, 1, 3)
         keys_and_values.append(np.tile(converted(x, dtype), batch))
-    q_numbers = np.tile(numbers("q", rows * heads * dim).reshape(1, rows, heads, dim).transpose(0, 2, 1, 3), (batch, 1, 1, 1))
+    q_numbers = numbers("q", rows * heads * dim).reshape(1, rows, heads, dim).transpose(0, 2, 1, 3)
+    q_numbers = np.tile(q_numbers, (batch, 1, 1, 1))
 
     each = 2 * keys_and_values[0].size + batch * heads * rows * dim * 4 + graph_overhead() + (1 << 16)
     memory = case["layers"] * each + q_numbers.nbytes + 2 * tokens * rows + (1 << 20)

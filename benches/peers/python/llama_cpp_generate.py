@@ -1,7 +1,7 @@
-"""llama.cpp end to end: sequences of a given length that decode one token each per step, all in one batch.
+"""llama.cpp end to end: sequences of a given length decode one token each per step, all in one batch.
 
-Flash attention on, keys and values as f16, each sequence in a buffer of its own: with one buffer for all, every sequence's
-attention passes over the tokens of the others."""
+Flash attention is on, keys and values are f16, and each sequence has its own buffer: with one buffer for all, every
+sequence's attention passes over the tokens of the others."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ import numpy as np
 from protocol import serve
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
-# Tokens of a prompt that are computed together, as many as in the other contender.
+# Tokens of a prompt that are computed together, the same number as in our contender.
 PIECE = 512
 
 
@@ -24,7 +24,7 @@ def silent(_level, _text, _data):
 llama.llama_log_set(silent, ctypes.c_void_p(0))
 llama.llama_backend_init()
 parameters = llama.llama_model_default_params()
-# With the matrices that it makes for AMX, 4-bit ones of a width as the default model's end the process.
+# With the matrices that llama.cpp makes for AMX, 4-bit matrices as wide as the default model's crash the process.
 parameters.use_extra_bufts = b"AMX_INT8 = 1" not in llama.llama_print_system_info()
 model = llama.llama_model_load_from_file(os.environ["PEERS_MODEL"].encode(), parameters)
 vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
@@ -42,11 +42,11 @@ def prepare(case, _variant):
     parameters.n_threads = parameters.n_threads_batch = THREADS
     parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     parameters.kv_unified = False
-    held = llama.llama_init_from_model(model, parameters)
-    if not held:
-        raise MemoryError(f"no context of {batch} x {room} tokens")
-    contexts.append(held)
-    memory = llama.llama_get_memory(held)
+    llama_context = llama.llama_init_from_model(model, parameters)
+    if not llama_context:
+        raise MemoryError(f"cannot create a context of {batch} x {room} tokens")
+    contexts.append(llama_context)
+    memory = llama.llama_get_memory(llama_context)
     rows = llama.llama_batch_init(max(PIECE, batch), 0, 1)
 
     def compute(tokens, positions, sequences, wanted):
@@ -57,11 +57,11 @@ def prepare(case, _variant):
             rows.n_seq_id[i] = 1
             rows.seq_id[i][0] = sequence
             rows.logits[i] = wanted(i)
-        if llama.llama_decode(held, rows) != 0:
+        if llama.llama_decode(llama_context, rows) != 0:
             raise RuntimeError(f"llama_decode failed at {batch} x {context}")
 
     def likeliest(n):
-        logits = np.ctypeslib.as_array(llama.llama_get_logits(held), (n, vocabulary))
+        logits = np.ctypeslib.as_array(llama.llama_get_logits(llama_context), (n, vocabulary))
         return logits.argmax(axis=1).tolist()
 
     # One prompt is computed; the others get copies of its keys and values.

@@ -1,15 +1,16 @@
-"""One JSON object a line, from the driver and back.
+"""The protocol between the driver and a peer: one JSON object per line in both directions.
 
     {"do": "prepare", "variant": "plain", "case": {...}}  ->  {"id": 0, "output": [...]}
     {"do": "run", "id": 0, "times": 8}                    ->  {"ns": 123456}
     {"do": "clear"}                                       ->  {}
 
-The first line comes unasked and says who answers: {"name": "PyTorch 2.13.0", "threads": 2}. What goes wrong is
-{"error": "..."}, and the next line is served all the same.
+The peer sends the first line without a request, to say its name: {"name": "PyTorch 2.13.0", "threads": 2}. The answer
+to a request that fails is {"error": "..."}; the peer then goes on with the next line.
 
-A case has `kind` (decode, prefill, append, generate), `heads`, `kv_heads`, `head_dim`, `batch`, `context`, `dtype` (f32,
-f16, bf16, int8) and `layers`: as many copies of keys and values as calls rotate over. Numbers come from `numbers`, so that every
-contender computes the same and the driver can compare `output`, the last token's `(heads, head_dim)`.
+A case has `kind` (decode, prefill, append, generate), `heads`, `kv_heads`, `head_dim`, `batch`, `context`, `room`
+(tokens that each sequence may grow by), `dtype` (f32, f16, bf16, int8) and `layers` (the number of copies of keys and
+values that calls rotate over). The numbers come from `numbers`, so that every contender computes the same and the
+driver can compare `output`, the last token's `(heads, head_dim)`.
 """
 
 import gc
@@ -20,7 +21,8 @@ import time
 
 
 def numbers(kind, count):
-    """`count` numbers between -1 and 1, the same on every side; queries are wider, so that the softmax has peaks."""
+    """Returns `count` numbers between -1 and 1, the same as `numbers.rs`. Queries are twice as wide, so that the
+    softmax has peaks."""
     import numpy as np
 
     seed, width = {"q": (1, 2.0), "k": (2, 1.0), "v": (3, 1.0)}[kind]
@@ -34,7 +36,7 @@ def numbers(kind, count):
 
 
 def clocked(call):
-    """Makes `run(times)`, in nanoseconds, of `call(turn)`, where `turn` counts on from run to run."""
+    """Returns a `run(times)` that calls `call(turn)` and returns nanoseconds; `turn` continues from run to run."""
     state = {"turn": 0}
 
     def run(times):
@@ -49,8 +51,9 @@ def clocked(call):
 
 
 def serve(name, threads, prepare, clear=lambda: None):
-    """Serves until the driver closes its end. `prepare(case, variant)` returns `run` and the output to compare."""
-    # Libraries print what they like; the driver hears only answers.
+    """Serves requests until the driver closes its end. `prepare(case, variant)` returns `run` and the output to
+    compare."""
+    # What libraries print goes to standard error; the driver reads only answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -75,6 +78,6 @@ def serve(name, threads, prepare, clear=lambda: None):
                 gc.collect()
                 answer({})
             else:
-                raise ValueError(f"no such request: {request['do']}")
-        except Exception as error:  # the driver decides what a failure means
+                raise ValueError(f"unknown request: {request['do']}")
+        except Exception as error:  # the driver decides what to do about a failure
             answer({"error": f"{type(error).__name__}: {error}"})

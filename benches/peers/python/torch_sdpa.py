@@ -1,5 +1,5 @@
 """PyTorch's scaled dot product attention over a contiguous cache `(batch, kv_heads, tokens, head_dim)`, and two ways to
-append to one."""
+append to such a cache."""
 
 import os
 

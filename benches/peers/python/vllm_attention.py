@@ -1,4 +1,4 @@
-"""vLLM's paged attention for CPUs, through the operators that its own backend calls; the engine around it is not needed."""
+"""vLLM's paged attention for CPUs, through the operators that its own backend calls, without the engine."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ memory = {}
 
 
 def load():
-    """The library that vLLM would choose for this machine."""
+    """Loads the library that vLLM would choose for this machine."""
     name = "_C_AVX2"
     if torch.cpu._is_avx512_supported():
         name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
@@ -24,12 +24,12 @@ def load():
     library = folder / f"{name}.abi3.so"
     torch.ops.load_library(library if library.exists() else folder / "_C.abi3.so")
     if torch.cpu._is_amx_tile_supported():
-        # Tiles have to be asked for, or the first one ends the process.
+        # The process must ask for tiles, or its first use of one ends it.
         torch.cpu._init_amx()
 
 
 def isa(case, block_size):
-    """Which of its kernels vLLM would choose."""
+    """Returns the kernel that vLLM would choose."""
     if block_size % 32 or case["head_dim"] % 32:
         return "vec16"
     amx = case["dtype"] == "bf16" and torch.cpu._is_amx_tile_supported()
@@ -42,7 +42,7 @@ def prepare(case, variant):
     kv_heads, dim, dtype = case["kv_heads"], case["head_dim"], DTYPES[case["dtype"]]
     kernel = isa(case, block_size)
 
-    # For each layer (blocks, kv_heads, block_size of K then of V, head_dim), as its backend lays them out.
+    # For each layer (blocks, kv_heads, block_size of K then of V, head_dim), the layout of its backend.
     blocks_each = -(-context // block_size)
     blocks = batch * blocks_each
     shape = (case["layers"], blocks, kv_heads, 2 * block_size, dim)
@@ -82,7 +82,7 @@ def prepare(case, variant):
     lengths = torch.full((batch,), context, dtype=torch.int32)
     table = torch.arange(blocks, dtype=torch.int32).view(batch, blocks_each)
     output = torch.empty_like(q)
-    # Once per step in vLLM, for all layers.
+    # vLLM computes the plan once per step, for all layers.
     plan = torch.ops._C.get_scheduler_metadata(
         batch, heads, kv_heads, dim, lengths, dtype, starts, True, -1, kernel, True, None
     )

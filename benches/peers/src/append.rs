@@ -1,4 +1,4 @@
-//! Adding one token's keys and values to a cache that holds many.
+//! Appending one token's keys and values to a long cache.
 
 use std::hint::black_box;
 
@@ -12,11 +12,11 @@ use crate::record::Record;
 use crate::turns::{self, Contender};
 use crate::{candle, paged};
 
-/// Appending. It is the work of one thread, of however many each contender has.
+/// Measures appending. One thread does the work, whatever the number of threads of a contender.
 ///
 /// # Errors
 ///
-/// If ours fails.
+/// If our contender fails.
 pub fn append(threads: usize, python: &Environment, effort: Effort, record: &mut Record) -> Result<()> {
     let contexts: &[usize] = match effort {
         Effort::Smoke => &[64],
@@ -30,7 +30,7 @@ pub fn append(threads: usize, python: &Environment, effort: Effort, record: &mut
         eprintln!("{name}");
 
         let mut contenders = vec![paged::append(&case)?];
-        // The same bytes, copied to where the next token of a sequence lies.
+        // The floor: the same bytes, copied to the slot of the next token of a sequence.
         let token = vec![1f32; kv_heads * head_dim];
         let mut memory = vec![0f32; 2 * (context + room) * token.len()];
         contenders.push(Contender::timed(FLOOR, move |turn| {

@@ -1,16 +1,16 @@
-//! What the command line says.
+//! The command line.
 
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-/// Measures the paged KV cache beside PyTorch, vLLM, ggml, llama.cpp, candle and kvbm-logical, which take turns on this
-/// machine in one run. Peers in Python are installed with pip, into a virtual environment below `target`; those that cannot
-/// be had are skipped.
+/// Compares the paged KV cache with PyTorch, vLLM, ggml, llama.cpp, candle and kvbm-logical, which take turns on this
+/// machine in one run. Peers in Python are installed with pip into a virtual environment below `target`; a peer that
+/// cannot be installed is skipped.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Args {
-    /// Measure these parts alone
+    /// Measure only these parts
     #[arg(long, value_name = "PART", value_enum, value_delimiter = ',')]
     pub only: Vec<Part>,
 
@@ -18,11 +18,11 @@ pub struct Args {
     #[arg(long)]
     pub quick: bool,
 
-    /// Run everything briefly without Python, to see that it works; its numbers mean nothing
+    /// Smoke test: run everything briefly without Python; the numbers mean nothing
     #[arg(long, conflicts_with = "quick")]
     pub test: bool,
 
-    /// Threads of every contender [default: as many as run at once here]
+    /// Threads of every contender [default: as many as can run at once here]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
 
@@ -34,25 +34,25 @@ pub struct Args {
     #[arg(long)]
     pub markdown: bool,
 
-    /// Put the tables as Markdown into this file, between the lines `<!-- tables -->` and `<!-- end of tables -->`
+    /// Write the tables as Markdown into this file, between the lines `<!-- tables -->` and `<!-- end of tables -->`
     #[arg(long, value_name = "FILE")]
     pub into: Option<PathBuf>,
 
-    /// Measure nothing: print the tables of a record that was written before
+    /// Measure nothing; print the tables of an earlier record
     #[arg(long, value_name = "FILE", conflicts_with_all = ["only", "quick", "test", "threads", "model"])]
     pub from: Option<PathBuf>,
 }
 
-/// What can be measured.
+/// A part of the benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Part {
     /// Attention of one new token for each sequence
     Decode,
     /// Causal attention of a whole prompt
     Prefill,
-    /// Adding a token's keys and values to a cache
+    /// Appending a token's keys and values to a cache
     Append,
-    /// Taking, finding, publishing and freeing blocks
+    /// Allocating, matching, caching and freeing blocks
     Allocation,
     /// A real model, tokens per second
     Generation,
@@ -64,12 +64,12 @@ impl Part {
 }
 
 impl Args {
-    /// Whether `part` is to be measured.
+    /// Whether `part` is selected.
     pub fn wants(&self, part: Part) -> bool {
         self.only.is_empty() || self.only.contains(&part)
     }
 
-    /// How thorough to be.
+    /// How thorough the run is.
     pub fn effort(&self) -> Effort {
         match (self.test, self.quick) {
             (true, _) => Effort::Smoke,
@@ -79,10 +79,10 @@ impl Args {
     }
 }
 
-/// How thorough to be.
+/// How thorough a run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effort {
-    /// To see that it works.
+    /// A smoke test.
     Smoke,
     /// Few cases and rounds.
     Quick,
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn arguments_are_parsed_and_wrong_ones_refused() {
         Args::command().debug_assert();
         let args = Args::try_parse_from(["peers", "--only", "decode,append", "--quick"]).unwrap();
         assert!(args.wants(Part::Append) && !args.wants(Part::Generation) && args.effort() == Effort::Quick);

@@ -1,4 +1,4 @@
-//! Attention: one new token for each of some sequences, and all tokens of one.
+//! Attention: decoding one new token for each sequence of a batch, and the prefill of one sequence.
 
 use anyhow::Result;
 use rayon::ThreadPool;
@@ -11,22 +11,22 @@ use crate::record::Record;
 use crate::turns::{self, Contender};
 use crate::{candle, paged};
 
-/// Bytes of keys and values over which calls rotate, so that they come from memory, as when a whole model runs.
+/// Bytes of keys and values that calls rotate over, so that they come from memory, as they do when a whole model runs.
 const COLD: usize = 512 << 20;
 
-/// Heads of queries, of keys and values, and dimensions of a head: of an 8-billion-parameter llama, and of SmolLM2-135M.
+/// Query heads, key and value heads, and dimensions of a head: of an 8-billion-parameter llama, and of SmolLM2-135M.
 const HEADS: [(usize, usize, usize); 2] = [(32, 8, 128), (9, 3, 64)];
 
-/// What decoding is measured with.
+/// The threads, floor and peers that attention is measured with.
 #[derive(Debug)]
 pub struct Machine<'a> {
-    /// Threads of everybody in this process.
+    /// The threads of all contenders in this process.
     pub threads: &'a ThreadPool,
-    /// Memory to read.
+    /// The memory that the floor reads.
     pub floor: &'a mut Floor,
-    /// Peers in Python.
+    /// The peers in Python.
     pub python: &'a Environment,
-    /// How thorough to be.
+    /// How thorough the run is.
     pub effort: Effort,
 }
 
@@ -38,11 +38,11 @@ impl Machine<'_> {
     }
 }
 
-/// Decoding.
+/// Measures decoding.
 ///
 /// # Errors
 ///
-/// If ours fails.
+/// If our contender fails.
 pub fn decode(machine: &mut Machine<'_>, record: &mut Record) -> Result<()> {
     let sizes: &[(usize, usize)] = match machine.effort {
         Effort::Smoke => &[(2, 64)],
@@ -99,11 +99,11 @@ fn decode_case(case: &Case, bytes: usize, machine: &mut Machine<'_>, record: &mu
     Ok(())
 }
 
-/// Prefill.
+/// Measures prefill.
 ///
 /// # Errors
 ///
-/// If ours fails.
+/// If our contender fails.
 pub fn prefill(machine: &mut Machine<'_>, record: &mut Record) -> Result<()> {
     let contexts: &[usize] = match machine.effort {
         Effort::Smoke => &[48],
@@ -125,12 +125,12 @@ pub fn prefill(machine: &mut Machine<'_>, record: &mut Record) -> Result<()> {
 fn prefill_case(case: &Case, machine: &Machine<'_>, record: &mut Record) -> Result<()> {
     let name = machine.name(case);
     eprintln!("{name}");
-    // Each token sees itself and those before it; a product and a sum for each of its numbers, twice.
+    // Each token sees itself and the tokens before it, with one multiply-add per number of the key and of the value.
     let multiply_adds = case.context * (case.context + 1) * case.heads * case.head_dim;
     let threads = machine.threads;
-    // Its f16 takes half a minute for 2,048 tokens.
-    let candle_has = case.dtype == "f32" || case.dtype == "f16" && case.context <= 512;
-    let layers = if candle_has { Some(candle::Layers::new(case)?) } else { None };
+    // candle's flash attention has no bf16, and its f16 takes half a minute for 2,048 tokens.
+    let candle_takes_part = case.dtype == "f32" || case.dtype == "f16" && case.context <= 512;
+    let layers = if candle_takes_part { Some(candle::Layers::new(case)?) } else { None };
     let mut field = Field::new(case, paged::prefill(case, threads)?);
     field.add_floor(Contender::timed_on(threads, FLOOR, move |_| {
         floor::multiply_adds(threads, multiply_adds);
@@ -153,10 +153,10 @@ fn prefill_case(case: &Case, machine: &Machine<'_>, record: &mut Record) -> Resu
     Ok(())
 }
 
-/// What the standings call the machine's floor.
+/// The name of the machine's floor in the standings.
 pub const FLOOR: &str = "floor";
 
-/// Contenders that compute the same as the first one.
+/// The contenders of a case, all with the same result as the first.
 struct Field<'a> {
     contenders: Vec<Contender<'a>>,
     expected: Vec<f32>,
@@ -165,7 +165,8 @@ struct Field<'a> {
 
 impl<'a> Field<'a> {
     fn new(case: &Case, (ours, expected): (Contender<'a>, Vec<f32>)) -> Self {
-        // Of the largest number of the result. Some round scores and sums to 16 bits; another result differs by all of it.
+        // As a share of the largest number of the result. Some contenders round scores and sums to 16 bits; a wrong
+        // result differs by about the whole number.
         let tolerance = if case.dtype == "f32" { 1e-3 } else { 1e-1 };
         Self { contenders: vec![ours], expected, tolerance }
     }
@@ -197,13 +198,13 @@ impl<'a> Field<'a> {
     }
 }
 
-/// The largest difference, as a share of the largest number; not a number if the lengths differ.
+/// The largest difference, as a share of the largest number; NaN if the lengths differ.
 fn difference(expected: &[f32], found: &[f32]) -> f32 {
     if expected.len() != found.len() {
         return f32::NAN;
     }
     let largest = expected.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-    // `max` would overlook what is not a number.
+    // `max` would ignore NaN.
     let worst = expected
         .iter()
         .zip(found)
@@ -217,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn other_results_are_seen() {
+    fn differing_results_are_detected() {
         assert_eq!(difference(&[1.0, -2.0], &[1.0, -2.0]), 0.0);
         assert_eq!(difference(&[1.0, -2.0], &[1.0, -1.0]), 0.5);
         assert!(difference(&[1.0], &[1.0, 2.0]).is_nan());

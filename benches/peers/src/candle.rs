@@ -18,12 +18,12 @@ use crate::turns::Contender;
 /// Its name and version.
 pub const NAME: &str = "candle-nn 0.11.1";
 
-/// Keys and values, each `(batch, kv_heads, context, head_dim)`, of every layer in memory of its own.
+/// Keys and values, each `(batch, kv_heads, context, head_dim)`; every layer has its own memory.
 #[derive(Debug)]
 pub struct Layers(Vec<[Tensor; 2]>);
 
 impl Layers {
-    /// Fills them.
+    /// Creates the layers of a case, filled with its numbers.
     ///
     /// # Errors
     ///
@@ -39,11 +39,12 @@ impl Layers {
     }
 }
 
-/// Decoding with two products whose left side has the query heads of a group as rows.
+/// Decoding as two matrix products whose left side has the query heads of a group as rows. Returns the contender and
+/// its result.
 ///
 /// # Errors
 ///
-/// If it fails.
+/// If a tensor operation fails.
 pub fn grouped<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> Result<(Contender<'a>, Vec<f32>)> {
     let group = case.heads / case.kv_heads;
     let q = rows(case, Kind::Query, 0..1, case.heads)?.reshape((1, case.kv_heads, group, case.head_dim))?;
@@ -58,11 +59,12 @@ pub fn grouped<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> 
     Ok((Contender::timed_on(threads, name, move |turn| attend(turn).map(drop)), output))
 }
 
-/// Its flash attention, which has f32 and f16, of the last token or of all.
+/// candle's flash attention: of the last token when decoding, of all tokens otherwise. Returns the contender and its
+/// result.
 ///
 /// # Errors
 ///
-/// If it fails, or does not have the dtype.
+/// If a tensor operation fails, or the dtype is neither f32 nor f16.
 pub fn flash<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> Result<(Contender<'a>, Vec<f32>)> {
     let (tokens, mask) = match case.kind {
         "decode" => (1, AttnMask::None),
@@ -74,7 +76,7 @@ pub fn flash<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> Re
     let half = match case.dtype {
         "f32" => false,
         "f16" => true,
-        other => bail!("it has no {other}"),
+        other => bail!("candle's flash attention has no {other}"),
     };
     let attend = move |turn: usize| -> Result<Tensor> {
         let [k, v] = &layers.0[turn % layers.0.len()];
@@ -91,7 +93,7 @@ pub fn flash<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> Re
     Ok((Contender::timed_on(threads, format!("{NAME}, flash attention"), move |turn| attend(turn).map(drop)), output))
 }
 
-/// Appending to its cache that has room, to its cache that has none, and to the one that concatenates.
+/// Appending to a `KvCache` that has room, to a `KvCache` that is full, and to a `ConcatKvCache`.
 ///
 /// # Errors
 ///
@@ -111,7 +113,7 @@ pub fn append(case: &Case) -> Result<Vec<Contender<'static>>> {
         }
     };
 
-    // A clone has a length of its own in the same memory: what was touched before is there.
+    // A clone shares the memory, whose pages were touched before, and has its own length.
     let roomy = filled(room)?;
     let one = token.clone();
     let fits = Contender::new(format!("{NAME}, KvCache"), move |times| {

@@ -1,4 +1,4 @@
-//! A peer in another process: a line of JSON asks, a line of JSON answers. `python/protocol.py` is the other end.
+//! A peer in another process: each request and each answer is one line of JSON. `python/protocol.py` is the other end.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -11,10 +11,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-/// How long an answer may take: the largest cases are minutes of work.
+/// How long an answer may take: the largest cases take minutes.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// What is to be computed.
+/// The work of a case.
 #[derive(Debug, Clone, Serialize)]
 pub struct Case {
     /// `decode`, `prefill`, `append` or `generate`.
@@ -25,11 +25,11 @@ pub struct Case {
     pub kv_heads: usize,
     /// Dimensions of a head.
     pub head_dim: usize,
-    /// Sequences.
+    /// Number of sequences.
     pub batch: usize,
-    /// Tokens of each.
+    /// Tokens of each sequence.
     pub context: usize,
-    /// Further tokens that each may get.
+    /// Tokens that each sequence may grow by.
     pub room: usize,
     /// `f32`, `f16`, `bf16` or `int8`.
     pub dtype: &'static str,
@@ -55,16 +55,16 @@ struct Answer {
     ns: Option<u64>,
 }
 
-/// Something that the process is ready to run.
+/// A case that the process is ready to run.
 #[derive(Debug)]
 pub struct Prepared {
     /// Its number.
     pub id: usize,
-    /// What it computes, to be compared.
+    /// Its result, to be compared with ours.
     pub output: Vec<f32>,
 }
 
-/// The process. Dropped, it ends.
+/// The process, which is killed on drop.
 #[derive(Debug)]
 pub struct Child {
     process: Process,
@@ -72,16 +72,16 @@ pub struct Child {
     answers: Receiver<String>,
     log: String,
     name: String,
-    /// Whether an answer did not come.
+    /// Whether the process has ended or did not answer in time.
     lost: bool,
 }
 
 impl Child {
-    /// Starts `python script` with so many threads. What it prints to its standard error goes to `log`.
+    /// Starts `python script` with `threads` threads. Its standard error goes to `log`.
     ///
     /// # Errors
     ///
-    /// If it does not start, or has another number of threads.
+    /// If the process does not start, or reports another number of threads.
     pub fn start(python: &Path, script: &Path, threads: usize, model: Option<&Path>, log: &Path) -> Result<Self> {
         let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
         let mut command = Command::new(python);
@@ -93,7 +93,7 @@ impl Child {
         }
         let mut process = command.spawn().with_context(|| format!("cannot start {}", python.display()))?;
         let (Some(input), Some(output)) = (process.stdin.take(), process.stdout.take()) else {
-            bail!("{} has no standard input and output", python.display());
+            bail!("{} has no standard input or output", python.display());
         };
         let (sender, answers) = mpsc::channel();
         thread::spawn(move || {
@@ -106,14 +106,14 @@ impl Child {
         let mut child =
             Self { process, input, answers, log: log.display().to_string(), name: String::new(), lost: false };
         let hello = child.answer()?;
-        child.name = hello.name.context("it did not say its name")?;
+        child.name = hello.name.context("the first line has no `name`")?;
         match hello.threads {
-            Some(its) if its == threads => Ok(child),
-            its => bail!("{} runs on {} threads instead of {threads}", child.name, its.unwrap_or(0)),
+            Some(reported) if reported == threads => Ok(child),
+            reported => bail!("{} runs on {} threads instead of {threads}", child.name, reported.unwrap_or(0)),
         }
     }
 
-    /// Its name and version.
+    /// The peer's name and version.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -123,37 +123,37 @@ impl Child {
         self.process.id()
     }
 
-    /// Whether it has ended, or did not answer in time.
+    /// Whether the process has ended or did not answer in time.
     pub fn is_lost(&self) -> bool {
         self.lost
     }
 
-    /// Makes a case ready to run in one of the ways that the process knows.
+    /// Prepares a case in one of the process's variants.
     ///
     /// # Errors
     ///
-    /// If it cannot.
+    /// If the process reports an error, has ended or does not answer in time.
     pub fn prepare(&mut self, case: &Case, variant: &str) -> Result<Prepared> {
         let answer = self.ask(&Request::Prepare { case, variant })?;
         let (id, output) = answer.id.zip(answer.output).context("the answer lacks `id` or `output`")?;
         Ok(Prepared { id, output })
     }
 
-    /// Runs what was prepared; the process itself takes the time.
+    /// Runs a prepared case; the process itself measures the time.
     ///
     /// # Errors
     ///
-    /// If it fails.
+    /// If the process reports an error, has ended or does not answer in time.
     pub fn run(&mut self, id: usize, times: usize) -> Result<Duration> {
         let answer = self.ask(&Request::Run { id, times })?;
         Ok(Duration::from_nanos(answer.ns.context("the answer lacks `ns`")?))
     }
 
-    /// Forgets all that was prepared, and its memory.
+    /// Drops all prepared cases and their memory.
     ///
     /// # Errors
     ///
-    /// If the process is gone.
+    /// If the process reports an error, has ended or does not answer in time.
     pub fn clear(&mut self) -> Result<()> {
         self.ask(&Request::Clear).map(drop)
     }
@@ -162,7 +162,7 @@ impl Child {
         let line = serde_json::to_string(request)?;
         let sent = writeln!(self.input, "{line}").and_then(|()| self.input.flush());
         self.lost |= sent.is_err();
-        sent.with_context(|| format!("it has ended, see {}", self.log))?;
+        sent.with_context(|| format!("the process has ended, see {}", self.log))?;
         self.answer()
     }
 
@@ -172,7 +172,7 @@ impl Child {
         let line = match line {
             Ok(line) => line,
             Err(mpsc::RecvTimeoutError::Timeout) => bail!("no answer for {} seconds", PATIENCE.as_secs()),
-            Err(mpsc::RecvTimeoutError::Disconnected) => bail!("it has ended, see {}", self.log),
+            Err(mpsc::RecvTimeoutError::Disconnected) => bail!("the process has ended, see {}", self.log),
         };
         let answer: Answer =
             serde_json::from_str(&line).with_context(|| format!("cannot read the answer {line:.80}"))?;
@@ -210,7 +210,7 @@ mod tests {
     const HELLO: &str = "echo \"{\\\"name\\\": \\\"sh\\\", \\\"threads\\\": $OMP_NUM_THREADS}\"\n";
 
     #[test]
-    fn a_line_answers_a_line() {
+    fn each_request_gets_one_answer() {
         let mut child = start(&format!(
             "{HELLO}read x; echo '{{\"id\": 0, \"output\": [1.5]}}'; read x; echo \"{{\\\"ns\\\": ${{#x}}}}\""
         ))
@@ -231,11 +231,11 @@ mod tests {
         let request = "{\"do\":\"run\",\"id\":0,\"times\":7}";
         assert_eq!(child.run(0, 7).unwrap(), Duration::from_nanos(request.len() as u64));
         assert!(!child.is_lost());
-        assert!(child.clear().unwrap_err().to_string().contains("it has ended") && child.is_lost());
+        assert!(child.clear().unwrap_err().to_string().contains("the process has ended") && child.is_lost());
     }
 
     #[test]
-    fn errors_are_handed_on() {
+    fn errors_of_the_process_are_returned() {
         let mut child =
             start(&format!("{HELLO}read x; echo '{{\"error\": \"no such variant\"}}'; read x; echo what")).unwrap();
         assert_eq!(child.run(0, 1).unwrap_err().to_string(), "no such variant");

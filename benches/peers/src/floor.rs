@@ -1,4 +1,4 @@
-//! What the machine gives: bytes read and nothing else, bytes copied, and multiply-adds in registers.
+//! The limits of the machine: reading bytes and nothing else, and multiply-adds in registers.
 
 use std::hint::black_box;
 
@@ -11,31 +11,31 @@ pub struct Floor {
     words: Vec<u64>,
 }
 
-/// Words that are read in one go, of each of four streams.
+/// Words of each of the four streams that are read at a time.
 const LANES: usize = 8;
 
-/// Chains of multiply-adds that do not wait for each other: as many as keep all units busy and fit into registers.
+/// Independent chains of multiply-adds: enough to keep all units busy, and few enough to fit into registers.
 const CHAINS: usize = 96;
 
 impl Floor {
-    /// So many bytes, every page of them touched.
+    /// `bytes` bytes of memory, with every page touched.
     pub fn new(bytes: usize) -> Self {
         Self { words: (0..bytes.div_ceil(8) as u64).collect() }
     }
 
-    /// More bytes, if there are fewer.
+    /// Replaces the memory if it has fewer than `bytes` bytes.
     pub fn grow(&mut self, bytes: usize) {
         if self.words.len() * 8 < bytes {
             *self = Self::new(bytes);
         }
     }
 
-    /// Reads `bytes` bytes from the memory's place `turn * bytes` on, the end joined to the start, in four streams a thread:
-    /// one stream keeps too few reads under way.
+    /// Reads the `bytes` bytes from `turn * bytes` on, starting over at the end of the memory, in four streams per
+    /// thread: one stream keeps too few reads in flight.
     pub fn read(&self, threads: &ThreadPool, bytes: usize, turn: usize) {
         let wanted = (bytes / 8).min(self.words.len());
-        let places = (self.words.len() / wanted.max(1)).max(1);
-        let words = &self.words[turn % places * wanted..][..wanted];
+        let pieces = (self.words.len() / wanted.max(1)).max(1);
+        let words = &self.words[turn % pieces * wanted..][..wanted];
         let shares = threads.current_num_threads();
         let sums = threads.broadcast(|thread| {
             let share = words.len() / shares;
@@ -46,7 +46,7 @@ impl Floor {
     }
 }
 
-/// The sum of all words. A type and not a closure: it has to be inlined to be compiled for the instructions that are there.
+/// Sums all words. A type and not a closure, because it must be inlined to be compiled for the machine's instructions.
 struct FourStreams<'a>(&'a [u64]);
 
 impl NullaryFnOnce for FourStreams<'_> {
@@ -69,13 +69,13 @@ impl NullaryFnOnce for FourStreams<'_> {
     }
 }
 
-/// Does `n` multiply-adds of f32 in registers, all threads together, with the widest instructions that this machine has.
+/// Does `n` multiply-adds of f32 in registers, divided among the threads, with the widest instructions of this machine.
 pub fn multiply_adds(threads: &ThreadPool, n: usize) {
     let rounds = n / CHAINS / threads.current_num_threads();
     black_box(threads.broadcast(|_| pulp::Arch::new().dispatch(MultiplyAdds(rounds))));
 }
 
-/// So many rounds of [`CHAINS`] multiply-adds.
+/// The number of rounds of [`CHAINS`] multiply-adds.
 struct MultiplyAdds(usize);
 
 impl NullaryFnOnce for MultiplyAdds {

@@ -1,4 +1,4 @@
-//! A real model: tokens per second of a batch of sequences that are as long as the context.
+//! Generation with a real model: tokens per second of a batch of sequences of the context's length.
 
 use std::fs;
 use std::path::Path;
@@ -19,14 +19,14 @@ use crate::floor::Floor;
 use crate::record::Record;
 use crate::turns::{self, Contender};
 
-/// Tokens that each sequence decodes in a turn, at most.
+/// The most tokens that each sequence decodes before it is truncated to the context again.
 const STEPS: usize = 8;
 
-/// Decoding and prefill. Both sides store keys and values as f16.
+/// Measures decoding and prefill of the model in `path`. Both sides store keys and values as f16.
 ///
 /// # Errors
 ///
-/// If ours fails.
+/// If our contender fails.
 pub fn generation(
     path: &Path,
     threads: &ThreadPool,
@@ -47,7 +47,7 @@ pub fn generation(
         for &batch in batches {
             let case = Case {
                 kind: "generate",
-                heads: 0, // the model knows
+                heads: 0, // the model has its own number of heads
                 kv_heads: shape.kv_heads,
                 head_dim: shape.head_dim,
                 batch,
@@ -61,9 +61,9 @@ pub fn generation(
 
             let mut filled = Filled::new(&model, KvDtype::F16, batch, context, STEPS)?;
             let ours_prefill = filled.prefill();
-            // Whoever decodes this file reads all its weights and all keys and values, once in a step.
-            let each = shape.bytes_per_block(1, KvDtype::F16).context("a token's bytes can be counted")?;
-            let bytes = file_bytes + batch * context * each;
+            // Decoding reads all weights of the file and all keys and values, once per step.
+            let token_bytes = shape.bytes_per_block(1, KvDtype::F16).context("a token's bytes can be counted")?;
+            let bytes = file_bytes + batch * context * token_bytes;
             floor.grow(bytes);
             let mut contenders = vec![
                 Contender::new("paged, weights int8", |times| {

@@ -13,7 +13,7 @@ use peers::floor::Floor;
 use peers::record::{Record, target};
 use peers::{append, attention, bookkeeping, generation, table};
 
-/// What rayon, and candle, read the number of their threads from.
+/// The environment variable from which rayon and candle read their number of threads.
 const THREADS: &str = "RAYON_NUM_THREADS";
 
 fn main() -> ExitCode {
@@ -35,7 +35,8 @@ fn run(args: &Args) -> Result<ExitCode> {
         Some(threads) => threads.into(),
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
-    // candle takes the number of its threads from the environment only, which a program cannot change safely for itself.
+    // candle reads its number of threads only from the environment, which a program cannot safely change for itself. So
+    // the program starts itself again with the variable set.
     if std::env::var(THREADS).ok().as_deref() != Some(&threads.to_string()) {
         let again = std::env::current_exe().context("cannot find this program")?;
         let status = Command::new(again).args(std::env::args_os().skip(1)).env(THREADS, threads.to_string()).status();
@@ -63,7 +64,8 @@ fn measure(args: &Args, threads: usize) -> Result<()> {
             scripts.push(Script::LlamaCpp);
         }
     }
-    // What can be refused is refused before hours of work; a smoke test downloads nothing.
+    // A missing or unusable model file is an error before the measurements, which may take hours. A smoke test
+    // downloads nothing.
     let model = match args.wants(Part::Generation) && (effort != Effort::Smoke || args.model.is_some()) {
         true => Some(batch_generate::model_file::obtain(args.model.as_deref(), &|line| eprintln!("{line}"))?.path),
         false => None,
@@ -85,14 +87,14 @@ fn measure(args: &Args, threads: usize) -> Result<()> {
                 None => eprintln!("skipped generation: a smoke test has no model unless --model names one"),
             },
         }
-        // What there is so far is kept whatever comes after it.
+        // The results so far are kept even if a later part fails.
         record.write()?;
     }
     print(args, &record)
 }
 
 fn print(args: &Args, record: &Record) -> Result<()> {
-    // A reader that has seen enough and closed the pipe is no failure.
+    // A closed pipe is not an error: the reader has seen enough.
     let _ = match args.markdown {
         true => write!(std::io::stdout(), "{}", table::markdown(record)),
         false => write!(std::io::stdout(), "{}", table::text(record)),

@@ -1,12 +1,12 @@
-//! The queries, keys and values that every contender computes with, so that their results can be compared.
-//! `python/protocol.py` makes the same.
+//! The queries, keys and values of every contender, so that their results can be compared. `python/protocol.py`
+//! generates the same numbers.
 
 use std::ops::Range;
 
 /// What the numbers are for.
 #[derive(Debug, Clone, Copy)]
 pub enum Kind {
-    /// Queries: wider, so that the softmax has peaks.
+    /// Queries: twice as wide, so that the softmax has peaks.
     Query,
     /// Keys.
     Key,
@@ -14,7 +14,7 @@ pub enum Kind {
     Value,
 }
 
-/// Those at the places `range` of the endless sequence that each kind has.
+/// The numbers at the indices `range` of the infinite sequence of `kind`.
 pub fn numbers(kind: Kind, range: Range<usize>) -> Vec<f32> {
     let (seed, width) = match kind {
         Kind::Query => (1u32, 2.0),
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn they_are_those_of_the_python_side() {
+    fn numbers_equal_those_of_the_python_side() {
         // Printed by `numbers` of `python/protocol.py`.
         assert_eq!(numbers(Kind::Query, 0..3), QUERIES);
         assert_eq!(numbers(Kind::Value, 1000..1003), VALUES);

@@ -1,4 +1,4 @@
-//! Ours.
+//! Our contender: attention over blocks, and appending.
 
 use std::time::{Duration, Instant};
 
@@ -11,23 +11,24 @@ use crate::child::Case;
 use crate::numbers::{Kind, numbers};
 use crate::turns::Contender;
 
-/// What the tables call it.
+/// Its name in the tables.
 pub const NAME: &str = "paged, blocks of 16";
 
 /// Tokens in a block.
 pub const BLOCK_SIZE: usize = 16;
 
-/// The type in which a case's keys and values are stored.
+/// The storage type of a case's keys and values.
 ///
 /// # Errors
 ///
-/// If there is none of that name.
+/// If there is no type of that name.
 pub fn storage(case: &Case) -> Result<KvDtype> {
     let found = KvDtype::ALL.into_iter().find(|dtype| dtype.to_string() == case.dtype);
-    found.with_context(|| format!("there is no storage called {}", case.dtype))
+    found.with_context(|| format!("there is no storage type {}", case.dtype))
 }
 
-/// `(tokens, heads, head_dim)` of numbers that are given away in the type that a model would hand over: nobody computes in bytes.
+/// The numbers of `tokens` as a tensor `(tokens, heads, head_dim)`, in the type that a model computes in: the storage
+/// type, but f32 for 8-bit storage.
 ///
 /// # Errors
 ///
@@ -57,7 +58,7 @@ fn cache(case: &Case) -> Result<KvCache> {
     Ok(KvCache::builder(shape).blocks(blocks).block_size(BLOCK_SIZE).dtype(storage(case)?).build()?)
 }
 
-/// Sequences that have all their tokens but the last.
+/// A cache with sequences that have all their tokens but the last.
 #[derive(Debug)]
 pub struct Decode {
     case: Case,
@@ -66,11 +67,11 @@ pub struct Decode {
 }
 
 impl Decode {
-    /// Fills a cache.
+    /// Creates and fills the cache.
     ///
     /// # Errors
     ///
-    /// If the memory cannot be had.
+    /// If the cache cannot be created or written.
     pub fn new(case: &Case) -> Result<Self> {
         let cache = cache(case)?;
         let history = case.context - 1;
@@ -79,7 +80,7 @@ impl Decode {
         let mut tables: Vec<_> = (0..case.batch).map(|_| cache.table()).collect();
         for (table, first) in tables.iter_mut().zip((0..).step_by(case.context)) {
             let mut step = cache.step();
-            // Every sequence has tokens of its own, or they would share their blocks.
+            // Every sequence has different tokens, or they would share blocks.
             step.push(table, &(first..).take(history).collect::<Vec<u32>>())?;
             for layer in 0..case.layers {
                 step.write(layer, &k, &v)?;
@@ -89,11 +90,11 @@ impl Decode {
         Ok(Self { case: case.clone(), cache, tables })
     }
 
-    /// Attention of each sequence's last token, and what it computes.
+    /// Attention of each sequence's last token. Returns the contender and its result for the last sequence.
     ///
     /// # Errors
     ///
-    /// If it fails.
+    /// If attention fails.
     pub fn contender<'a>(&'a mut self, threads: &'a ThreadPool) -> Result<(Contender<'a>, Vec<f32>)> {
         let case = &self.case;
         let new = case.context - 1..case.context;
@@ -116,11 +117,11 @@ impl Decode {
     }
 }
 
-/// One causal sequence: attention of all its tokens, and what the last one computes.
+/// Attention of all tokens of one causal sequence. Returns the contender and its result for the last token.
 ///
 /// # Errors
 ///
-/// If it fails.
+/// If attention fails.
 pub fn prefill<'a>(case: &Case, threads: &'a ThreadPool) -> Result<(Contender<'a>, Vec<f32>)> {
     let cache = cache(case)?;
     let all = 0..case.context;
@@ -138,11 +139,11 @@ pub fn prefill<'a>(case: &Case, threads: &'a ThreadPool) -> Result<(Contender<'a
     Ok((Contender::timed_on(threads, NAME, move |_| attend().map(drop)), output))
 }
 
-/// A sequence that grows by one token at a time, in one layer: a step of its own for each, committed.
+/// Appending one token at a time to a sequence, in one layer; each token has its own step, which is committed.
 ///
 /// # Errors
 ///
-/// If the memory cannot be had.
+/// If the cache cannot be created or written.
 pub fn append(case: &Case) -> Result<Contender<'static>> {
     let cache = cache(case)?;
     let k = rows(case, Kind::Key, 0..1, case.kv_heads)?;

@@ -1,4 +1,4 @@
-//! What was measured, in the shape that all benchmarks of this repository write.
+//! The record of a run, in the format of all benchmarks of this repository.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,31 +10,31 @@ use crate::is_smoke_test;
 use crate::machine::Machine;
 use crate::turns::Standings;
 
-/// One number, beside one peer's.
+/// One measured number, compared with at most one peer's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// What was measured, e.g. `decode 32/8x128 f16 batch 8 context 4096 threads 2`.
     pub case: String,
-    /// Which number it is, e.g. `time`.
+    /// What the number is, e.g. `time`.
     pub metric: String,
-    /// Ours.
+    /// Our number.
     pub value: f64,
     /// Its unit.
     pub unit: String,
-    /// The floor's time divided by ours: 1 is the limit of the machine.
+    /// The floor's time divided by ours; 1 is the limit of the machine.
     pub floor_ratio: Option<f64>,
-    /// Who was measured beside it, and which version.
+    /// The peer that was measured in the same run, with its version.
     pub peer: Option<String>,
-    /// The peer's time divided by ours: above 1 we are ahead.
+    /// The peer's time divided by ours; above 1 we are ahead.
     pub peer_ratio: Option<f64>,
 }
 
-/// Where a record was made, as it is read again.
+/// The machine that a record was made on. Unlike [`Machine`] it can be read from a record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Place {
-    /// The processor's name for itself, or its architecture.
+    /// The processor's model name, or its architecture if the system does not say.
     pub cpu: String,
-    /// Threads that run at once.
+    /// Threads that can run at once.
     pub cores: usize,
     /// The operating system.
     pub os: String,
@@ -50,9 +50,9 @@ impl Place {
 /// All numbers of one run.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Record {
-    /// Where.
+    /// The machine.
     pub machine: Place,
-    /// When.
+    /// The date of the run.
     pub date: String,
     /// The numbers.
     pub rows: Vec<Row>,
@@ -65,13 +65,13 @@ impl Default for Record {
 }
 
 impl Record {
-    /// Adds the median time in nanoseconds of the first contender beside the `floor` and each of the others; ratios are
-    /// medians of each round's.
+    /// Adds the median time in nanoseconds of the first contender, with its ratios to the contender `floor` and to each
+    /// of the others. Ratios are medians of each round's ratio.
     pub fn raced(&mut self, case: &str, standings: &Standings, floor: &str) {
         self.push_raced(case, "time", standings.time(0), "ns", standings, floor);
     }
 
-    /// The same, as how many of `units` a second there are.
+    /// Does the same with a rate in place of the time: one piece of work is `units` tokens.
     pub fn raced_rate(&mut self, case: &str, standings: &Standings, floor: &str, units: f64) {
         self.push_raced(case, "rate", units / standings.time(0) * 1e9, "tokens/s", standings, floor);
     }
@@ -94,7 +94,7 @@ impl Record {
         }));
     }
 
-    /// Adds a rate beside a peer's, if there is one: name and rate.
+    /// Adds a rate, compared with the name and rate of a peer if there is one.
     pub fn compared(&mut self, case: &str, value: f64, unit: &str, peer: Option<(String, f64)>) {
         let (peer, peer_ratio) = peer.map(|(name, rate)| (name, value / rate)).unzip();
         let (case, metric, unit) = (case.into(), "rate".into(), unit.into());
@@ -107,33 +107,33 @@ impl Record {
         self.rows.push(Row { case, metric, value, unit, floor_ratio: None, peer: None, peer_ratio: None });
     }
 
-    /// Reads a record that was written before.
+    /// Reads an earlier record.
     ///
     /// # Errors
     ///
-    /// If the file is none.
+    /// If the file cannot be read or is not a record.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_str(&text).with_context(|| format!("{} is not a record", path.display()))
     }
 
-    /// Writes it to `target/benchmarks/peers.json` of the repository.
+    /// Writes the record to `target/benchmarks/peers.json` of the repository.
     ///
     /// # Errors
     ///
     /// If the file cannot be written.
     pub fn write(&self) -> Result<()> {
         let folder = target().join("benchmarks");
-        // A smoke test's numbers mean nothing, and must not replace those that do.
+        // A smoke test's numbers mean nothing and must not replace real ones.
         let folder = if is_smoke_test() { folder.join("smoke") } else { folder };
         let file = folder.join("peers.json");
-        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         fs::write(&file, serde_json::to_string_pretty(self)? + "\n")
             .with_context(|| format!("cannot write {}", file.display()))
     }
 }
 
-/// The repository's folder for what is built and measured, which is not this package's own.
+/// The repository's `target` folder, not this package's own.
 pub fn target() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new("."));
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_record_has_the_shape_of_all_others() {
+    fn the_record_has_the_format_of_the_other_benchmarks() {
         let mut record = Record::default();
         record.compared("a", 30.0, "tokens/s", Some(("b".into(), 10.0)));
         record.value("a", "bandwidth", 1.0, "GB/s");

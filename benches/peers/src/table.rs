@@ -1,4 +1,4 @@
-//! The tables, for people.
+//! The tables of a record, as text and as Markdown.
 
 use std::fmt::Write as _;
 
@@ -10,12 +10,12 @@ use crate::record::{Record, Row};
 struct Table<'a> {
     part: &'a str,
     peers: Vec<&'a str>,
-    /// Of each case: its rows with a peer or a ratio to the floor, and its other numbers.
+    /// Each case with its rows: those with a peer or a ratio to the floor, and its other numbers.
     cases: Vec<(&'a str, Vec<&'a Row>)>,
 }
 
 impl<'a> Table<'a> {
-    /// The tables of `record`, in its order. The part is the first word of a case.
+    /// The tables of `record`, in its order. The first word of a case is its part.
     fn all(record: &'a Record) -> Vec<Self> {
         let mut tables: Vec<Self> = Vec::new();
         for row in &record.rows {
@@ -39,7 +39,7 @@ impl<'a> Table<'a> {
         tables
     }
 
-    /// Heading and cells, a row for each case.
+    /// The heading, and a row of cells for each case.
     fn cells(&self) -> Vec<Vec<String>> {
         let extra = self.cases.iter().flat_map(|(_, rows)| rows).find(|row| is_extra(row));
         let floor = self.cases.iter().flat_map(|(_, rows)| rows).any(|row| row.floor_ratio.is_some());
@@ -67,7 +67,7 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Whether it is a further number about a case, beside no one's.
+/// Whether the row is a further number about a case, without a peer or a floor.
 fn is_extra(row: &Row) -> bool {
     row.peer.is_none() && row.floor_ratio.is_none() && row.unit.ends_with("/s") && row.unit != "tokens/s"
 }
@@ -80,7 +80,7 @@ fn value(row: &Row) -> String {
     }
 }
 
-/// Three digits that count.
+/// Formats `x` with three significant digits.
 fn digits(x: f64) -> String {
     match x.abs() {
         x if !x.is_finite() => "-".into(),
@@ -94,7 +94,7 @@ fn digits(x: f64) -> String {
 pub fn text(record: &Record) -> String {
     let mut out = String::new();
     for table in Table::all(record) {
-        // Names of peers are too long for columns of numbers.
+        // Names of peers are too long for column headings, so the columns have numbers.
         let _ = writeln!(out, "\n{}: a peer's time divided by ours, above 1 we are ahead", table.part);
         for (i, peer) in table.peers.iter().enumerate() {
             let _ = writeln!(out, "  [{}] {peer}", i + 1);
@@ -118,11 +118,11 @@ pub fn text(record: &Record) -> String {
     out
 }
 
-/// The tables as Markdown, cells where a peer is ahead in bold.
+/// The tables as Markdown; cells in which a peer is ahead are bold.
 pub fn markdown(record: &Record) -> String {
     let mut out = String::new();
-    let place = &record.machine;
-    let _ = writeln!(out, "{}, {} cores, {}, {}.", place.cpu, place.cores, place.os, record.date);
+    let machine = &record.machine;
+    let _ = writeln!(out, "{}, {} cores, {}, {}.", machine.cpu, machine.cores, machine.os, record.date);
     for table in Table::all(record) {
         let _ = writeln!(out, "\n### {}\n", capitalised(table.part));
         let mut cells = table.cells();
@@ -144,16 +144,16 @@ pub fn markdown(record: &Record) -> String {
     out
 }
 
-/// `page` with other tables between its two marks.
+/// Replaces the text between the two marks of `page` by `tables`.
 ///
 /// # Errors
 ///
-/// If it lacks a mark.
+/// If a mark is missing.
 pub fn put(page: &str, tables: &str) -> Result<String> {
     const MARKS: [&str; 2] = ["<!-- tables -->\n", "<!-- end of tables -->"];
-    let lacks = |mark: &str| format!("there is no line `{}`", mark.trim_end());
-    let (before, rest) = page.split_once(MARKS[0]).with_context(|| lacks(MARKS[0]))?;
-    let (_, after) = rest.split_once(MARKS[1]).with_context(|| lacks(MARKS[1]))?;
+    let missing = |mark: &str| format!("there is no line `{}`", mark.trim_end());
+    let (before, rest) = page.split_once(MARKS[0]).with_context(|| missing(MARKS[0]))?;
+    let (_, after) = rest.split_once(MARKS[1]).with_context(|| missing(MARKS[1]))?;
     Ok([before, MARKS[0], "\n", tables, "\n", MARKS[1], after].concat())
 }
 
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_take_the_place_of_others() {
+    fn new_tables_replace_old_ones() {
         let page = "a\n<!-- tables -->\nold\n<!-- end of tables -->\nb\n";
         let put_in = put(page, "new\n").unwrap();
         assert_eq!(put_in, "a\n<!-- tables -->\n\nnew\n\n<!-- end of tables -->\nb\n");

@@ -1,4 +1,4 @@
-//! Contenders that take turns, round after round, so that whatever else the machine does meets all of them.
+//! Contenders that take turns, round after round, so that other load on the machine disturbs all of them alike.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -9,38 +9,41 @@ use rayon::ThreadPool;
 use crate::args::Effort;
 use crate::median;
 
-/// A turn is repeated until it takes about this long: threads have to wake up, and a peer in another process has to be asked.
+/// About how long a turn is. The work is repeated for that long, because threads have to wake up and a peer in another
+/// process has to receive the request.
 const TURN: Duration = Duration::from_millis(20);
-/// Before the next one begins: threads that wait for work at full speed have given up by then.
+/// The pause before the next turn. After it, threads that spin while they wait for work have given up.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Who takes longer than this for one piece of work takes part in one round only: then what disturbs a round does not matter
-/// much, and the others' rounds are many.
+/// A contender that takes longer than this for one piece of work takes part in one round only: a long turn is hardly
+/// affected by other load, and the other contenders get more rounds.
 const SLOW: Duration = Duration::from_secs(1);
 
 type Run<'a> = Box<dyn FnMut(usize) -> Result<Duration> + 'a>;
 
-/// Someone who does the same as the others, in their own way.
+/// One implementation of a case's work.
 pub struct Contender<'a> {
-    /// What the record calls it.
+    /// Its name in the record.
     pub name: String,
     run: Run<'a>,
     process: Option<u32>,
 }
 
 impl<'a> Contender<'a> {
-    /// `run` does the work so many times and returns the time that it took.
+    /// A contender that measures its own time: `run(times)` does the work `times` times and returns the time that it
+    /// took.
     pub fn new(name: impl Into<String>, run: impl FnMut(usize) -> Result<Duration> + 'a) -> Self {
         Self { name: name.into(), run: Box::new(run), process: None }
     }
 
-    /// The same, of work that is timed from outside; it is told which turn it is.
+    /// A contender that is timed here. `work` gets the number of its call, counted from 0.
     pub fn timed(name: impl Into<String>, work: impl FnMut(usize) -> Result<()> + 'a) -> Self {
         let mut work = repeated(work);
         Self::new(name, move |times| work(times))
     }
 
-    /// The same, of work that is done by these threads: one of them does it over and over, and the others help.
+    /// A contender that is timed here and works on these threads: one of them repeats `work`, and the others help.
+    /// `work` gets the number of its call, counted from 0.
     pub fn timed_on(
         threads: &'a ThreadPool,
         name: impl Into<String>,
@@ -50,13 +53,13 @@ impl<'a> Contender<'a> {
         Self::new(name, move |times| threads.install(|| work(times)))
     }
 
-    /// It works in another process, which is watched: it is to be idle while others work.
+    /// The same contender, marked as working in process `id`, whose processor time outside its turns is reported.
     pub fn in_process(self, id: u32) -> Self {
         Self { process: Some(id), ..self }
     }
 }
 
-/// Does `work` so many times and returns the time that it took.
+/// Returns a function that does `work` a number of times and returns the time that it took.
 fn repeated(mut work: impl FnMut(usize) -> Result<()>) -> impl FnMut(usize) -> Result<Duration> {
     let mut turn = 0;
     move |times| {
@@ -75,15 +78,15 @@ impl std::fmt::Debug for Contender<'_> {
     }
 }
 
-/// How the contenders did.
+/// The times of all contenders.
 #[derive(Debug)]
 pub struct Standings {
     names: Vec<String>,
-    /// Nanoseconds of one piece of work: round after round, contender after contender, if it took part.
+    /// Nanoseconds of one piece of work, indexed by round and by contender; `None` if it did not take part.
     rounds: Vec<Vec<Option<f64>>>,
 }
 
-/// How many rounds, and how long they may take together.
+/// The number of rounds, and the time that they may take together.
 #[derive(Debug, Clone, Copy)]
 pub struct Budget {
     least: usize,
@@ -101,13 +104,14 @@ impl From<Effort> for Budget {
     }
 }
 
-/// Lets all contenders work in turn. Who fails is left out, with a printed line; who is slow takes part in one round.
+/// Lets all contenders work in turn. A contender that fails is left out, with a printed line; a slow one takes part in
+/// one round.
 ///
 /// # Errors
 ///
-/// If the first one fails: without it there is nothing to compare with.
+/// If the first contender fails: without it there is nothing to compare with.
 pub fn take(mut contenders: Vec<Contender<'_>>, budget: Budget) -> Result<Standings> {
-    // For each: how often its work is repeated in a turn, and in how many rounds it takes part.
+    // For each contender: the repetitions of its work in a turn, and the number of rounds that it takes part in.
     let mut plans = Vec::new();
     let mut i = 0;
     while i < contenders.len() {
@@ -161,7 +165,8 @@ pub fn take(mut contenders: Vec<Contender<'_>>, budget: Budget) -> Result<Standi
     Ok(standings)
 }
 
-/// The first turn is slower than the others; the second says how long one takes.
+/// The repetitions of a contender's work in a turn, and the number of its rounds. The first call warms up; the second
+/// is timed.
 fn plan(contender: &mut Contender<'_>, budget: Budget) -> Result<(usize, usize)> {
     let first = (contender.run)(1)?;
     if first > SLOW {
@@ -172,12 +177,12 @@ fn plan(contender: &mut Contender<'_>, budget: Budget) -> Result<(usize, usize)>
 }
 
 impl Standings {
-    /// The contenders, in their order.
+    /// The names of the contenders, in their order.
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// Where a contender is, if it took part to the end.
+    /// The index of a contender, if it took part to the end.
     pub fn find(&self, name: &str) -> Option<usize> {
         self.names.iter().position(|other| other == name)
     }
@@ -193,9 +198,9 @@ impl Standings {
     }
 }
 
-/// Whether processes are idle while it is another's turn.
+/// Checks that processes are idle outside their turns.
 struct Idle {
-    /// For each contender: processor time when its turn began, and the sum over its turns.
+    /// For each contender: its process's processor time at the start of its turn, and the sum over its turns.
     turns: Vec<(Duration, Duration)>,
     processes: Vec<Option<u32>>,
     /// The processes, and their processor time before the first turn.
@@ -241,18 +246,18 @@ impl Idle {
             let name = contenders.iter().find(|contender| contender.process == Some(id)).map(|it| it.name.as_str());
             if others.as_secs_f64() > 0.02 * elapsed.as_secs_f64() {
                 let name = name.unwrap_or_default();
-                eprintln!("  {name} was busy for {others:.1?} of {elapsed:.1?} while it was not its turn");
+                eprintln!("  {name} was busy for {others:.1?} of {elapsed:.1?} outside its turns");
             }
         }
     }
 }
 
-/// The processor time of a process and its threads so far; nothing where the system does not say.
+/// The processor time of a process and its threads so far; zero if the system does not report it.
 fn processor_time(id: u32) -> Duration {
-    /// The kernel's unit for programs, on every machine.
+    /// The unit in `/proc/<id>/stat`, the same on every machine.
     const TICK: Duration = Duration::from_millis(10);
     let text = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-    // Behind the name, which may have spaces in it, the 12th and 13th field are the times in user and kernel mode.
+    // After the name, which may contain spaces, fields 12 and 13 are the times in user and in kernel mode.
     let ticks = text.rsplit_once(')').map_or(0, |(_, fields)| {
         fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum()
     });
@@ -277,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn who_fails_is_left_out_unless_it_is_ours() {
+    fn a_failing_contender_is_left_out_unless_it_is_the_first() {
         let works = || Contender::timed("works", |_| Ok(()));
         let fails = || Contender::new("fails", |_| bail!("no"));
         let mut runs = 0;
@@ -292,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_process_is_seen() {
+    fn processor_time_of_a_busy_process_grows() {
         let started = Instant::now();
         let before = processor_time(std::process::id());
         while started.elapsed() < Duration::from_millis(60) {

@@ -1,6 +1,6 @@
-//! Moving what is old to 8-bit storage.
+//! Moving old tokens to 8-bit storage.
 //!
-//! A token is moved once, by whole blocks, and never comes back: what was rounded is not rounded again.
+//! Tokens are moved in whole blocks. A token is moved once and never back, so that no value is rounded twice.
 
 use std::ops::Range;
 
@@ -9,53 +9,55 @@ use paged_attention::{KvCache, TableOptions};
 
 use crate::KvError;
 use crate::error::Result;
-use crate::part::Part;
 use crate::pool::Inner;
+use crate::segment::OwnedSegment;
 use crate::stats::Squares;
 
-/// What moves the tokens of one cache.
+/// Moves old tokens of one cache to 8-bit storage.
 pub(crate) struct Mover<'a> {
     pub(crate) pool: &'a Inner,
-    /// The tables of each part.
+    /// The number of tables in each segment.
     pub(crate) batch: usize,
-    pub(crate) parts: &'a mut Vec<Part>,
+    pub(crate) segments: &'a mut Vec<OwnedSegment>,
 }
 
 impl Mover<'_> {
-    /// Moves the tokens before position `boundary`, as far as they fill blocks. Where there is no room for them they stay.
+    /// Moves the tokens before position `boundary` that fill whole blocks. Tokens that 8-bit storage has no room for
+    /// stay where they are.
     pub(crate) fn move_old(&mut self, boundary: usize) -> Result<()> {
-        while let Some(at) = self.parts.iter().position(|part| !part.old) {
-            let bounds = Part::bounds(self.parts, at);
-            let part = &self.parts[at];
-            let end = boundary.min(part.committed()).min(bounds.end);
-            // What growth has left behind goes as a whole, its last block too, full or not.
-            let whole = at + 1 < self.parts.len() && end == bounds.end;
-            let block_size = part.cache.pool().block_size();
-            let end = if whole { end } else { part.start + end.saturating_sub(part.start) / block_size * block_size };
+        while let Some(at) = self.segments.iter().position(|segment| !segment.old) {
+            let bounds = OwnedSegment::bounds(self.segments, at);
+            let segment = &self.segments[at];
+            let end = boundary.min(segment.committed()).min(bounds.end);
+            // A segment that another one follows, after growth, is moved as a whole: its last block too, full or not.
+            let whole = at + 1 < self.segments.len() && end == bounds.end;
+            let block_size = segment.cache.pool().block_size();
+            let end =
+                if whole { end } else { segment.start + end.saturating_sub(segment.start) / block_size * block_size };
             if end <= bounds.start || !self.compress(at, bounds.start..end)? {
                 return Ok(());
             }
-            // A part for them may have come before it.
-            let Some(at) = self.parts.iter().position(|part| !part.old) else { return Ok(()) };
+            // `compress` may have inserted a segment before it.
+            let Some(at) = self.segments.iter().position(|segment| !segment.old) else { return Ok(()) };
             if !whole {
-                let part = &mut self.parts[at];
-                part.tables.iter_mut().for_each(|table| table.release_before(end - part.start));
+                let segment = &mut self.segments[at];
+                segment.tables.iter_mut().for_each(|table| table.free_before(end - segment.start));
                 return Ok(());
             }
-            self.parts.remove(at);
+            self.segments.remove(at);
         }
         Ok(())
     }
 
-    /// Copies tokens of part `at` to 8-bit storage, behind what is there; says whether there was room.
+    /// Copies tokens of segment `at` to 8-bit storage, after the tokens that are there. Returns whether there was room.
     fn compress(&mut self, at: usize, positions: Range<usize>) -> Result<bool> {
         let Some(stores) = &self.pool.old else { return Ok(false) };
-        let before = at.checked_sub(1).filter(|&before| self.parts[before].reserve(positions.end).is_ok());
+        let before = at.checked_sub(1).filter(|&before| self.segments[before].reserve(positions.end).is_ok());
         let fresh = match before {
             Some(_) => None,
             None => {
                 let options = TableOptions::default().private();
-                match Part::new(stores, &options, self.batch, positions.start, positions.len(), true) {
+                match OwnedSegment::new(stores, &options, self.batch, positions.start, positions.len(), true) {
                     Err(KvError::OutOfBlocks(_)) => return Ok(false),
                     made => Some(made?),
                 }
@@ -63,34 +65,34 @@ impl Mover<'_> {
         };
         let (at, before) = match (before, fresh) {
             (_, Some(fresh)) => {
-                self.parts.insert(at, fresh);
+                self.segments.insert(at, fresh);
                 (at + 1, at)
             }
             (before, None) => (at, before.unwrap_or(0)),
         };
         let moved = self.copy(at, before, &positions);
-        let part = &mut self.parts[before];
+        let segment = &mut self.segments[before];
         match &moved {
-            Ok(_) => part.tables.iter_mut().for_each(|table| {
+            Ok(_) => segment.tables.iter_mut().for_each(|table| {
                 let committed = table.commit(positions.len());
-                debug_assert!(committed.is_ok(), "they are reserved");
+                debug_assert!(committed.is_ok(), "the tokens are reserved");
             }),
-            Err(_) if part.committed() == part.start => drop(self.parts.remove(before)),
-            Err(_) => part.tables.iter_mut().for_each(paged_attention::BlockTable::roll_back),
+            Err(_) if segment.committed() == segment.start => drop(self.segments.remove(before)),
+            Err(_) => segment.tables.iter_mut().for_each(paged_attention::BlockTable::roll_back),
         }
         self.pool.counters.compressed(positions.len() * self.batch, moved?);
         Ok(true)
     }
 
-    /// Copies all layers, and measures what changes.
+    /// Copies all layers, and measures the rounding error.
     fn copy(&mut self, from: usize, to: usize, positions: &Range<usize>) -> Result<Squares> {
         let mut squares = Squares::default();
         for layer in 0..self.pool.taken.shape.layers {
-            let source = &self.parts[from];
+            let source = &self.segments[from];
             let (k, v) = read(&source.cache, source, layer, positions)?;
-            let target = &mut self.parts[to];
+            let target = &mut self.segments[to];
             let start = positions.start - target.start;
-            target.cache.write_at(layer, &mut target.tables, start, &k, &v)?;
+            target.cache.write(layer, &mut target.tables, start, &k, &v)?;
             let (stored_k, stored_v) = read(&target.cache, target, layer, positions)?;
             squares.keys += square_sum(&k)?;
             squares.key_changes += square_sum(&(k - stored_k)?)?;
@@ -101,12 +103,12 @@ impl Mover<'_> {
     }
 }
 
-/// `(batch * tokens, kv_heads, head_dim)`, f32.
-fn read(cache: &KvCache, part: &Part, layer: usize, positions: &Range<usize>) -> Result<(Tensor, Tensor)> {
-    let own = positions.start - part.start..positions.end - part.start;
+/// The keys and values at these positions, each `(batch * tokens, kv_heads, head_dim)` in f32.
+fn read(cache: &KvCache, segment: &OwnedSegment, layer: usize, positions: &Range<usize>) -> Result<(Tensor, Tensor)> {
+    let in_table = positions.start - segment.start..positions.end - segment.start;
     let (mut keys, mut values) = (vec![], vec![]);
-    for table in &part.tables {
-        let (k, v) = cache.read_at(layer, table, own.clone())?;
+    for table in &segment.tables {
+        let (k, v) = cache.read(layer, table, in_table.clone())?;
         keys.push(k.to_dtype(DType::F32)?);
         values.push(v.to_dtype(DType::F32)?);
     }

@@ -1,36 +1,36 @@
-//! A layer's keys and values one behind the other, for those who take them as tensors.
+//! A contiguous copy of a layer's keys and values, for callers that need them as tensors.
 //!
-//! Blocks are no tensor of that shape, so the first who asks pays for a copy. It is kept, and grows by the tokens that are new
-//! as a `Vec` does: who asks again gets a view. Views stay what they are: rows are only ever added behind them, and when rows
-//! change, the copy is dropped and made anew.
+//! Blocks cannot be viewed as a tensor of that shape, so the first call copies them. The copy is kept and grows like a
+//! `Vec`: a later call adds only the new tokens and returns a view. Views never change, since rows are only added after
+//! them. When existing rows change, the copy is dropped and made again.
 
 use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::read::View;
 
-/// Keys and values: of one sequence `(room, kv_heads, head_dim)`, of several `(batch, kv_heads, room, head_dim)`.
+/// Keys and values: `(room, kv_heads, head_dim)` for one sequence, `(batch, kv_heads, room, head_dim)` for several.
 #[derive(Debug)]
 pub(crate) struct Contiguous {
     k: Tensor,
     v: Tensor,
     tokens: usize,
-    /// In which dimension the tokens lie.
+    /// The dimension of the tokens.
     dim: usize,
 }
 
 impl Contiguous {
-    /// All that `view` has, and room for as much again, but for no more than `most` tokens.
+    /// Copies all tokens of `view`, with room for twice as many, but for at most `most` tokens.
     pub(crate) fn new(view: &View, most: usize) -> Result<Self> {
         let (k, v) = view.shaped(view.keys_and_values_from(0)?)?;
         let tokens = view.len;
         let dim = if view.batch == 1 { 0 } else { 2 };
-        let mut own = Self { k, v, tokens, dim };
-        own.make_room(tokens.saturating_mul(2).min(most))?;
-        Ok(own)
+        let mut copy = Self { k, v, tokens, dim };
+        copy.make_room(tokens.saturating_mul(2).min(most))?;
+        Ok(copy)
     }
 
-    /// Adds what `view` has more.
+    /// Adds the tokens of `view` that the copy does not have yet.
     pub(crate) fn extend(&mut self, view: &View, most: usize) -> Result<()> {
         let new = view.len - self.tokens;
         if new == 0 {
@@ -52,7 +52,7 @@ impl Contiguous {
         Ok((self.k.narrow(self.dim, 0, self.tokens)?, self.v.narrow(self.dim, 0, self.tokens)?))
     }
 
-    /// What it takes of memory.
+    /// How many bytes of memory the copy takes.
     pub(crate) fn bytes(&self) -> usize {
         (self.k.elem_count() + self.v.elem_count()) * self.k.dtype().size_in_bytes()
     }

@@ -1,6 +1,6 @@
 //! What can go wrong, in the host's words where it has them.
 
-use paged_attention::{BehindWindow, CacheError, OutOfBlocks, ReserveError, StorageError, find_error, wrap_error};
+use paged_attention::{CacheError, OutOfBlocks, OutOfWindow, ReserveError, StorageError, find_error, wrap_error};
 use thiserror::Error;
 
 /// A cache cannot do as asked. It is as it was before.
@@ -132,7 +132,7 @@ pub enum KvError {
     OutOfBlocks(OutOfBlocks),
     /// A circular cache has given back what the last token would see again.
     #[error(transparent)]
-    BehindWindow(#[from] BehindWindow),
+    OutOfWindow(#[from] OutOfWindow),
     /// A prefix is sought for a cache that is empty, and holds one sequence.
     #[error("a prefix can be reused by an empty cache of one sequence: this one has {len} tokens, {batch} sequences")]
     NotEmpty {

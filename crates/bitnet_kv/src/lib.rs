@@ -7,11 +7,11 @@ mod enlarge;
 mod error;
 mod options;
 mod paged;
-mod part;
 mod pass;
 mod pool;
 mod read;
 mod rows;
+mod segment;
 mod sequence;
 mod stats;
 mod stores;
@@ -21,10 +21,10 @@ pub use error::KvError;
 pub use options::{CacheOptions, KVCacheOptions, Overflow};
 pub use paged::{PagedKVCache, PagedLayerKVCache};
 pub use pool::{PagedKVPool, PagedKVPoolBuilder};
-pub use stats::CacheStats;
+pub use stats::{BlocksInUse, CacheStats};
 pub use update::KVCache;
 
-pub use paged_attention::{BehindWindow, CacheError, KvDtype, KvShape, OutOfBlocks, Salt, StorageError};
+pub use paged_attention::{CacheError, KvDtype, KvShape, OutOfBlocks, OutOfWindow, Salt, StorageError};
 
 /// The page whose examples are compiled and run as tests.
 #[cfg(doctest)]

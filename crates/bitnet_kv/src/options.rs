@@ -9,8 +9,8 @@ pub enum Overflow {
     /// [`KvError::Overflow`](crate::KvError::Overflow), and nothing changes.
     #[default]
     Error,
-    /// The cache goes on as a ring: a token sees the first `sinks` tokens of its sequence and the last
-    /// `max_seq_len - sinks`, itself included. Positions go on counting. Blocks that neither the last token of any layer sees,
+    /// The cache goes on as a ring: a token sees the first `sink_tokens` tokens of its sequence and the last
+    /// `max_seq_len - sink_tokens`, itself included. Positions go on counting. Blocks that neither the last token of any layer sees,
     /// nor a later one, are given back when the next pass begins. So a layer can be read at any time, and going back over the
     /// last pass always works.
     ///
@@ -18,9 +18,9 @@ pub enum Overflow {
     /// longest pass.
     Circular {
         /// Tokens at the start that are always kept; fewer than `max_seq_len`.
-        sinks: usize,
+        sink_tokens: usize,
     },
-    /// The cache takes more memory, as much as it has, and copies nothing: the sequence goes on in the new part.
+    /// The cache takes more memory, as much as it has, and copies nothing: the sequence goes on in the new segment.
     Grow,
 }
 
@@ -28,7 +28,9 @@ impl Overflow {
     /// What a token sees of a cache that is circular.
     pub(crate) fn window(self, max_seq_len: usize) -> Option<Window> {
         match self {
-            Self::Circular { sinks } => Some(Window::new(max_seq_len.saturating_sub(sinks)).with_sinks(sinks)),
+            Self::Circular { sink_tokens } => {
+                Some(Window::new(max_seq_len.saturating_sub(sink_tokens)).with_sink_tokens(sink_tokens))
+            }
             _ => None,
         }
     }
@@ -37,7 +39,7 @@ impl Overflow {
     /// what the *last* one sees, which begins one position earlier.
     pub(crate) fn held(self, max_seq_len: usize) -> Option<Window> {
         let window = self.window(max_seq_len)?;
-        Some(Window::new(window.tokens().saturating_add(1)).with_sinks(window.sinks()))
+        Some(Window::new(window.tokens().saturating_add(1)).with_sink_tokens(window.sink_tokens()))
     }
 }
 

@@ -8,7 +8,7 @@ use paged_attention::KvShape;
 use crate::error::Result;
 use crate::read::View;
 use crate::sequence::Sequence;
-use crate::{CacheOptions, KvError, PagedKVPool};
+use crate::{BlocksInUse, CacheOptions, KvError, PagedKVPool};
 
 /// One request's keys and values, all layers: made by [`PagedKVPool::cache`]. It is `Send`, and owns what it needs, so it fits
 /// through a `&mut dyn Any`. Dropping it gives its blocks back.
@@ -18,8 +18,7 @@ use crate::{CacheOptions, KvError, PagedKVPool};
 /// their own keep lengths of their own.
 #[derive(Debug)]
 pub struct PagedKVCache {
-    /// The layers, the first one first.
-    pub layers: Vec<PagedLayerKVCache>,
+    layers: Vec<PagedLayerKVCache>,
     shared: Shared,
     pool: PagedKVPool,
 }
@@ -52,6 +51,16 @@ impl PagedKVCache {
         Self { layers, shared, pool: pool.clone() }
     }
 
+    /// The layers, the first one first.
+    pub fn layers(&self) -> &[PagedLayerKVCache] {
+        &self.layers
+    }
+
+    /// The layers, to append to.
+    pub fn layers_mut(&mut self) -> &mut [PagedLayerKVCache] {
+        &mut self.layers
+    }
+
     /// The layer with this index, if there is one.
     pub fn layer_mut(&mut self, idx: usize) -> Option<&mut PagedLayerKVCache> {
         self.layers.get_mut(idx)
@@ -73,7 +82,7 @@ impl PagedKVCache {
     /// # let pool = PagedKVPool::builder(KvShape { layers: 2, kv_heads: 1, head_dim: 4 }).blocks(8).build()?;
     /// # fn model(tokens: &[u32], cache: &mut PagedKVCache) -> Result<(), bitnet_kv::KvError> {
     /// #     let kv = Tensor::zeros((1, 1, tokens.len(), 4), DType::F32, &Device::Cpu)?;
-    /// #     cache.layers.iter_mut().try_for_each(|layer| layer.append(&kv, &kv))
+    /// #     cache.layers_mut().iter_mut().try_for_each(|layer| layer.append(&kv, &kv))
     /// # }
     /// let mut cache = pool.cache();
     /// for (tokens, to_compute) in [
@@ -108,8 +117,8 @@ impl PagedKVCache {
     ///
     /// [`KvError::NotEmpty`] when the cache has tokens already, or holds several sequences; [`KvError::Busy`] when a layer
     /// still attends to what has been cleared.
-    pub fn reuse(&mut self, tokens: &[u32]) -> Result<usize> {
-        self.shared.lock().reuse(tokens)
+    pub fn match_prefix(&mut self, tokens: &[u32]) -> Result<usize> {
+        self.shared.lock().match_prefix(tokens)
     }
 
     /// Says which tokens the next pass appends, so that they can be found, too: what was sampled, or the next message of a
@@ -133,7 +142,7 @@ impl PagedKVCache {
     ///
     /// # Errors
     ///
-    /// [`KvError::BehindWindow`] when a circular cache has given back what the last of the `len` tokens sees; it is then
+    /// [`KvError::OutOfWindow`] when a circular cache has given back what the last of the `len` tokens sees; it is then
     /// unchanged. Going back over the last pass always works.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.shared.lock().truncate(len)
@@ -145,12 +154,12 @@ impl PagedKVCache {
     }
 
     /// Blocks that the cache holds: for new tokens, and in 8-bit storage. Those that it shares with others count.
-    pub fn blocks_held(&self) -> [usize; 2] {
+    pub fn blocks_in_use(&self) -> BlocksInUse {
         self.shared.lock().blocks()
     }
 
     /// Bytes of the blocks that the cache holds.
-    pub fn bytes_held(&self) -> usize {
+    pub fn bytes_in_use(&self) -> usize {
         self.shared.lock().bytes()
     }
 

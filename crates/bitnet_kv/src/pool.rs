@@ -22,10 +22,10 @@ use crate::{CacheOptions, CacheStats, KvError, Overflow, PagedKVCache};
 /// let mut cache = pool.cache(); // one for each request
 ///
 /// let kv = Tensor::zeros((1, 5, 7, 128), candle_core::DType::F32, &Device::Cpu)?; // [B, H_kv, T, D]
-/// for layer in &mut cache.layers {
+/// for layer in cache.layers_mut() {
 ///     layer.append(&kv, &kv)?;
 /// }
-/// assert_eq!((cache.seq_len(), pool.blocks_held()), (7, 1));
+/// assert_eq!((cache.seq_len(), pool.blocks_in_use()), (7, 1));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ pub struct PagedKVPoolBuilder {
     shape: KvShape,
     blocks: usize,
     memory_limit: Option<usize>,
-    old_blocks: Option<usize>,
+    compressed_blocks: Option<usize>,
     block_size: usize,
     max_seq_len: usize,
     dtype: KvDtype,
@@ -68,7 +68,7 @@ impl PagedKVPool {
             shape,
             blocks: 1024,
             memory_limit: None,
-            old_blocks: None,
+            compressed_blocks: None,
             block_size: 16,
             max_seq_len: 4096,
             dtype: KvDtype::F32,
@@ -115,13 +115,13 @@ impl PagedKVPool {
     }
 
     /// Blocks of new tokens that somebody holds. One that several requests share counts once.
-    pub fn blocks_held(&self) -> usize {
-        self.0.recent.sum(|cache| cache.pool().held())
+    pub fn blocks_in_use(&self) -> usize {
+        self.0.recent.sum(|cache| cache.pool().in_use())
     }
 
     /// Blocks in 8-bit storage that somebody holds.
-    pub fn old_blocks_held(&self) -> usize {
-        self.0.old.as_ref().map_or(0, |old| old.sum(|cache| cache.pool().held()))
+    pub fn compressed_blocks_in_use(&self) -> usize {
+        self.0.old.as_ref().map_or(0, |old| old.sum(|cache| cache.pool().in_use()))
     }
 
     /// Blocks of new tokens that a request could get without growth.
@@ -130,8 +130,8 @@ impl PagedKVPool {
     }
 
     /// Forgets all remembered prefixes: after the weights have changed, say.
-    pub fn reset(&self) {
-        self.0.recent.all().iter().for_each(|cache| cache.pool().reset());
+    pub fn reset_prefix_cache(&self) {
+        self.0.recent.all().iter().for_each(|cache| cache.pool().reset_prefix_cache());
     }
 
     /// What the pool has done, and what it holds.
@@ -146,17 +146,17 @@ impl Inner {
         let bytes = |stores: &Stores, blocks: fn(&KvCache) -> usize| {
             stores.sum(|cache| blocks(cache) * cache.bytes_per_block())
         };
-        let held = |stores| bytes(stores, |cache| cache.pool().held());
+        let held = |stores| bytes(stores, |cache| cache.pool().in_use());
         let reserved = |stores| bytes(stores, |cache| cache.pool().blocks());
         let old = self.old.as_ref();
         let bytes_compressed = old.map_or(0, held);
         let recent_bytes_per_block = self.recent.sum(KvCache::bytes_per_block) / self.recent.all().len().max(1);
-        let uncompressed = old.map_or(0, |old| old.sum(|cache| cache.pool().held() * recent_bytes_per_block));
+        let uncompressed = old.map_or(0, |old| old.sum(|cache| cache.pool().in_use() * recent_bytes_per_block));
         let evicted = self.recent.sum(|cache| cache.pool().stats().evictions as usize) as u64;
         CacheStats {
             evictions: counted.evictions + evicted,
-            bytes_held: held(&self.recent) + bytes_compressed,
-            bytes_reserved: reserved(&self.recent) + old.map_or(0, reserved),
+            bytes_in_use: held(&self.recent) + bytes_compressed,
+            bytes_allocated: reserved(&self.recent) + old.map_or(0, reserved),
             growth_events: self.recent.growths() + old.map_or(0, Stores::growths),
             bytes_compressed,
             bytes_saved: uncompressed.saturating_sub(bytes_compressed),
@@ -209,8 +209,8 @@ impl PagedKVPoolBuilder {
     }
 
     /// Blocks in 8-bit storage; as many as for new tokens unless told. What finds no room there stays as it is.
-    pub fn old_blocks(self, blocks: usize) -> Self {
-        Self { old_blocks: Some(blocks), ..self }
+    pub fn compressed_blocks(self, blocks: usize) -> Self {
+        Self { compressed_blocks: Some(blocks), ..self }
     }
 
     /// What the pool is called in metrics; `bitnet_kv` unless told.
@@ -227,10 +227,12 @@ impl PagedKVPoolBuilder {
         if self.max_seq_len == 0 {
             return Err(KvError::Zero("max_seq_len"));
         }
-        if let Overflow::Circular { sinks } = self.overflow {
-            if sinks >= self.max_seq_len {
+        if let Overflow::Circular { sink_tokens } = self.overflow {
+            if sink_tokens >= self.max_seq_len {
                 let max_seq_len = self.max_seq_len;
-                return Err(KvError::Options(format!("{sinks} sinks leave nothing of a ring of {max_seq_len} tokens")));
+                return Err(KvError::Options(format!(
+                    "{sink_tokens} sink tokens leave nothing of a ring of {max_seq_len} tokens"
+                )));
             }
             if self.older_than.is_some() {
                 return Err(KvError::Options("a circular cache gives old tokens back: it has none to compress".into()));
@@ -244,7 +246,7 @@ impl PagedKVPoolBuilder {
         let builder =
             KvCache::builder(self.shape).block_size(self.block_size).device(&self.device).name(self.name.clone());
         let recent = Stores::new(builder.clone().blocks(blocks).dtype(self.dtype), grows)?;
-        let old = builder.dtype(KvDtype::Int8).blocks(self.old_blocks.unwrap_or(blocks));
+        let old = builder.dtype(KvDtype::Int8).blocks(self.compressed_blocks.unwrap_or(blocks));
         let old = self.older_than.map(|_| Stores::new(old.name(format!("{} old", self.name)), grows)).transpose()?;
         Ok(PagedKVPool(Arc::new(Inner {
             taken: Taken::new(self.shape, self.dtype, &self.device),

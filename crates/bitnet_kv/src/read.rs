@@ -1,34 +1,34 @@
-//! Looking at what a layer holds: attention over it where it lies, and copies of it.
+//! Reading the keys and values of a layer: attention over its blocks in place, and copies of them.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use paged_attention::{Attention, KvShape, Part as Stretch, Window, attend_parts};
+use paged_attention::{Attention, KvShape, Segment, Window, attend_segments};
 
 use crate::KvError;
 use crate::error::Result;
-use crate::part::Part;
 use crate::pool::Inner;
 use crate::rows::Rows;
+use crate::segment::OwnedSegment;
 
-/// What a layer held when it was asked for. As long as it is there the blocks stay as they are, and nobody who looks at them
-/// needs the sequence itself.
+/// The keys and values of a layer at one moment. While a view exists its blocks do not change, so it can be read
+/// without access to the sequence.
 #[derive(Debug)]
 pub(crate) struct View {
     pub(crate) pool: Arc<Inner>,
     pub(crate) batch: usize,
     pub(crate) layer: usize,
-    /// The tokens that the layer has.
+    /// How many tokens the layer has.
     pub(crate) len: usize,
-    /// How far its tokens look back.
+    /// What a token sees, if the cache is circular.
     pub(crate) window: Option<Window>,
-    pub(crate) parts: Arc<Vec<Part>>,
+    pub(crate) segments: Arc<Vec<OwnedSegment>>,
 }
 
 impl View {
-    /// Attends with the last tokens of the layer, `q [batch, heads, tokens, head_dim]`, to what they see of it; the result has
-    /// q's shape.
+    /// Attention of the layer's last tokens, `q [batch, heads, tokens, head_dim]`, over what they see. The result has
+    /// the shape of `q`.
     pub(crate) fn attend(&self, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
         let len = self.len;
         let KvShape { kv_heads, head_dim, .. } = self.pool.taken.shape;
@@ -51,82 +51,83 @@ impl View {
         self.pool.taken.number(q, "q")?;
         let mut attention = Attention::new(scale).causal(causal);
         if let Some(window) = self.window {
-            attention = attention.window(window); // the tables hold more than a token sees
+            attention = attention.window(window); // the tables keep more than a token sees
         }
         let q = q.transpose(1, 2)?; // (batch, tokens, heads, head_dim)
         let first = len - tokens;
         let mut outputs = Vec::with_capacity(1);
-        for positions in self.stretches(first..len, causal) {
+        for positions in self.split_at_segments(first..len, causal) {
             let n = positions.len();
             let rows = q.narrow(1, positions.start - first, n)?.reshape((self.batch * n, heads, head_dim))?;
-            let parts = self.up_to(if causal { positions.end } else { len });
-            let out = attend_parts(&parts, self.layer, positions.start, &rows, &attention)?;
+            let segments = self.up_to(if causal { positions.end } else { len });
+            let out = attend_segments(&segments, self.layer, positions.start, &rows, &attention)?;
             outputs.push(out.reshape((self.batch, n, heads, head_dim))?);
         }
         let out = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 1)? };
         Ok(out.transpose(1, 2)?)
     }
 
-    /// The first position at which `rows`, given from the beginning on, are not those that the layer's last token sees.
+    /// The first position at which `rows` differ from the stored keys and values, among the positions that the layer's
+    /// last token sees. `rows` start at position 0.
     pub(crate) fn differs(&self, rows: &Rows) -> Result<Option<usize>> {
-        for seen in self.seen() {
-            let positions = seen.start.min(rows.tokens)..seen.end.min(rows.tokens);
+        for visible in self.visible() {
+            let positions = visible.start.min(rows.tokens)..visible.end.min(rows.tokens);
             if positions.is_empty() {
                 continue;
             }
             let (k, v) = self.copies(std::slice::from_ref(&positions))?;
-            if let Some(at) = rows.part(positions.start, positions.len())?.differs(&k, &v)? {
+            if let Some(at) = rows.slice(positions.start, positions.len())?.differs(&k, &v)? {
                 return Ok(Some(positions.start + at));
             }
         }
         Ok(None)
     }
 
-    /// The positions that the layer's last token sees: the sinks, and those behind them.
-    fn seen(&self) -> [Range<usize>; 2] {
+    /// The positions that the layer's last token sees: the sink tokens, and its window.
+    fn visible(&self) -> [Range<usize>; 2] {
         let (sinks, start) = match self.window {
-            Some(window) => (window.sinks(), window.start(self.len.saturating_sub(1))),
+            Some(window) => (window.sink_tokens(), window.start(self.len.saturating_sub(1))),
             None => (0, 0),
         };
         let sinks = sinks.min(self.len);
         [0..sinks, start.max(sinks)..self.len]
     }
 
-    /// Queries cut where parts begin: a part that begins behind a query has nothing for it.
-    fn stretches(&self, queries: Range<usize>, causal: bool) -> Vec<Range<usize>> {
-        if !causal || self.parts.len() == 1 {
+    /// Splits the queries where segments begin: a causal query sees nothing of a segment that begins after it.
+    fn split_at_segments(&self, queries: Range<usize>, causal: bool) -> Vec<Range<usize>> {
+        if !causal || self.segments.len() == 1 {
             return vec![queries];
         }
         let within = |at: usize| {
-            let bounds = Part::bounds(&self.parts, at);
+            let bounds = OwnedSegment::bounds(&self.segments, at);
             queries.start.max(bounds.start)..queries.end.min(bounds.end)
         };
-        (0..self.parts.len()).map(within).filter(|positions| !positions.is_empty()).collect()
+        (0..self.segments.len()).map(within).filter(|positions| !positions.is_empty()).collect()
     }
 
-    /// The parts, up to position `end`.
-    fn up_to<'s>(&'s self, end: usize) -> Vec<Stretch<'s>> {
-        let parts = self.parts.iter().enumerate().filter(|(_, part)| part.first() < end);
-        let stretch = |(at, part): (usize, &'s Part)| {
-            let end = end.min(Part::bounds(&self.parts, at).end);
-            Stretch { cache: &part.cache, tables: &part.tables, start: part.start, end }
+    /// The segments that begin before position `end`, each cut off there.
+    fn up_to<'s>(&'s self, end: usize) -> Vec<Segment<'s>> {
+        let segments = self.segments.iter().enumerate().filter(|(_, segment)| segment.first() < end);
+        let cut = |(at, segment): (usize, &'s OwnedSegment)| {
+            let end = end.min(OwnedSegment::bounds(&self.segments, at).end);
+            Segment { cache: &segment.cache, tables: &segment.tables, start: segment.start, end }
         };
-        parts.map(stretch).collect()
+        segments.map(cut).collect()
     }
 
-    /// Copies of the layer's keys and values, each `(batch, tokens, kv_heads, head_dim)`: all tokens, or, of a circular cache,
-    /// those that its last token sees.
+    /// Copies of the layer's keys and values, each `(batch, tokens, kv_heads, head_dim)`: of all tokens, or, in a
+    /// circular cache, of those that the last token sees.
     pub(crate) fn keys_and_values(&self) -> Result<(Tensor, Tensor)> {
-        self.copies(&self.seen())
+        self.copies(&self.visible())
     }
 
-    /// The same of the tokens from position `first` on, which a circular cache may have given back.
+    /// The same for the tokens from position `first` on. A circular cache may have freed some of them.
     pub(crate) fn keys_and_values_from(&self, first: usize) -> Result<(Tensor, Tensor)> {
         self.copies(std::slice::from_ref(&(first..self.len)))
     }
 
-    /// Keys and values as `get` gives them: `(tokens, kv_heads, head_dim)` of one sequence, `(batch, kv_heads, tokens, head_dim)`
-    /// of several.
+    /// Keys and values in the shape that `get` returns: `(tokens, kv_heads, head_dim)` for one sequence,
+    /// `(batch, kv_heads, tokens, head_dim)` for several.
     pub(crate) fn shaped(&self, (k, v): (Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         match self.batch {
             1 => Ok((k.squeeze(0)?, v.squeeze(0)?)),
@@ -144,16 +145,16 @@ impl View {
         let (mut keys, mut values) = (vec![], vec![]);
         for sequence in 0..self.batch {
             let (mut k_parts, mut v_parts) = (vec![], vec![]);
-            for seen in ranges {
-                for at in 0..self.parts.len() {
-                    let bounds = Part::bounds(&self.parts, at);
-                    let positions = seen.start.max(bounds.start)..seen.end.min(bounds.end);
+            for range in ranges {
+                for at in 0..self.segments.len() {
+                    let bounds = OwnedSegment::bounds(&self.segments, at);
+                    let positions = range.start.max(bounds.start)..range.end.min(bounds.end);
                     if positions.is_empty() {
                         continue;
                     }
-                    let part = &self.parts[at];
-                    let own = positions.start - part.start..positions.end - part.start;
-                    let (k, v) = part.cache.read_at(self.layer, &part.tables[sequence], own)?;
+                    let segment = &self.segments[at];
+                    let in_table = positions.start - segment.start..positions.end - segment.start;
+                    let (k, v) = segment.cache.read(self.layer, &segment.tables[sequence], in_table)?;
                     k_parts.push(k.to_dtype(taken.dtype)?);
                     v_parts.push(v.to_dtype(taken.dtype)?);
                 }

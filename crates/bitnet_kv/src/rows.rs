@@ -1,4 +1,4 @@
-//! Keys and values as they come, checked and brought into one shape.
+//! New keys and values from the caller, checked and brought into one shape.
 
 use candle_core::{D, DType, Device, Tensor};
 use paged_attention::{KvDtype, KvShape};
@@ -6,10 +6,11 @@ use paged_attention::{KvDtype, KvShape};
 use crate::KvError;
 use crate::error::Result;
 
-/// What rounding may change of a row, relative to its largest number: 8-bit storage changes it by up to 1/254.
+/// How far a value may differ through rounding, relative to the largest value of its row. 8-bit storage changes a value
+/// by up to 1/254 of that.
 const ROUNDING: f64 = 0.01;
 
-/// What a cache takes.
+/// The shape, type and device of the tensors that a cache accepts.
 #[derive(Debug, Clone)]
 pub(crate) struct Taken {
     pub(crate) shape: KvShape,
@@ -28,12 +29,12 @@ pub(crate) struct Rows {
 
 impl Taken {
     pub(crate) fn new(shape: KvShape, dtype: KvDtype, device: &Device) -> Self {
-        // 8-bit storage takes what it is made from.
+        // 8-bit storage is computed from f32 tensors.
         let dtype = if dtype == KvDtype::Int8 { DType::F32 } else { dtype.tensor_dtype() };
         Self { shape, dtype, device: device.clone() }
     }
 
-    /// Takes `[batch, kv_heads, tokens, head_dim]` and, if `flat`, `[tokens, kv_heads, head_dim]`.
+    /// Checks `k` and `v`: `[batch, kv_heads, tokens, head_dim]` or, if `flat`, also `[tokens, kv_heads, head_dim]`.
     pub(crate) fn rows(&self, k: &Tensor, v: &Tensor, flat: bool) -> Result<Rows> {
         let KvShape { kv_heads, head_dim, .. } = self.shape;
         let (batch, heads, tokens, dims) = match *k.dims() {
@@ -57,7 +58,7 @@ impl Taken {
         Ok(Rows { k: by_token(k)?, v: by_token(v)?, batch, tokens })
     }
 
-    /// Checks the type and place of a tensor's numbers.
+    /// Checks the type and the device of a tensor.
     pub(crate) fn number(&self, tensor: &Tensor, name: &'static str) -> Result<()> {
         if tensor.dtype() != self.dtype {
             let (got, expected) = (tensor.dtype().as_str(), self.dtype.as_str());
@@ -79,8 +80,8 @@ impl Taken {
 }
 
 impl Rows {
-    /// The first token that is not the one given here, `(batch, tokens, kv_heads, head_dim)` too: where a number differs by more
-    /// than rounding explains, in 8 bits or because it was computed in another order.
+    /// The first token that differs from `k` or `v`, each `(batch, tokens, kv_heads, head_dim)`, by more than rounding
+    /// explains: rounding to 8 bits, or of sums in another order.
     pub(crate) fn differs(&self, k: &Tensor, v: &Tensor) -> Result<Option<usize>> {
         let mut first = None;
         for (own, other) in [(&self.k, k), (&self.v, v)] {
@@ -98,20 +99,20 @@ impl Rows {
 
     /// The last `tokens` tokens.
     pub(crate) fn last(&self, tokens: usize) -> Result<Self> {
-        self.part(self.tokens - tokens, tokens)
+        self.slice(self.tokens - tokens, tokens)
     }
 
     /// `tokens` tokens from `first` on.
-    pub(crate) fn part(&self, first: usize, tokens: usize) -> Result<Self> {
+    pub(crate) fn slice(&self, first: usize, tokens: usize) -> Result<Self> {
         Ok(Self { k: self.k.narrow(1, first, tokens)?, v: self.v.narrow(1, first, tokens)?, batch: self.batch, tokens })
     }
 
     /// `tokens` tokens from `first` on, packed: `(batch * tokens, kv_heads, head_dim)`.
     pub(crate) fn packed(&self, first: usize, tokens: usize) -> Result<(Tensor, Tensor)> {
-        let part = |t: &Tensor| -> Result<Tensor> {
+        let pack = |t: &Tensor| -> Result<Tensor> {
             let (_, _, heads, dims) = t.dims4()?;
             Ok(t.narrow(1, first, tokens)?.reshape((self.batch * tokens, heads, dims))?)
         };
-        Ok((part(&self.k)?, part(&self.v)?))
+        Ok((pack(&self.k)?, pack(&self.v)?))
     }
 }

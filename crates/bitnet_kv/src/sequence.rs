@@ -1,11 +1,12 @@
-//! The tokens of one cache: where they lie, and how many of them each layer has.
+//! The tokens of one cache: where they are stored, and how many of them each layer has.
 //!
-//! Layers take their tokens one after the other, without anybody saying that a pass begins or ends. So the first layer that
-//! goes beyond all others makes room for all of them, and each layer has a length of its own. What all layers have is
-//! committed only when the next pass begins: until then the last layer may still have to look at what a window leaves behind.
+//! Layers append their tokens one after the other, and no call marks the beginning or the end of a pass. So each layer
+//! has its own length, and the first layer that grows past all others reserves slots for all of them. The tokens that
+//! all layers have are committed only when the next pass begins: until then the last layer may still attend to blocks
+//! that a window will free.
 //!
-//! Who looks at a layer has a share of the parts, and then they stay as they are: nobody waits for whoever looks. What would
-//! write says so, and what would give blocks back leaves it to be done behind.
+//! A view of a layer shares the segments with the sequence, and they do not change while it exists. No call waits for a
+//! view to be dropped: a write returns [`KvError::Busy`], and blocks that are no longer needed are freed later.
 
 use std::sync::Arc;
 
@@ -13,30 +14,32 @@ use paged_attention::{BlockTable, ReserveError, TableOptions};
 
 use crate::compress::Mover;
 use crate::error::Result;
-use crate::part::Part;
 use crate::pool::Inner;
 use crate::read::View;
 use crate::rows::Rows;
+use crate::segment::OwnedSegment;
 use crate::stats::Counters;
-use crate::{KvError, Overflow};
+use crate::{BlocksInUse, KvError, Overflow};
 
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) pool: Arc<Inner>,
     pub(crate) batch: usize,
-    /// How the first table is made: its window and salt.
+    /// The options of the first table: its window and salt.
     pub(crate) options: TableOptions,
     pub(crate) overflow: Overflow,
-    /// Whether a larger pool takes the place of its own when a pass does not fit: of a ring, if nobody else uses the pool.
+    /// Whether the pool is replaced by a larger one when a pass does not fit: for a ring whose pool no other cache
+    /// uses.
     pub(crate) enlarges: bool,
     max_seq_len: usize,
-    /// Those in 8-bit storage first; they follow each other.
-    pub(crate) parts: Arc<Vec<Part>>,
-    /// Whether the parts may hold what no layer has any more.
+    /// Consecutive segments, those in 8-bit storage first.
+    pub(crate) segments: Arc<Vec<OwnedSegment>>,
+    /// Whether the segments may have blocks for tokens that no layer has any more.
     pub(crate) to_shrink: bool,
-    /// The tokens that each layer has.
+    /// How many tokens each layer has.
     pub(crate) lens: Vec<usize>,
-    /// The tokens whose ids were told, from the first one on: those that the layers have, and perhaps some that come.
+    /// The known token ids, from the first one on: those of the tokens that the layers have, and possibly of the next
+    /// ones.
     pub(crate) tokens: Vec<u32>,
 }
 
@@ -51,7 +54,7 @@ impl Sequence {
             overflow,
             enlarges: false,
             max_seq_len,
-            parts: Arc::default(),
+            segments: Arc::default(),
             to_shrink: false,
             lens,
             tokens: vec![],
@@ -76,12 +79,12 @@ impl Sequence {
         self.lens.iter().copied().min().unwrap_or(0)
     }
 
-    /// What a layer holds now.
+    /// A view of a layer as it is now.
     pub(crate) fn view(&self, layer: usize) -> Result<View> {
         self.layer(layer)?;
         let len = self.len(layer);
         let window = self.overflow.window(self.max_seq_len);
-        Ok(View { pool: self.pool.clone(), batch: self.batch, layer, len, window, parts: self.parts.clone() })
+        Ok(View { pool: self.pool.clone(), batch: self.batch, layer, len, window, segments: self.segments.clone() })
     }
 
     /// Adds tokens to a layer.
@@ -94,7 +97,7 @@ impl Sequence {
         Ok(())
     }
 
-    /// Whether the cache may be this long.
+    /// Checks that the cache may have this length.
     fn fits(&self, len: usize) -> Result<()> {
         let max_seq_len = self.max_seq_len;
         match self.overflow {
@@ -103,42 +106,43 @@ impl Sequence {
         }
     }
 
-    /// Writes rows at position `start` of a layer, which has no fewer tokens.
+    /// Writes rows at position `start` of a layer, which has at least `start` tokens.
     pub(crate) fn write(&mut self, layer: usize, start: usize, rows: &Rows) -> Result<()> {
         let end = start + rows.tokens;
-        // Who looks may go at any moment, but comes only by way of the sequence: so what nobody looks at stays so, and first of
-        // all it is tidied.
-        to_change(&mut self.parts)?;
+        // A view may be dropped at any moment, but can only be made from the sequence, which this call has exclusively.
+        // So once there is no view, none appears, and the tidying that a view has delayed can be done first.
+        segments_mut(&mut self.segments)?;
         self.tidy()?;
         debug_assert!(!self.to_shrink);
         if end > self.longest() {
             self.settle()?;
             self.reserve(end)?;
         }
-        let parts = to_change(&mut self.parts)?;
-        for at in 0..parts.len() {
-            let bounds = Part::bounds(parts, at);
+        let segments = segments_mut(&mut self.segments)?;
+        for at in 0..segments.len() {
+            let bounds = OwnedSegment::bounds(segments, at);
             let positions = start.max(bounds.start)..end.min(bounds.end);
             if positions.is_empty() {
                 continue;
             }
             let (k, v) = rows.packed(positions.start - start, positions.len())?;
-            let part = &mut parts[at];
-            part.cache.write_at(layer, &mut part.tables, positions.start - part.start, &k, &v)?;
+            let segment = &mut segments[at];
+            segment.cache.write(layer, &mut segment.tables, positions.start - segment.start, &k, &v)?;
         }
         Ok(())
     }
 
     /// Makes slots for positions up to `end`.
     fn reserve(&mut self, end: usize) -> Result<()> {
-        let parts = to_change(&mut self.parts)?;
-        let filled = parts.last().map_or(0, |part| if part.old { part.committed() } else { part.capacity() });
-        if let Some(part) = parts.last_mut().filter(|part| !part.old) {
-            match part.reserve(end) {
+        let segments = segments_mut(&mut self.segments)?;
+        let filled =
+            segments.last().map_or(0, |segment| if segment.old { segment.committed() } else { segment.capacity() });
+        if let Some(segment) = segments.last_mut().filter(|segment| !segment.old) {
+            match segment.reserve(end) {
                 Err(ReserveError::OutOfBlocks(_)) if self.overflow == Overflow::Grow => {}
                 Err(ReserveError::OutOfBlocks(_)) if self.enlarges => {
-                    let larger = self.pool.recent.replaced(part.blocks_with_room(end))?;
-                    *part = part.moved(larger, &self.options, &self.lens, end)?;
+                    let larger = self.pool.recent.replaced(segment.blocks_with_room(end))?;
+                    *segment = segment.moved(larger, &self.options, &self.lens, end)?;
                     return Ok(());
                 }
                 other => return Ok(other?),
@@ -148,46 +152,46 @@ impl Sequence {
             let recent = &self.pool.recent;
             recent.at_least(end.div_ceil(recent.block_size()).saturating_mul(self.batch))?;
         }
-        // Only what begins at the beginning can be found by its tokens.
-        let hidden = TableOptions::default().private();
-        let options = if filled == 0 { &self.options } else { &hidden };
-        parts.push(Part::new(&self.pool.recent, options, self.batch, filled, end - filled, false)?);
+        // Only a table that starts at position 0 can be cached under its tokens.
+        let private = TableOptions::default().private();
+        let options = if filled == 0 { &self.options } else { &private };
+        segments.push(OwnedSegment::new(&self.pool.recent, options, self.batch, filled, end - filled, false)?);
         Ok(())
     }
 
-    /// Commits the tokens that all layers have, and moves what is old. Called when a pass is over: no layer attends to it
-    /// any more.
+    /// Commits the tokens that all layers have, and moves old tokens to 8-bit storage. Called when a pass is over and
+    /// no layer attends to it any more.
     pub(crate) fn settle(&mut self) -> Result<()> {
         let shortest = self.shortest();
-        let parts = to_change(&mut self.parts)?;
-        for at in 0..parts.len() {
-            let end = shortest.min(Part::bounds(parts, at).end);
-            let part = &mut parts[at];
-            if part.old || end <= part.committed() {
+        let segments = segments_mut(&mut self.segments)?;
+        for at in 0..segments.len() {
+            let end = shortest.min(OwnedSegment::bounds(segments, at).end);
+            let segment = &mut segments[at];
+            if segment.old || end <= segment.committed() {
                 continue;
             }
-            // Only the first part of a single sequence has a table that can be found by its tokens.
+            // Only the table of a single sequence's first segment can be cached under its tokens.
             let known =
-                if part.start == 0 && self.batch == 1 { &self.tokens[..end.min(self.tokens.len())] } else { &[] };
-            for table in &mut part.tables {
-                let before = table.gap().1;
-                commit(table, end - part.start, known);
-                Counters::count(&self.pool.counters.left_behind, table.gap().1 - before);
+                if segment.start == 0 && self.batch == 1 { &self.tokens[..end.min(self.tokens.len())] } else { &[] };
+            for table in &mut segment.tables {
+                let before = table.freed_blocks().len();
+                commit(table, end - segment.start, known);
+                Counters::count(&self.pool.counters.freed_by_window, table.freed_blocks().len() - before);
             }
         }
         match self.pool.older_than {
             Some(older_than) => {
-                Mover { pool: &self.pool, batch: self.batch, parts }.move_old(shortest.saturating_sub(older_than))
+                Mover { pool: &self.pool, batch: self.batch, segments }.move_old(shortest.saturating_sub(older_than))
             }
             None => Ok(()),
         }
     }
 
-    /// Keeps the first `len` tokens of a layer. Blocks are given back when no layer needs them.
+    /// Keeps the first `len` tokens of a layer. Blocks are freed when no layer needs them.
     pub(crate) fn truncate_layer(&mut self, layer: usize, len: usize) -> Result<()> {
         self.layer(layer)?;
         if len < self.len(layer) {
-            self.can_go_back(len)?;
+            self.can_truncate(len)?;
             self.lens[layer] = len;
             self.cut(len)?;
         }
@@ -197,26 +201,26 @@ impl Sequence {
     /// Keeps the first `len` tokens of all layers.
     pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
         if len >= self.longest() {
-            return Ok(()); // tokens that were told and come next still do
+            return Ok(()); // known ids of the next tokens stay valid
         }
-        self.can_go_back(len)?;
+        self.can_truncate(len)?;
         self.lens.iter_mut().for_each(|of_layer| *of_layer = len.min(*of_layer));
         self.cut(len)
     }
 
-    /// Forgets all tokens, and those that it was told would come.
+    /// Removes all tokens, and the known ids of the next ones.
     pub(crate) fn clear(&mut self) {
-        // There is nothing that going back to the beginning would see.
+        // It cannot fail: truncated to 0, a sequence needs none of the freed blocks.
         drop(self.truncate(0));
         self.tokens.clear();
     }
 
-    /// Whether a window still holds what would be seen again.
-    fn can_go_back(&self, len: usize) -> Result<()> {
+    /// Checks that the window has not freed a block that would be visible after a truncation to `len`.
+    fn can_truncate(&self, len: usize) -> Result<()> {
         if len >= self.longest() {
             return Ok(());
         }
-        for table in self.parts.first().into_iter().flat_map(|part| &part.tables) {
+        for table in self.segments.first().into_iter().flat_map(|segment| &segment.tables) {
             if table.window().is_some() && len < table.len() {
                 drop(table.fork_at(len)?);
             }
@@ -224,63 +228,62 @@ impl Sequence {
         Ok(())
     }
 
-    /// A layer has been cut to `len` tokens: those behind may come again as others.
+    /// To be called after a layer was truncated to `len` tokens: the ids of the tokens after them are no longer known.
     fn cut(&mut self, len: usize) -> Result<()> {
         self.tokens.truncate(len);
         self.to_shrink = true;
         self.tidy()
     }
 
-    /// Gives back what no layer has, unless somebody looks at it: then it is to be called again.
+    /// Frees the blocks of tokens that no layer has. While a view exists this does nothing, and must be called again.
     pub(crate) fn tidy(&mut self) -> Result<()> {
         let longest = self.longest();
-        let Some(parts) = Arc::get_mut(&mut self.parts).filter(|_| self.to_shrink) else { return Ok(()) };
-        while parts.last().is_some_and(|part| part.first() >= longest) {
-            parts.pop();
+        let Some(segments) = Arc::get_mut(&mut self.segments).filter(|_| self.to_shrink) else { return Ok(()) };
+        while segments.last().is_some_and(|segment| segment.first() >= longest) {
+            segments.pop();
         }
         self.to_shrink = false;
-        parts.last_mut().map_or(Ok(()), |part| part.truncate(longest))
+        segments.last_mut().map_or(Ok(()), |segment| segment.truncate(longest))
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.parts.iter().map(Part::bytes).sum()
+        self.segments.iter().map(OwnedSegment::bytes).sum()
     }
 
-    /// Blocks held, those of new tokens and those in 8-bit storage.
-    pub(crate) fn blocks(&self) -> [usize; 2] {
-        let of = |old| self.parts.iter().filter(|part| part.old == old).map(Part::blocks).sum();
-        [of(false), of(true)]
+    pub(crate) fn blocks(&self) -> BlocksInUse {
+        let of = |old| self.segments.iter().filter(|segment| segment.old == old).map(OwnedSegment::blocks).sum();
+        BlocksInUse { recent: of(false), compressed: of(true) }
     }
 }
 
-/// What all layers have can be found by others when the cache is gone.
+/// Commits the tokens that all layers have, so that other sequences can match them after this one is dropped.
 impl Drop for Sequence {
     fn drop(&mut self) {
-        // Blocks that are about to be given back need not be moved.
+        // Unlike `settle`, this moves nothing to 8-bit storage: the blocks are freed next.
         let shortest = self.shortest();
-        let first = Arc::get_mut(&mut self.parts).and_then(|parts| parts.first_mut());
-        if let Some(part) = first.filter(|part| part.start == 0 && !part.old && self.batch == 1) {
-            let end = shortest.min(part.capacity());
+        let first = Arc::get_mut(&mut self.segments).and_then(|segments| segments.first_mut());
+        if let Some(segment) = first.filter(|segment| segment.start == 0 && !segment.old && self.batch == 1) {
+            let end = shortest.min(segment.capacity());
             let known = &self.tokens[..end.min(self.tokens.len())];
-            part.tables.iter_mut().for_each(|table| commit(table, end, known));
+            segment.tables.iter_mut().for_each(|table| commit(table, end, known));
         }
     }
 }
 
-/// The parts, when nobody looks at them.
-pub(crate) fn to_change(parts: &mut Arc<Vec<Part>>) -> Result<&mut Vec<Part>> {
-    Arc::get_mut(parts).ok_or(KvError::Busy)
+/// The segments for writing; [`KvError::Busy`] while a view exists.
+pub(crate) fn segments_mut(segments: &mut Arc<Vec<OwnedSegment>>) -> Result<&mut Vec<OwnedSegment>> {
+    Arc::get_mut(segments).ok_or(KvError::Busy)
 }
 
-/// Makes the tokens before `end` part of a table, those that are known by their ids.
+/// Commits the tokens before position `end` of a table, with the ids of those that are known.
 fn commit(table: &mut BlockTable, end: usize, known: &[u32]) {
     if let Some(known) = known.get(table.len()..).filter(|known| !known.is_empty()) {
         let committed = table.commit_tokens(known);
-        debug_assert!(committed.is_ok(), "they are reserved");
+        debug_assert!(committed.is_ok(), "the tokens are reserved");
     }
     if end > table.len() {
         let committed = table.commit(end - table.len());
-        debug_assert!(committed.is_ok(), "they are reserved");
+        debug_assert!(committed.is_ok(), "the tokens are reserved");
     }
 }
 
@@ -296,7 +299,12 @@ mod tests {
     const LAYERS: usize = 2;
     const SHAPE: KvShape = KvShape { layers: LAYERS, kv_heads: 1, head_dim: 8 };
 
-    /// A layer's new tokens, all their numbers the same.
+    fn counts(own: &Sequence) -> [usize; 2] {
+        let blocks = own.blocks();
+        [blocks.recent, blocks.compressed]
+    }
+
+    /// Appends tokens to a layer, all of whose values are `number`.
     fn append(sequence: &mut Sequence, layer: usize, tokens: usize, number: f32) -> Result<()> {
         let rows = Tensor::full(number, (1, 1, tokens, 8), &Device::Cpu).unwrap();
         let rows = sequence.pool.taken.rows(&rows, &rows, false).unwrap();
@@ -312,10 +320,10 @@ mod tests {
         Sequence::new(&pool.0, 1, TableOptions::default())
     }
 
-    /// One that sees four sinks and the last twelve of its sixty tokens.
+    /// A ring of sixty tokens, of which the last token sees four sink tokens and the last twelve.
     fn ring() -> Sequence {
         let builder = PagedKVPool::builder(SHAPE).blocks(12).block_size(4).max_seq_len(16);
-        let pool = builder.overflow(Overflow::Circular { sinks: 4 }).build().unwrap();
+        let pool = builder.overflow(Overflow::Circular { sink_tokens: 4 }).build().unwrap();
         let mut own = Sequence::new(&pool.0, 1, pool.table_options(&CacheOptions::default()));
         for _ in 0..20 {
             (0..LAYERS).for_each(|layer| append(&mut own, layer, 3, 1.0).unwrap());
@@ -324,52 +332,52 @@ mod tests {
     }
 
     #[test]
-    fn what_is_looked_at_stays_and_goes_when_nobody_looks() {
+    fn blocks_of_a_view_stay_until_it_is_dropped() {
         let pool = PagedKVPool::builder(SHAPE).blocks(8).build().unwrap();
         let mut own = sequence(&pool);
         let prompt: Vec<u32> = (0..60).collect();
-        assert_eq!(own.reuse(&prompt).unwrap(), 0);
+        assert_eq!(own.match_prefix(&prompt).unwrap(), 0);
         (0..LAYERS).for_each(|layer| append(&mut own, layer, 60, 1.0).unwrap());
         (0..LAYERS).for_each(|layer| append(&mut own, layer, 1, 1.0).unwrap());
         let view = own.view(0).unwrap();
         assert!(matches!(append(&mut own, 1, 1, 2.0), Err(KvError::Busy)));
-        assert_eq!((own.len(1), own.blocks()), (61, [4, 0]));
+        assert_eq!((own.len(1), counts(&own)), (61, [4, 0]));
         own.truncate(20).unwrap();
-        assert_eq!((own.len(0), own.len(1), own.blocks()), (20, 20, [4, 0]));
+        assert_eq!((own.len(0), own.len(1), counts(&own)), (20, 20, [4, 0]));
         assert!(matches!(append(&mut own, 1, 1, 2.0), Err(KvError::Busy)));
         assert_eq!(keys(&view), vec![1.0; 61]);
         drop(view);
-        // Nobody has said that it may go now, and yet what comes does not pass for what was there.
+        // `tidy` was not called after the view was dropped. Even so, the new tokens do not count as the old ones.
         let branch: Vec<u32> = (0..20).chain(100..140).collect();
         own.note_tokens(&branch[20..]);
         (0..LAYERS).for_each(|layer| append(&mut own, layer, 40, 2.0).unwrap());
         (0..LAYERS).for_each(|layer| append(&mut own, layer, 1, 2.0).unwrap());
         for (tokens, of_branch) in [(&prompt, 0), (&branch, 28)] {
             let mut other = sequence(&pool);
-            assert_eq!(other.reuse(tokens).unwrap(), 48);
+            assert_eq!(other.match_prefix(tokens).unwrap(), 48);
             assert_eq!(keys(&other.view(0).unwrap()), [vec![1.0; 48 - of_branch], vec![2.0; of_branch]].concat());
         }
     }
 
     #[test]
-    fn a_ring_that_is_looked_at_goes_back_and_on() {
+    fn a_ring_with_a_view_can_be_truncated_and_continued() {
         let mut own = ring();
         let view = own.view(0).unwrap();
         own.truncate(58).unwrap();
-        assert!(matches!(own.truncate(30), Err(KvError::BehindWindow(_))));
+        assert!(matches!(own.truncate(30), Err(KvError::OutOfWindow(_))));
         own.truncate(3).unwrap();
         own.truncate(30).unwrap(); // it has no more
         assert_eq!(own.longest(), 3);
         own.truncate(0).unwrap();
         drop(view);
         (0..LAYERS).for_each(|layer| append(&mut own, layer, 14, 2.0).unwrap());
-        assert_eq!((keys(&own.view(1).unwrap()), own.blocks()), (vec![2.0; 14], [4, 0]));
+        assert_eq!((keys(&own.view(1).unwrap()), counts(&own)), (vec![2.0; 14], [4, 0]));
     }
 
     #[test]
-    fn what_a_ring_has_given_back_cannot_be_written() {
+    fn what_a_ring_has_freed_cannot_be_written() {
         let mut own = ring();
-        // One layer alone begins anew, where the others have left everything behind but their sinks.
+        // One layer alone starts again, at positions of which only the sink tokens' blocks are not freed.
         own.truncate_layer(0, 0).unwrap();
         append(&mut own, 0, 4, 2.0).unwrap();
         let error = append(&mut own, 0, 40, 2.0).unwrap_err().to_string();
@@ -378,17 +386,17 @@ mod tests {
     }
 
     #[test]
-    fn a_sequence_that_is_looked_at_can_be_cleared() {
+    fn a_sequence_with_a_view_can_be_cleared() {
         let pool = PagedKVPool::builder(SHAPE).blocks(8).build().unwrap();
         let mut own = sequence(&pool);
         (0..LAYERS).for_each(|layer| append(&mut own, layer, 40, 1.0).unwrap());
         let view = own.view(1).unwrap();
         (0..LAYERS).for_each(|layer| own.truncate_layer(layer, 0).unwrap());
-        assert_eq!((own.longest(), pool.blocks_held(), keys(&view).len()), (0, 3, 40));
-        assert!(matches!(own.reuse(&[1, 2, 3]), Err(KvError::Busy)));
+        assert_eq!((own.longest(), pool.blocks_in_use(), keys(&view).len()), (0, 3, 40));
+        assert!(matches!(own.match_prefix(&[1, 2, 3]), Err(KvError::Busy)));
         drop(view);
         own.tidy().unwrap();
-        assert_eq!(pool.blocks_held(), 0);
-        assert_eq!(own.reuse(&[1, 2, 3]).unwrap(), 0);
+        assert_eq!(pool.blocks_in_use(), 0);
+        assert_eq!(own.match_prefix(&[1, 2, 3]).unwrap(), 0);
     }
 }

@@ -1,52 +1,66 @@
-//! What a pool has done, and what it holds.
+//! Statistics of a pool.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Numbers of a pool and of all caches over it, since it was made.
+/// Statistics of a pool and of all caches over it, since the pool was made.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[non_exhaustive]
 pub struct CacheStats {
-    /// Tokens that a prefix search found, and that need not be computed; for a [`KVCache`](crate::KVCache), calls of `get`
-    /// that found tokens.
+    /// Tokens that a prefix match found, and that need not be computed; for a [`KVCache`](crate::KVCache), calls of
+    /// `get` on a layer with tokens.
     pub hits: u64,
-    /// Tokens that were sought and not found; for a [`KVCache`](crate::KVCache), calls of `get` on an empty layer.
+    /// Tokens that were looked for and not matched; for a [`KVCache`](crate::KVCache), calls of `get` on an empty
+    /// layer.
     pub misses: u64,
-    /// Blocks that gave way: remembered prefixes whose memory was needed, and what circular windows have left behind.
+    /// Blocks that were evicted because their memory was needed, and blocks that the windows of circular caches have
+    /// freed.
     pub evictions: u64,
-    /// Bytes of the blocks that somebody holds now. A block that several sequences share counts once.
-    pub bytes_held: usize,
-    /// Bytes of all blocks.
-    pub bytes_reserved: usize,
-    /// How often a pool was added because there was no room.
+    /// Bytes of the blocks in use now. A block that several sequences share counts once.
+    pub bytes_in_use: usize,
+    /// Bytes of all blocks, in use or not.
+    pub bytes_allocated: usize,
+    /// How often a pool was added, or replaced by a larger one, because there was no room.
     pub growth_events: u64,
-    /// Tokens that were moved to 8-bit storage, all sequences together.
+    /// Tokens that were moved to 8-bit storage, of all sequences together.
     pub compressed_tokens: u64,
-    /// Bytes of the blocks held in 8-bit storage now, of [`bytes_held`](Self::bytes_held).
+    /// Bytes of the blocks in use in 8-bit storage now, a part of [`bytes_in_use`](Self::bytes_in_use).
     pub bytes_compressed: usize,
-    /// Bytes that the blocks held in 8-bit storage now would take more in the storage of new tokens.
+    /// How many more bytes the blocks in use in 8-bit storage now would take in the storage of new tokens.
     pub bytes_saved: usize,
-    /// The error of the keys that were moved, root mean square, relative to that of the keys: what 8-bit storage costs.
+    /// The root mean square error of the keys that were moved to 8-bit storage, relative to the root mean square of the
+    /// keys.
     pub key_error: f64,
-    /// The same of the values.
+    /// The same for the values.
     pub value_error: f64,
 }
 
 impl CacheStats {
-    /// Hits of all, from 0 to 1; 0 when nothing was sought.
+    /// Hits as a fraction of hits and misses, from 0 to 1; 0 when there were neither.
     pub fn hit_rate(&self) -> f64 {
         let all = self.hits + self.misses;
         if all == 0 { 0.0 } else { self.hits as f64 / all as f64 }
     }
 
-    /// What 8-bit storage saves now, as a part of what its tokens would take otherwise: from 0 to 1.
-    pub fn saved_part(&self) -> f64 {
+    /// The bytes that 8-bit storage saves now, as a fraction of what its tokens would take in the storage of new
+    /// tokens: from 0 to 1.
+    pub fn saved_fraction(&self) -> f64 {
         let all = self.bytes_saved + self.bytes_compressed;
         if all == 0 { 0.0 } else { self.bytes_saved as f64 / all as f64 }
     }
 }
 
-/// Sums of squares: of what was stored, and of what storing it in 8 bits has changed.
+/// The numbers of blocks that a cache uses, shared ones included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BlocksInUse {
+    /// Blocks in the storage of new tokens.
+    pub recent: usize,
+    /// Blocks of old tokens in 8-bit storage.
+    pub compressed: usize,
+}
+
+/// Sums of squares: of the keys and values that were moved to 8-bit storage, and of their rounding errors.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Squares {
     pub(crate) keys: f64,
@@ -55,12 +69,13 @@ pub(crate) struct Squares {
     pub(crate) value_changes: f64,
 }
 
-/// What is counted where it happens.
+/// The counters that caches increment. The pools count the rest.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) hits: AtomicU64,
     pub(crate) misses: AtomicU64,
-    pub(crate) left_behind: AtomicU64,
+    /// Blocks that windows have freed.
+    pub(crate) freed_by_window: AtomicU64,
     compressed: Mutex<(u64, Squares)>,
 }
 
@@ -79,14 +94,14 @@ impl Counters {
         squares.value_changes += more.value_changes;
     }
 
-    /// What was counted; the rest is the pools' business.
+    /// These counters as statistics. The other fields are 0.
     pub(crate) fn stats(&self) -> CacheStats {
         let (compressed_tokens, squares) = *self.compressed.lock().unwrap_or_else(PoisonError::into_inner);
         let error = |changes: f64, all: f64| if all == 0.0 { 0.0 } else { (changes / all).sqrt() };
         CacheStats {
             hits: self.hits.load(Ordering::Relaxed),
             misses: self.misses.load(Ordering::Relaxed),
-            evictions: self.left_behind.load(Ordering::Relaxed),
+            evictions: self.freed_by_window.load(Ordering::Relaxed),
             compressed_tokens,
             key_error: error(squares.key_changes, squares.keys),
             value_error: error(squares.value_changes, squares.values),

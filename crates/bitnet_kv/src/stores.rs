@@ -1,4 +1,4 @@
-//! Pools of one shape and type, one behind the other: where there is room, and how more of it is made.
+//! A growing list of pools of one shape and type.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,6 +7,7 @@ use paged_attention::{KvCache, KvCacheBuilder, OutOfBlocks};
 
 use crate::error::Result;
 
+/// Pools of one shape and type. If growth is allowed, a new one is added when none has room.
 #[derive(Debug)]
 pub(crate) struct Stores {
     builder: KvCacheBuilder,
@@ -16,7 +17,7 @@ pub(crate) struct Stores {
 }
 
 impl Stores {
-    /// One pool, made by `builder`.
+    /// A list of one pool, built by `builder`.
     pub(crate) fn new(builder: KvCacheBuilder, grows: bool) -> Result<Self> {
         let first = builder.clone().build()?;
         let (grows, growths) = (AtomicBool::new(grows), AtomicU64::new(0));
@@ -44,13 +45,14 @@ impl Stores {
         self.lock().first().map_or(0, |cache| cache.bytes_per_block() / cache.pool().block_size())
     }
 
-    /// All pools at this moment; later ones come behind.
+    /// All pools at this moment, in the order in which they were made.
     pub(crate) fn all(&self) -> Vec<KvCache> {
         self.lock().clone()
     }
 
-    /// A pool with `blocks` blocks available at this moment. Without one, and if that is allowed, a new one is made: as large
-    /// as all others together, or as large as it must be.
+    /// A pool with `blocks` available blocks at this moment. If there is none and growth is allowed, a new pool is
+    /// added: as large as all others together, or with `blocks` blocks if that is more. If growth is not allowed, this
+    /// is an [`OutOfBlocks`] error.
     pub(crate) fn with_room(&self, blocks: usize) -> Result<KvCache> {
         let mut all = self.lock();
         let available = || all.iter().map(|cache| cache.pool().available());
@@ -60,27 +62,28 @@ impl Stores {
         if !self.grows() {
             return Err(OutOfBlocks { requested: blocks, available: available().max().unwrap_or(0) }.into());
         }
-        let there: usize = all.iter().map(|cache| cache.pool().blocks()).sum();
-        let cache = self.builder.clone().blocks(there.max(blocks)).build()?;
+        let total: usize = all.iter().map(|cache| cache.pool().blocks()).sum();
+        let cache = self.builder.clone().blocks(total.max(blocks)).build()?;
         self.growths.fetch_add(1, Ordering::Relaxed);
         all.push(cache.clone());
-        // A subscriber is the host's code, which may ask for this lock.
+        // A tracing subscriber is the host's code, which may take this lock.
         drop(all);
-        tracing::debug!(blocks = cache.pool().blocks(), "the cache grows");
+        tracing::debug!(blocks = cache.pool().blocks(), "a pool was added to the cache");
         Ok(cache)
     }
 
-    /// A pool of so many blocks, in place of all that there were. Those go when nobody holds a block of them any more.
+    /// Replaces all pools by a new one of this many blocks, and returns it. An old pool is dropped when none of its
+    /// blocks is in use.
     pub(crate) fn replaced(&self, blocks: usize) -> Result<KvCache> {
         let cache = self.builder.clone().blocks(blocks).build()?;
         self.growths.fetch_add(1, Ordering::Relaxed);
         let before = std::mem::replace(&mut *self.lock(), vec![cache.clone()]);
         drop(before);
-        tracing::debug!(blocks, "a larger pool takes the place of another");
+        tracing::debug!(blocks, "the pool was replaced by a larger one");
         Ok(cache)
     }
 
-    /// Sees to it that one pool has so many blocks. Nobody holds any.
+    /// Makes sure that one pool has at least this many blocks. No block may be in use.
     pub(crate) fn at_least(&self, blocks: usize) -> Result<()> {
         if self.all().iter().all(|cache| cache.pool().blocks() < blocks) {
             self.replaced(blocks)?;
@@ -88,7 +91,7 @@ impl Stores {
         Ok(())
     }
 
-    /// Sums over all pools.
+    /// The sum of `of` over all pools.
     pub(crate) fn sum(&self, of: impl Fn(&KvCache) -> usize) -> usize {
         self.lock().iter().map(of).sum()
     }

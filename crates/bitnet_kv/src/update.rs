@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::rows::Rows;
 use crate::sequence::Sequence;
 use crate::stats::Counters;
-use crate::{CacheOptions, CacheStats, KVCacheOptions, KvError, Overflow, PagedKVPool};
+use crate::{BlocksInUse, CacheOptions, CacheStats, KVCacheOptions, KvError, Overflow, PagedKVPool};
 
 /// Keys and values of all layers, updated in place: a layer grows by its new tokens, and nothing else is touched.
 ///
@@ -111,7 +111,7 @@ impl KVCache {
     ///
     /// [`KvError`] when the layer does not exist, a shape, type or device is wrong, the batch is another than before, `T` does
     /// not lead to `seq_len`, other tokens are given than the layer holds ([`KvError::OtherTokens`]), there is no room, or a
-    /// circular cache has given back what the last of `seq_len` tokens sees ([`KvError::BehindWindow`]). The cache is then as
+    /// circular cache has given back what the last of `seq_len` tokens sees ([`KvError::OutOfWindow`]). The cache is then as
     /// it was.
     pub fn update(&mut self, layer_idx: usize, k: Tensor, v: Tensor, seq_len: usize) -> Result<()> {
         self.layer(layer_idx)?;
@@ -224,8 +224,8 @@ impl KVCache {
             ("tensor_memory_bytes", max.saturating_mul(batch).saturating_mul(self.pool.0.recent.bytes_per_token())),
             ("current_sequence_length", current),
             ("max_sequence_length", max),
-            ("reserved_memory_bytes", stats.bytes_reserved),
-            ("held_memory_bytes", stats.bytes_held),
+            ("reserved_memory_bytes", stats.bytes_allocated),
+            ("held_memory_bytes", stats.bytes_in_use),
             ("copied_memory_bytes", copied),
         ];
         numbers.into_iter().map(|(key, number)| (key.into(), number)).collect()
@@ -237,8 +237,8 @@ impl KVCache {
     }
 
     /// Blocks that the cache holds: for new tokens, and in 8-bit storage.
-    pub fn blocks_held(&self) -> [usize; 2] {
-        self.sequence.as_ref().map_or([0, 0], Sequence::blocks)
+    pub fn blocks_in_use(&self) -> BlocksInUse {
+        self.sequence.as_ref().map_or(BlocksInUse::default(), Sequence::blocks)
     }
 
     /// From now on the cache grows past `max_seq_len`, by as much as it has, and copies nothing.

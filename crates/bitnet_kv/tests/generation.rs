@@ -10,6 +10,7 @@ use std::thread;
 use bitnet_kv::{KVCache, KvShape, Overflow, PagedKVPool};
 use candle_core::Device;
 use common::caches::{Concatenating, Paged, Replacing, Updated};
+use common::counts;
 use common::model::{DIM, KV_HEADS, LAYERS, Model};
 
 const SHAPE: KvShape = KvShape { layers: LAYERS, kv_heads: KV_HEADS, head_dim: DIM };
@@ -60,7 +61,7 @@ fn a_found_prefix_changes_nothing() {
     let expected = MODEL.generate(&prompt, 0, ANSWER, &mut Concatenating::default());
     for known in [0, 32, 32] {
         let mut cache = Paged(pool.cache());
-        assert_eq!(cache.0.reuse(&prompt).unwrap(), known);
+        assert_eq!(cache.0.match_prefix(&prompt).unwrap(), known);
         assert_eq!(MODEL.generate(&prompt, known, ANSWER, &mut cache), expected);
     }
 }
@@ -72,7 +73,7 @@ fn growth_changes_nothing() {
     let growing = PagedKVPool::builder(SHAPE).blocks(1).max_seq_len(16).overflow(Overflow::Grow).build().unwrap();
     let mut cache = Paged(growing.cache());
     assert_eq!(MODEL.generate(&prompt, 0, ANSWER, &mut cache), expected);
-    assert_eq!((growing.stats().growth_events, cache.0.blocks_held()), (1, [3, 0]));
+    assert_eq!((growing.stats().growth_events, counts(cache.0.blocks_in_use())), (1, [3, 0]));
     let mut updated = update(16);
     updated.0.enable_dynamic_growth();
     assert_eq!(MODEL.generate(&prompt, 0, ANSWER, &mut updated), expected);
@@ -98,7 +99,7 @@ fn threads_that_share_a_pool_generate_what_each_does_alone() {
     for (alone, together) in alone.iter().zip(together) {
         assert_eq!([alone.clone(), alone.clone()], together[..]);
     }
-    assert_eq!(pool.blocks_held(), 0);
+    assert_eq!(pool.blocks_in_use(), 0);
 }
 
 #[test]
@@ -115,6 +116,6 @@ fn old_tokens_in_8_bits_hardly_change_what_the_model_says() {
     }
     assert!(worst > 0.0 && worst < 0.02, "{worst}");
     let stats = pool.stats();
-    assert!(stats.saved_part() > 0.7, "{}", stats.saved_part());
+    assert!(stats.saved_fraction() > 0.7, "{}", stats.saved_fraction());
     assert!(stats.key_error < 0.01 && stats.value_error < 0.01, "{stats:?}");
 }

@@ -31,7 +31,7 @@ enum Cache {
 impl Cache {
     fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(), KvError> {
         match self {
-            Self::Paged(cache) => cache.layers[layer].append(k, v),
+            Self::Paged(cache) => cache.layers_mut()[layer].append(k, v),
             Self::Updated(cache) => {
                 let len = cache.seq_len(layer) + k.dims()[2];
                 cache.update(layer, k.clone(), v.clone(), len)
@@ -47,7 +47,7 @@ impl Cache {
     fn truncate_layer(&mut self, layer: usize, len: usize) -> Result<(), KvError> {
         match self {
             Self::Paged(cache) if len == 0 => {
-                cache.layers[layer].clear();
+                cache.layers_mut()[layer].clear();
                 Ok(())
             }
             Self::Paged(_) => panic!("it has no such call"),
@@ -60,7 +60,7 @@ impl Cache {
 
     fn len(&self, layer: usize) -> usize {
         match self {
-            Self::Paged(cache) => cache.layers[layer].seq_len(),
+            Self::Paged(cache) => cache.layers()[layer].seq_len(),
             Self::Updated(cache) => cache.seq_len(layer),
         }
     }
@@ -68,7 +68,7 @@ impl Cache {
     /// `[B, H, S, D]` each.
     fn keys_and_values(&self, layer: usize) -> Result<(Tensor, Tensor), KvError> {
         match self {
-            Self::Paged(cache) => Ok((cache.layers[layer].keys()?, cache.layers[layer].values()?)),
+            Self::Paged(cache) => Ok((cache.layers()[layer].keys()?, cache.layers()[layer].values()?)),
             Self::Updated(cache) => {
                 let (k, v) = cache.get(layer)?;
                 let batched = |t: Tensor| t.transpose(0, 1).unwrap().unsqueeze(0).unwrap().contiguous().unwrap();
@@ -79,7 +79,7 @@ impl Cache {
 
     fn attend(&self, layer: usize, q: &Tensor, causal: bool) -> Result<Tensor, KvError> {
         match self {
-            Self::Paged(cache) => cache.layers[layer].attend(q, SCALE, causal),
+            Self::Paged(cache) => cache.layers()[layer].attend(q, SCALE, causal),
             Self::Updated(cache) => cache.attend(layer, q, SCALE, causal),
         }
     }
@@ -101,7 +101,7 @@ const RING: Case = Case {
     batch: 1,
     block_size: 4,
     max_seq_len: 4,
-    overflow: Overflow::Circular { sinks: 0 },
+    overflow: Overflow::Circular { sink_tokens: 0 },
     older_than: None,
     dtype: KvDtype::F32,
     updated: false,
@@ -127,7 +127,9 @@ impl Case {
     /// Whether the token at `at` sees that at `seen`.
     fn sees(&self, at: usize, seen: usize) -> bool {
         match self.overflow {
-            Overflow::Circular { sinks } => seen <= at && (seen < sinks || seen + self.max_seq_len - sinks > at),
+            Overflow::Circular { sink_tokens } => {
+                seen <= at && (seen < sink_tokens || seen + self.max_seq_len - sink_tokens > at)
+            }
             _ => seen <= at,
         }
     }
@@ -260,12 +262,12 @@ fn history(case: &Case, seed: u64, actions: usize) -> (usize, usize) {
                         went_back += 1;
                         (0..LAYERS).for_each(|layer| naive.truncate(layer, len));
                     }
-                    Err(KvError::BehindWindow(error)) => {
+                    Err(KvError::OutOfWindow(error)) => {
                         refused += 1;
-                        let Overflow::Circular { sinks } = case.overflow else { panic!("{case:?}: {error}") };
-                        let window = case.max_seq_len - sinks;
-                        assert_eq!((error.len, error.seen), (len, len.saturating_sub(window)));
-                        assert!(error.seen < error.held, "{error}");
+                        let Overflow::Circular { sink_tokens } = case.overflow else { panic!("{case:?}: {error}") };
+                        let window = case.max_seq_len - sink_tokens;
+                        assert_eq!((error.len, error.needed), (len, len.saturating_sub(window)));
+                        assert!(error.needed < error.kept, "{error}");
                         assert!(
                             !even || len < before,
                             "{case:?}: back to {len} of {longest}, {before} before: {error}"
@@ -279,7 +281,7 @@ fn history(case: &Case, seed: u64, actions: usize) -> (usize, usize) {
                 let len = back(&mut random, naive.len(layer));
                 match cache.truncate_layer(layer, len) {
                     Ok(()) => naive.truncate(layer, len),
-                    Err(error) => assert!(matches!(error, KvError::BehindWindow(_)), "{error}"),
+                    Err(error) => assert!(matches!(error, KvError::OutOfWindow(_)), "{error}"),
                 }
             }
             7 if random.below(6) == 0 => {
@@ -309,12 +311,12 @@ fn a_ring_that_goes_back_has_what_its_last_token_sees_or_refuses() {
         let values = Tensor::new(values, &Device::Cpu).unwrap().reshape((1, 1, positions.len(), 1)).unwrap();
         let values = values.broadcast_as((1, HEADS, positions.len(), DIM)).unwrap().contiguous().unwrap();
         let keys = values.zeros_like().unwrap();
-        cache.layers.iter_mut().for_each(|layer| layer.append(&keys, &values).unwrap());
+        cache.layers_mut().iter_mut().for_each(|layer| layer.append(&keys, &values).unwrap());
     };
     let sees = |cache: &PagedKVCache, expected: &[f32]| {
         let q = Tensor::ones((1, HEADS, 1, DIM), DType::F32, &Device::Cpu).unwrap();
         let mean = expected.iter().sum::<f32>() / expected.len() as f32;
-        for layer in &cache.layers {
+        for layer in cache.layers() {
             let got = numbers(&layer.attend(&q, SCALE, true).unwrap());
             assert!(got.iter().all(|x| *x == mean), "{got:?} for {mean}, the mean of {expected:?}");
             let values = numbers(&layer.values().unwrap());
@@ -330,7 +332,7 @@ fn a_ring_that_goes_back_has_what_its_last_token_sees_or_refuses() {
     // The token at 6 sees 3, in a block that nobody has seen since the second pass began.
     let mut four = cache(4);
     match four.truncate(7) {
-        Err(KvError::BehindWindow(error)) => assert_eq!((error.len, error.seen, error.held), (7, 3, 4)),
+        Err(KvError::OutOfWindow(error)) => assert_eq!((error.len, error.needed, error.kept), (7, 3, 4)),
         Ok(()) => sees(&four, &[3.0, 4.0, 5.0, 6.0]),
         Err(error) => panic!("{error}"),
     }
@@ -349,13 +351,13 @@ fn a_ring_that_goes_back_has_what_its_last_token_sees_or_refuses() {
 fn a_ring_answers_as_a_naive_one_or_says_that_it_cannot() {
     let (mut went_back, mut refused) = (0, 0);
     let mut cases = vec![RING];
-    for (max_seq_len, sinks) in [(4, 1), (9, 4), (12, 0), (12, 5), (1, 0), (3, 2)] {
+    for (max_seq_len, sink_tokens) in [(4, 1), (9, 4), (12, 0), (12, 5), (1, 0), (3, 2)] {
         for block_size in [1, 3, 4, 16] {
-            cases.push(Case { max_seq_len, overflow: Overflow::Circular { sinks }, block_size, ..RING });
+            cases.push(Case { max_seq_len, overflow: Overflow::Circular { sink_tokens }, block_size, ..RING });
         }
     }
     for max_seq_len in [20, 33, 40] {
-        let overflow = Overflow::Circular { sinks: max_seq_len % 7 };
+        let overflow = Overflow::Circular { sink_tokens: max_seq_len % 7 };
         cases.push(Case { max_seq_len, overflow, block_size: 16, updated: true, ..RING });
     }
     cases.push(Case { batch: 3, ..RING });
@@ -403,14 +405,14 @@ fn what_a_ring_starts_with_can_be_read_at_once() {
     // The longest first: what it leaves is found by others up to every token of theirs but the last.
     for len in (2..=60).rev() {
         let mut first = pool.cache();
-        assert!(first.reuse(&prompt[..len]).unwrap() < len);
+        assert!(first.match_prefix(&prompt[..len]).unwrap() < len);
         let known = first.seq_len();
-        for layer in &mut first.layers {
+        for layer in first.layers_mut() {
             layer.append(&tokens(&k, known..len), &tokens(&v, known..len)).unwrap();
         }
         drop(first);
         let mut again = pool.cache();
-        let found = again.reuse(&prompt[..len]).unwrap();
+        let found = again.match_prefix(&prompt[..len]).unwrap();
         let cache = Cache::Paged(again);
         let held = (tokens(&k, 0..found).contiguous().unwrap(), tokens(&v, 0..found).contiguous().unwrap());
         let naive = Naive(vec![held; LAYERS]);

@@ -6,7 +6,7 @@ mod common;
 
 use bitnet_kv::{CacheOptions, KVCache, KVCacheOptions, KvError, KvShape, Overflow, PagedKVPool, PagedLayerKVCache};
 use candle_core::{DType, Device, Tensor};
-use common::{Random, numbers};
+use common::{Random, counts, numbers};
 
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
 
@@ -23,7 +23,7 @@ const EXTREMES: [usize; 8] = [
 ];
 
 fn overflows() -> [Overflow; 4] {
-    [Overflow::Error, Overflow::Circular { sinks: 0 }, Overflow::Circular { sinks: 3 }, Overflow::Grow]
+    [Overflow::Error, Overflow::Circular { sink_tokens: 0 }, Overflow::Circular { sink_tokens: 3 }, Overflow::Grow]
 }
 
 /// `[1, 2, tokens, 8]`.
@@ -39,23 +39,26 @@ fn extreme_lengths_of_a_paged_cache() {
             let pool = pool.build().unwrap();
             let mut cache = pool.cache();
             let kv = random(9);
-            cache.layers.iter_mut().for_each(|layer| layer.append(&kv, &kv).unwrap());
-            cache.layers.iter_mut().for_each(|layer| layer.append(&random(1), &random(1)).unwrap());
+            cache.layers_mut().iter_mut().for_each(|layer| layer.append(&kv, &kv).unwrap());
+            cache.layers_mut().iter_mut().for_each(|layer| layer.append(&random(1), &random(1)).unwrap());
             cache.truncate(n).unwrap();
             assert_eq!((cache.seq_len(), cache.max_seq_len(), cache.layer_mut(n).is_none()), (10, n, true));
             cache.truncate(9).unwrap();
             let q = random(9);
-            for layer in &cache.layers {
+            for layer in cache.layers() {
                 assert_eq!(numbers(&layer.keys().unwrap()), numbers(&kv));
                 assert_eq!(layer.attend(&q, 0.3, true).unwrap().dims(), q.dims());
             }
         }
-        // As long as sinks allow, and as short.
+        // As long as sink_tokens allow, and as short.
         for max_seq_len in [1, 4] {
             let pool = PagedKVPool::builder(SHAPE).blocks(8).block_size(4).max_seq_len(max_seq_len);
-            for sinks in [max_seq_len, usize::MAX] {
-                let error = pool.clone().overflow(Overflow::Circular { sinks }).build().unwrap_err().to_string();
-                assert!(error.contains(&format!("{sinks} sinks leave nothing of a ring of {max_seq_len}")), "{error}");
+            for sink_tokens in [max_seq_len, usize::MAX] {
+                let error = pool.clone().overflow(Overflow::Circular { sink_tokens }).build().unwrap_err().to_string();
+                assert!(
+                    error.contains(&format!("{sink_tokens} sink tokens leave nothing of a ring of {max_seq_len}")),
+                    "{error}"
+                );
             }
         }
     }
@@ -66,18 +69,20 @@ fn extreme_lengths_of_a_paged_cache() {
         assert!(PagedLayerKVCache::new(n, 2, n, 8, &Device::Cpu).is_err());
         let pool = PagedKVPool::builder(SHAPE).blocks(8).build().unwrap();
         let mut cache = pool.cache_with(&CacheOptions::default().batch(n));
-        let error = cache.layers[0].append(&random(1), &random(1)).unwrap_err();
+        let error = cache.layers_mut()[0].append(&random(1), &random(1)).unwrap_err();
         assert!(matches!(error, KvError::Batch { expected, got: 1, .. } if expected == n), "{error}");
-        assert_eq!((cache.seq_len(), cache.blocks_held()), (0, [0, 0]));
+        assert_eq!((cache.seq_len(), counts(cache.blocks_in_use())), (0, [0, 0]));
         if n <= 1 << 40 {
-            assert_eq!(cache.layers[0].keys().unwrap().dims(), [n, 2, 0, 8]); // more is beyond candle's shapes
+            assert_eq!(cache.layers()[0].keys().unwrap().dims(), [n, 2, 0, 8]); // more is beyond candle's shapes
         }
         cache.truncate(n).unwrap();
         // Old is what is older than all there is, and nothing moves.
         let pool = PagedKVPool::builder(SHAPE).blocks(8).block_size(4).compress_older_than(n).build().unwrap();
         let mut cache = pool.cache();
-        (0..3).for_each(|_| cache.layers.iter_mut().for_each(|layer| layer.append(&random(5), &random(5)).unwrap()));
-        assert_eq!(cache.blocks_held(), [4, 0]);
+        (0..3).for_each(|_| {
+            cache.layers_mut().iter_mut().for_each(|layer| layer.append(&random(5), &random(5)).unwrap())
+        });
+        assert_eq!(counts(cache.blocks_in_use()), [4, 0]);
     }
 }
 

@@ -8,7 +8,7 @@ use std::any::Any;
 
 use bitnet_kv::{CacheOptions, KvError, KvShape, Overflow, PagedKVCache, PagedKVPool, PagedLayerKVCache, Salt};
 use candle_core::{DType, Device, Tensor};
-use common::{Random, cat, dense, difference, numbers, tokens};
+use common::{Random, cat, counts, dense, difference, numbers, tokens};
 
 const SHAPE: KvShape = KvShape { layers: 3, kv_heads: 2, head_dim: 16 };
 const SCALE: f32 = 0.3;
@@ -21,7 +21,7 @@ fn random(random: &mut Random, batch: usize, tokens: usize) -> (Tensor, Tensor) 
 /// One pass: each layer takes tokens `new` of its own keys and values, and attends.
 fn pass(cache: &mut PagedKVCache, of: &[(Tensor, Tensor)], new: std::ops::Range<usize>) -> Result<(), KvError> {
     for (layer, (k, v)) in of.iter().enumerate() {
-        cache.layers[layer].append(&tokens(k, new.clone()), &tokens(v, new.clone()))?;
+        cache.layers_mut()[layer].append(&tokens(k, new.clone()), &tokens(v, new.clone()))?;
     }
     Ok(())
 }
@@ -45,7 +45,7 @@ fn handles_are_shared_and_caches_fit_through_any() {
     sent(&cache);
     let opaque: &mut dyn Any = &mut cache;
     let cache = opaque.downcast_mut::<PagedKVCache>().unwrap();
-    assert_eq!((cache.layers.len(), cache.layer_mut(2).is_some(), cache.layer_mut(3).is_none()), (3, true, true));
+    assert_eq!((cache.layers().len(), cache.layer_mut(2).is_some(), cache.layer_mut(3).is_none()), (3, true, true));
     let layer = cache.layer_mut(0).unwrap();
     assert_eq!((layer.seq_len(), layer.max_seq_len(), layer.n_kv_heads()), (0, 4096, 2));
     assert_eq!(layer.keys().unwrap().dims(), [1, 2, 0, 16]);
@@ -66,17 +66,17 @@ fn attention_is_that_of_a_dense_cache() {
             for (layer, (k, v)) in of.iter().enumerate() {
                 let (q, k, v) = (tokens(&q, len - n..len), tokens(k, 0..len), tokens(v, 0..len));
                 for causal in [true, false] {
-                    let got = cache.layers[layer].attend(&q, SCALE, causal).unwrap();
+                    let got = cache.layers()[layer].attend(&q, SCALE, causal).unwrap();
                     assert_eq!(got.dims(), q.dims());
                     let expected = dense(&q, &k, &v, f64::from(SCALE), |at, seen| !causal || seen <= at);
                     assert!(difference(&got, &expected) < 1e-5);
                 }
-                assert_holds(&cache.layers[layer], &k, &v);
+                assert_holds(&cache.layers()[layer], &k, &v);
             }
         }
-        assert_eq!((cache.seq_len(), cache.blocks_held()), (100, [batch * 7, 0]));
+        assert_eq!((cache.seq_len(), counts(cache.blocks_in_use())), (100, [batch * 7, 0]));
         drop(cache);
-        assert_eq!(pool.blocks_held(), 0);
+        assert_eq!(pool.blocks_in_use(), 0);
     }
 }
 
@@ -101,23 +101,23 @@ fn layers_cleared_on_their_own_do_not_touch_the_others() {
     let pool = PagedKVPool::builder(SHAPE).blocks(20).build().unwrap();
     let mut cache = pool.cache();
     let prompt: Vec<u32> = (0..40).collect();
-    assert_eq!(cache.reuse(&prompt).unwrap(), 0);
+    assert_eq!(cache.match_prefix(&prompt).unwrap(), 0);
     let of: Vec<_> = (0..3).map(|_| random(&mut numbers, 1, 60)).collect();
     pass(&mut cache, &of, 0..40).unwrap();
     pass(&mut cache, &of, 40..41).unwrap(); // the prompt can be found now
     let (k, v) = random(&mut numbers, 1, 30);
-    cache.layers[1].clear();
-    cache.layers[1].append(&k, &v).unwrap();
-    assert_holds(&cache.layers[1], &k, &v);
+    cache.layers_mut()[1].clear();
+    cache.layers_mut()[1].append(&k, &v).unwrap();
+    assert_holds(&cache.layers()[1], &k, &v);
     for layer in [0, 2] {
-        assert_holds(&cache.layers[layer], &tokens(&of[layer].0, 0..41), &tokens(&of[layer].1, 0..41));
+        assert_holds(&cache.layers()[layer], &tokens(&of[layer].0, 0..41), &tokens(&of[layer].1, 0..41));
     }
     // What others find is what was computed, not what was written over it.
     let mut other = pool.cache();
-    assert_eq!(other.reuse(&prompt).unwrap(), 39 / 16 * 16);
-    assert_holds(&other.layers[1], &tokens(&of[1].0, 0..32), &tokens(&of[1].1, 0..32));
+    assert_eq!(other.match_prefix(&prompt).unwrap(), 39 / 16 * 16);
+    assert_holds(&other.layers()[1], &tokens(&of[1].0, 0..32), &tokens(&of[1].1, 0..32));
     cache.clear();
-    assert_eq!((cache.seq_len(), cache.blocks_held()), (0, [0, 0]));
+    assert_eq!((cache.seq_len(), counts(cache.blocks_in_use())), (0, [0, 0]));
 }
 
 #[test]
@@ -127,50 +127,50 @@ fn a_prefix_is_found_by_one_call_and_shared() {
     let of: Vec<_> = (0..3).map(|_| random(&mut numbers, 1, 90)).collect();
     let prompt: Vec<u32> = (100..150).collect();
     let mut first = pool.cache();
-    assert_eq!(first.reuse(&prompt).unwrap(), 0);
+    assert_eq!(first.match_prefix(&prompt).unwrap(), 0);
     pass(&mut first, &of, 0..50).unwrap();
     for at in 50..70 {
         first.note_tokens(&[at as u32]);
         pass(&mut first, &of, at..at + 1).unwrap();
     }
     drop(first);
-    assert_eq!(pool.blocks_held(), 0);
+    assert_eq!(pool.blocks_in_use(), 0);
     // A second turn: the prompt, the answer, and something new.
     let mut turn = prompt.clone();
     turn.extend(50..70);
     turn.extend([7; 20]);
     let mut second = pool.cache();
-    let found = second.reuse(&turn).unwrap();
+    let found = second.match_prefix(&turn).unwrap();
     assert_eq!(found, 64);
-    assert!(second.layers.iter().all(|layer| layer.seq_len() == 64));
-    for (layer, (k, v)) in second.layers.iter().zip(&of) {
+    assert!(second.layers().iter().all(|layer| layer.seq_len() == 64));
+    for (layer, (k, v)) in second.layers().iter().zip(&of) {
         assert_holds(layer, &tokens(k, 0..64), &tokens(v, 0..64));
     }
     pass(&mut second, &of, 64..90).unwrap();
     // Two at a time share what they have in common, until one of them writes.
     let mut third = pool.cache();
     let branch: Vec<u32> = turn[..40].iter().copied().chain([9; 9]).collect();
-    assert_eq!(third.reuse(&branch).unwrap(), 40);
-    assert_eq!(pool.blocks_held(), 6);
+    assert_eq!(third.match_prefix(&branch).unwrap(), 40);
+    assert_eq!(pool.blocks_in_use(), 6);
     let (k, v) = random(&mut numbers, 1, 9);
-    for layer in &mut third.layers {
+    for layer in third.layers_mut() {
         layer.append(&k, &v).unwrap();
     }
-    for (layer, (of_k, of_v)) in third.layers.iter().zip(&of) {
+    for (layer, (of_k, of_v)) in third.layers().iter().zip(&of) {
         assert_holds(layer, &cat(&[tokens(of_k, 0..40), k.clone()]), &cat(&[tokens(of_v, 0..40), v.clone()]));
     }
-    for (layer, (k, v)) in second.layers.iter().zip(&of) {
+    for (layer, (k, v)) in second.layers().iter().zip(&of) {
         assert_holds(layer, k, v);
     }
     let mut tenant = pool.cache_with(&CacheOptions::default().salt(Salt::new(b"another")));
-    assert_eq!(tenant.reuse(&turn).unwrap(), 0);
+    assert_eq!(tenant.match_prefix(&turn).unwrap(), 0);
     let stats = pool.stats();
     let sought = (50 + 90 + 49 + 90) as u64;
     assert_eq!((stats.hits, stats.hits + stats.misses), (64 + 40, sought));
     assert!((stats.hit_rate() - 104.0 / sought as f64).abs() < 1e-9);
-    assert!(matches!(second.reuse(&turn), Err(KvError::NotEmpty { len: 90, batch: 1 })));
-    pool.reset();
-    assert_eq!(pool.cache().reuse(&turn).unwrap(), 0);
+    assert!(matches!(second.match_prefix(&turn), Err(KvError::NotEmpty { len: 90, batch: 1 })));
+    pool.reset_prefix_cache();
+    assert_eq!(pool.cache().match_prefix(&turn).unwrap(), 0);
 }
 
 #[test]
@@ -181,18 +181,18 @@ fn a_full_pool_refuses_a_pass_before_any_layer_has_begun() {
     let (mut a, mut b) = (pool.cache(), pool.cache());
     pass(&mut a, &of, 0..30).unwrap();
     pass(&mut b, &of, 0..30).unwrap();
-    let full = a.layers[0].append(&tokens(&of[0].0, 30..40), &tokens(&of[0].1, 30..40)).unwrap_err();
+    let full = a.layers_mut()[0].append(&tokens(&of[0].0, 30..40), &tokens(&of[0].1, 30..40)).unwrap_err();
     assert!(matches!(full, KvError::OutOfBlocks(full) if (full.requested, full.available) == (1, 0)));
-    for (layer, (k, v)) in a.layers.iter().zip(&of) {
+    for (layer, (k, v)) in a.layers().iter().zip(&of) {
         assert_holds(layer, &tokens(k, 0..30), &tokens(v, 0..30));
     }
-    assert_eq!(a.blocks_held(), [2, 0]);
+    assert_eq!(counts(a.blocks_in_use()), [2, 0]);
     drop(b);
     pass(&mut a, &of, 30..60).unwrap();
     a.truncate(45).unwrap();
-    assert_eq!((a.seq_len(), a.blocks_held()), (45, [3, 0]));
+    assert_eq!((a.seq_len(), counts(a.blocks_in_use())), (45, [3, 0]));
     pass(&mut a, &of, 45..64).unwrap();
-    for (layer, (k, v)) in a.layers.iter().zip(&of) {
+    for (layer, (k, v)) in a.layers().iter().zip(&of) {
         assert_holds(layer, &tokens(k, 0..64), &tokens(v, 0..64));
     }
 }
@@ -210,7 +210,7 @@ fn a_pool_that_grows_takes_more_for_whoever_needs_it() {
     }
     let q = numbers.tensor(&[2, 4, 60, 16]);
     for cache in &caches {
-        for (layer, (k, v)) in cache.layers.iter().zip(&of) {
+        for (layer, (k, v)) in cache.layers().iter().zip(&of) {
             assert_holds(layer, k, v);
             let got = layer.attend(&q, SCALE, true).unwrap();
             assert!(difference(&got, &dense(&q, k, v, f64::from(SCALE), |at, seen| seen <= at)) < 1e-5);
@@ -233,7 +233,7 @@ fn old_tokens_move_to_8_bits_once_and_stay_as_they_are() {
         let settled = len.saturating_sub(20) / 16 * 16;
         len += n;
         for (layer, (k, v)) in of.iter().enumerate() {
-            let (got_k, got_v) = (cache.layers[layer].keys().unwrap(), cache.layers[layer].values().unwrap());
+            let (got_k, got_v) = (cache.layers()[layer].keys().unwrap(), cache.layers()[layer].values().unwrap());
             // What is recent is exact; what is old is within half a step of 8 bits of its row's largest number.
             let recent = (tokens(&got_k, settled..len), tokens(&got_v, settled..len));
             assert_eq!(common::numbers(&recent.0), common::numbers(&tokens(k, settled..len)));
@@ -251,11 +251,11 @@ fn old_tokens_move_to_8_bits_once_and_stay_as_they_are() {
             before[layer] = old;
             // And attention is that over what is stored.
             let q = tokens(&q, len - n..len);
-            let got = cache.layers[layer].attend(&q, SCALE, true).unwrap();
+            let got = cache.layers()[layer].attend(&q, SCALE, true).unwrap();
             let expected = dense(&q, &got_k, &got_v, f64::from(SCALE), |at, seen| seen <= at);
             assert!(difference(&got, &expected) < 2e-4, "{}", difference(&got, &expected));
         }
-        assert_eq!(cache.blocks_held(), [len.div_ceil(16) - settled / 16, settled / 16]);
+        assert_eq!(counts(cache.blocks_in_use()), [len.div_ceil(16) - settled / 16, settled / 16]);
     }
     let stats = pool.stats();
     let moved = (len - 1).saturating_sub(20) / 16 * 16;
@@ -263,28 +263,28 @@ fn old_tokens_move_to_8_bits_once_and_stay_as_they_are() {
     let f32_block = 3 * 2 * 16 * 2 * 16 * 4;
     assert_eq!(stats.bytes_saved + stats.bytes_compressed, moved / 16 * f32_block);
     // A quarter, and two scales for each row of 16: 68.75 % less.
-    assert!((stats.saved_part() - 0.6875).abs() < 1e-9, "{}", stats.saved_part());
+    assert!((stats.saved_fraction() - 0.6875).abs() < 1e-9, "{}", stats.saved_fraction());
     assert!((1e-4..0.01).contains(&stats.key_error) && (1e-4..0.01).contains(&stats.value_error), "{stats:?}");
 
     // Back to any length, behind and before what has moved, and on.
     for back in [len - 3, moved + 1, moved, moved - 5, 16, 3] {
         cache.truncate(back).unwrap();
-        let held = cache.layers[0].keys().unwrap();
+        let held = cache.layers()[0].keys().unwrap();
         pass(&mut cache, &of, 100..130).unwrap();
         pass(&mut cache, &of, 130..131).unwrap();
-        let keys = cache.layers[0].keys().unwrap();
+        let keys = cache.layers()[0].keys().unwrap();
         assert_eq!(keys.dims()[2], back + 31);
         let old = before[0].len() / 32;
         let same = back.min(old);
         assert_eq!(common::numbers(&tokens(&keys, 0..same)), common::numbers(&tokens(&held, 0..same)));
         assert_eq!(common::numbers(&tokens(&keys, back + 11..back + 31)), common::numbers(&tokens(&of[0].0, 111..131)));
-        let got = cache.layers[0].attend(&tokens(&q, 0..25), SCALE, true).unwrap();
-        let values = cache.layers[0].values().unwrap();
+        let got = cache.layers()[0].attend(&tokens(&q, 0..25), SCALE, true).unwrap();
+        let values = cache.layers()[0].values().unwrap();
         let expected = dense(&tokens(&q, 0..25), &keys, &values, f64::from(SCALE), |at, seen| seen <= at);
         assert!(difference(&got, &expected) < 2e-4);
     }
     drop(cache);
-    assert_eq!((pool.blocks_held(), pool.old_blocks_held()), (0, 0));
+    assert_eq!((pool.blocks_in_use(), pool.compressed_blocks_in_use()), (0, 0));
 }
 
 #[test]
@@ -304,13 +304,13 @@ fn bad_input_is_an_error_and_changes_nothing() {
         ("a length of 51, max_seq_len is 50", of_dims(&[1, 2, 31, 16], DType::F32)),
     ];
     for (message, bad) in cases {
-        let error = cache.layers[1].append(&bad, &bad).unwrap_err().to_string();
+        let error = cache.layers_mut()[1].append(&bad, &bad).unwrap_err().to_string();
         assert!(error.contains(message), "{error:?} lacks {message:?}");
-        for (layer, (k, v)) in cache.layers.iter().zip(&of) {
+        for (layer, (k, v)) in cache.layers().iter().zip(&of) {
             assert_eq!(layer.seq_len(), 20);
             assert_holds(layer, k, v);
         }
     }
     let q = of_dims(&[1, 4, 1, 16], DType::F16);
-    assert_eq!(cache.layers[0].attend(&q, 1.0, true).unwrap_err().to_string(), "q is f16, the cache takes f32");
+    assert_eq!(cache.layers()[0].attend(&q, 1.0, true).unwrap_err().to_string(), "q is f16, the cache takes f32");
 }

@@ -15,7 +15,7 @@ use bitnet_kv::{CacheOptions, KvError, KvShape, OutOfBlocks, Overflow, PagedKVCa
 use candle_core::{Device, Tensor};
 use common::caches::Paged;
 use common::model::{DIM, KV_HEADS, LAYERS, Model};
-use common::{Random, numbers};
+use common::{Random, counts, numbers};
 
 const SHAPE: KvShape = KvShape { layers: 3, kv_heads: 1, head_dim: 4 };
 
@@ -31,7 +31,7 @@ fn compute(cache: &mut PagedKVCache, tokens: &[u32], from: usize, to: usize, lay
     for layer in 0..layers {
         let rows: Vec<f32> = (from..to).flat_map(|at| [row(layer, &tokens[..=at]); 4]).collect();
         let rows = Tensor::from_vec(rows, (1, 1, to - from, 4), &Device::Cpu).unwrap();
-        cache.layers[layer].append(&rows, &rows.neg().unwrap())?;
+        cache.layers_mut()[layer].append(&rows, &rows.neg().unwrap())?;
     }
     Ok(())
 }
@@ -46,8 +46,8 @@ fn pass(cache: &mut PagedKVCache, tokens: &[u32]) -> Result<usize, KvError> {
 /// All layers hold these tokens, or, of a ring, what the last one sees.
 fn assert_holds(cache: &PagedKVCache, tokens: &[u32], ring: Option<(usize, usize)>, rounding: f32) {
     let last = tokens.len().saturating_sub(1);
-    let sees = |at: usize| ring.is_none_or(|(sinks, window)| at < sinks || at + window > last);
-    for (layer, of_cache) in cache.layers.iter().enumerate() {
+    let sees = |at: usize| ring.is_none_or(|(sink_tokens, window)| at < sink_tokens || at + window > last);
+    for (layer, of_cache) in cache.layers().iter().enumerate() {
         assert_eq!(of_cache.seq_len(), tokens.len());
         let expected: Vec<f32> =
             (0..tokens.len()).filter(|&at| sees(at)).map(|at| row(layer, &tokens[..=at])).collect();
@@ -68,7 +68,7 @@ fn pool(blocks: usize) -> PagedKVPoolBuilder {
 fn a_prompt_another_that_fails_and_the_first_again() {
     let first: Vec<u32> = (0..30).collect();
     let second: Vec<u32> = (0..20).chain(100..120).collect();
-    for overflow in [Overflow::Error, Overflow::Circular { sinks: 2 }, Overflow::Grow] {
+    for overflow in [Overflow::Error, Overflow::Circular { sink_tokens: 2 }, Overflow::Grow] {
         let max_seq_len = if matches!(overflow, Overflow::Circular { .. }) { 12 } else { 64 };
         let ring = (max_seq_len == 12).then_some((2, 10));
         let max_seq_len = if overflow == Overflow::Error { 80 } else { max_seq_len };
@@ -122,23 +122,23 @@ fn tokens_stay_told_when_nothing_is_cut() {
     for cut in [0, 5, 33, 1000] {
         let pool = PagedKVPool::builder(SHAPE).blocks(16).build().unwrap();
         let mut cache = pool.cache();
-        assert_eq!(cache.reuse(&tokens).unwrap(), 0);
+        assert_eq!(cache.match_prefix(&tokens).unwrap(), 0);
         cache.truncate(cut).unwrap();
-        cache.layers[1].clear();
+        cache.layers_mut()[1].clear();
         compute(&mut cache, &tokens, 0, 33, 3).unwrap();
         cache.truncate(33).unwrap();
         cache.note_tokens(&[33]);
         cache.truncate(33).unwrap();
         compute(&mut cache, &(0..34).collect::<Vec<_>>(), 33, 34, 3).unwrap();
         drop(cache);
-        assert_eq!(pool.cache().reuse(&(0..40).collect::<Vec<_>>()).unwrap(), 32);
+        assert_eq!(pool.cache().match_prefix(&(0..40).collect::<Vec<_>>()).unwrap(), 32);
         // Forgotten is forgotten.
         let mut cache = pool.cache();
-        cache.reuse(&[90, 91]).unwrap();
+        cache.match_prefix(&[90, 91]).unwrap();
         cache.clear();
         compute(&mut cache, &(0..34).collect::<Vec<_>>(), 0, 34, 3).unwrap();
         drop(cache);
-        assert_eq!(pool.cache().reuse(&(90..130).collect::<Vec<_>>()).unwrap(), 0);
+        assert_eq!(pool.cache().match_prefix(&(90..130).collect::<Vec<_>>()).unwrap(), 0);
     }
 }
 
@@ -186,7 +186,7 @@ fn a_batch_has_no_one_list_of_tokens() {
     assert_eq!(pass(&mut cache, &[7]).unwrap(), 1);
     assert_eq!(pass(&mut cache, &[7]).unwrap(), 1);
     assert_eq!(cache.begin_pass(&[]).unwrap(), 0);
-    assert_eq!((cache.seq_len(), cache.blocks_held()), (0, [0, 0]));
+    assert_eq!((cache.seq_len(), counts(cache.blocks_in_use())), (0, [0, 0]));
 }
 
 /// A prompt of a few words, so that many begin alike.
@@ -204,11 +204,14 @@ fn random_histories_hold_what_recomputation_gives() {
     let (mut kept, mut computed) = (0, 0);
     for seed in 0..400 {
         let random = &mut Random::new(seed);
-        let overflow =
-            [Overflow::Error, Overflow::Circular { sinks: 3 }, Overflow::Circular { sinks: 0 }, Overflow::Grow]
-                [seed as usize % 4];
+        let overflow = [
+            Overflow::Error,
+            Overflow::Circular { sink_tokens: 3 },
+            Overflow::Circular { sink_tokens: 0 },
+            Overflow::Grow,
+        ][seed as usize % 4];
         let ring = match overflow {
-            Overflow::Circular { sinks } => Some((sinks, 14 - sinks)),
+            Overflow::Circular { sink_tokens } => Some((sink_tokens, 14 - sink_tokens)),
             _ => None,
         };
         let compressed = ring.is_none() && random.below(3) == 0;
@@ -225,7 +228,7 @@ fn random_histories_hold_what_recomputation_gives() {
                 0 => *cache = pool.cache(),
                 1 => cache.clear(),
                 2 => drop(cache.truncate(random.below(30))),
-                3 => cache.layers[random.below(3)].clear(),
+                3 => cache.layers_mut()[random.below(3)].clear(),
                 4 => {
                     // Somebody feeds it without a word.
                     cache.clear();
@@ -264,7 +267,7 @@ fn random_histories_hold_what_recomputation_gives() {
             }
         }
         drop(caches);
-        assert_eq!((pool.blocks_held(), pool.old_blocks_held()), (0, 0));
+        assert_eq!((pool.blocks_in_use(), pool.compressed_blocks_in_use()), (0, 0));
     }
     assert!(4 * kept > computed, "{kept} tokens kept, {computed} computed");
 }

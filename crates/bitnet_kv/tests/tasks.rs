@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bitnet_kv::{KvError, KvShape, Overflow, PagedKVCache, PagedKVPool};
 use candle_core::{Device, Tensor};
-use common::{Random, dense, difference, numbers, tokens};
+use common::{Random, counts, dense, difference, numbers, tokens};
 use rayon::prelude::*;
 
 const SCALE: f32 = 0.2;
@@ -32,7 +32,7 @@ impl Held {
         let dims = [1, SHAPE.kv_heads, TOKENS, SHAPE.head_dim];
         let of: Vec<_> = (0..SHAPE.layers).map(|_| (random.tensor(&dims), random.tensor(&dims))).collect();
         let mut cache = pool.cache();
-        for (layer, (k, v)) in cache.layers.iter_mut().zip(&of) {
+        for (layer, (k, v)) in cache.layers_mut().iter_mut().zip(&of) {
             layer.append(k, v).unwrap();
         }
         Self { cache, of, q: random.tensor(&[1, 8, 10, SHAPE.head_dim]) }
@@ -43,15 +43,15 @@ impl Held {
         let layer = task % SHAPE.layers;
         match (task + task / SHAPE.layers) % 4 {
             0 => {
-                assert_eq!((self.cache.seq_len(), self.cache.layers[layer].seq_len()), (TOKENS, TOKENS));
+                assert_eq!((self.cache.seq_len(), self.cache.layers()[layer].seq_len()), (TOKENS, TOKENS));
                 None
             }
             1 => {
-                assert_eq!(self.cache.blocks_held(), [TOKENS.div_ceil(16), 0]);
-                assert!(self.cache.bytes_held() > 0);
+                assert_eq!(counts(self.cache.blocks_in_use()), [TOKENS.div_ceil(16), 0]);
+                assert!(self.cache.bytes_in_use() > 0);
                 None
             }
-            _ => Some((layer, numbers(&self.cache.layers[layer].attend(&self.q, SCALE, true).unwrap()))),
+            _ => Some((layer, numbers(&self.cache.layers()[layer].attend(&self.q, SCALE, true).unwrap()))),
         }
     }
 }
@@ -92,21 +92,21 @@ fn nobody_waits_for_a_layer_that_attends() {
 #[test]
 fn a_layer_is_written_between_what_others_read() {
     let mut random = Random::new(2);
-    for (overflow, len) in [(Overflow::Error, TOKENS), (Overflow::Circular { sinks: 32 }, 100)] {
+    for (overflow, len) in [(Overflow::Error, TOKENS), (Overflow::Circular { sink_tokens: 32 }, 100)] {
         let pool = PagedKVPool::builder(SHAPE).blocks(128).max_seq_len(len).overflow(overflow).build();
         // In a ring whose other layers have left tokens behind, a layer that begins anew has room for its sinks.
         let (pool, most) = (pool.unwrap(), if overflow == Overflow::Error { TOKENS } else { 32 });
         let Held { mut cache, of, q } = Held::new(&pool, &mut random);
         if overflow != Overflow::Error {
-            for (layer, (k, v)) in cache.layers.iter_mut().zip(&of) {
+            for (layer, (k, v)) in cache.layers_mut().iter_mut().zip(&of) {
                 layer.append(&tokens(k, 0..30), &tokens(v, 0..30)).unwrap();
             }
         }
-        let mut layers = std::mem::take(&mut cache.layers);
-        let (read, written) = layers.split_at_mut(1);
+        let blocks = counts(cache.blocks_in_use());
+        let (read, written) = cache.layers_mut().split_at_mut(1);
         let (read, written) = (&read[0], &mut written[0]);
         let attended = || numbers(&read.attend(&q, SCALE, true).unwrap());
-        let (before, blocks) = (attended(), cache.blocks_held());
+        let before = attended();
         thread::scope(|scope| {
             let (k, v) = &of[2];
             let writer = scope.spawn(move || {
@@ -125,6 +125,6 @@ fn a_layer_is_written_between_what_others_read() {
                 assert_eq!(attended(), before);
             }
         });
-        assert_eq!(cache.blocks_held(), blocks);
+        assert_eq!(counts(cache.blocks_in_use()), blocks);
     }
 }

@@ -11,7 +11,7 @@ mod common;
 
 use bitnet_kv::{KVCache, KVCacheOptions, KvDtype, KvError, Overflow};
 use candle_core::{DType, Device, Tensor};
-use common::{Random, cat, dense, difference, flat, numbers, tokens};
+use common::{Random, cat, counts, dense, difference, flat, numbers, tokens};
 
 const HEADS: usize = 3;
 const DIM: usize = 8;
@@ -113,7 +113,7 @@ fn random_histories_read_as_a_naive_cache_does() {
             }
         }
         let longest = naive.iter().map(|(_, len)| *len).max().unwrap();
-        let held = ours.blocks_held()[0];
+        let held = ours.blocks_in_use().recent;
         // Growth may leave one block half full for each pool.
         let most = longest.div_ceil(16) + ours.stats().growth_events as usize;
         assert!((longest.div_ceil(16)..=most).contains(&held), "{held} blocks for {longest} tokens");
@@ -133,13 +133,13 @@ fn a_truncated_cache_goes_on_from_any_length() {
         for layer in 0..2 {
             cache.update(layer, tokens(&k, 0..len), tokens(&v, 0..len), len).unwrap();
         }
-        assert_eq!(cache.blocks_held(), [usize::div_ceil(len, 16), 0]);
+        assert_eq!(counts(cache.blocks_in_use()), [usize::div_ceil(len, 16), 0]);
         for layer in 0..2 {
             cache.update(layer, more_k.clone(), more_v.clone(), len + 20).unwrap();
             let (k, v) = (cat(&[tokens(&k, 0..len), more_k.clone()]), cat(&[tokens(&v, 0..len), more_v.clone()]));
             assert_holds(&cache, layer, &k, &v);
         }
-        assert_eq!(cache.blocks_held(), [(len + 20).div_ceil(16), 0]);
+        assert_eq!(counts(cache.blocks_in_use()), [(len + 20).div_ceil(16), 0]);
     }
 }
 
@@ -174,16 +174,16 @@ fn growth_moves_nothing_and_attention_sees_all_of_it() {
     assert_holds(&cache, 1, &k, &v);
     // 2 blocks, then as many again as there are: 2, 4, 8.
     assert_eq!(cache.stats().growth_events, 3);
-    assert_eq!(cache.blocks_held(), [13, 0]);
+    assert_eq!(counts(cache.blocks_in_use()), [13, 0]);
     assert_eq!(cache.memory_usage()["max_sequence_length"], 200);
-    assert_eq!(cache.stats().bytes_reserved, 16 * 2 * 2 * 16 * HEADS * DIM * 4);
+    assert_eq!(cache.stats().bytes_allocated, 16 * 2 * 2 * 16 * HEADS * DIM * 4);
 }
 
 #[test]
 fn a_ring_sees_its_sinks_and_its_last_tokens_in_bounded_memory() {
-    for (max_seq_len, sinks) in [(32, 0), (33, 4), (40, 16), (17, 1)] {
+    for (max_seq_len, sink_tokens) in [(32, 0), (33, 4), (40, 16), (17, 1)] {
         let mut random_numbers = Random::new(4);
-        let options = KVCacheOptions::default().overflow(Overflow::Circular { sinks });
+        let options = KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens });
         let mut cache = with(max_seq_len, 2, &options);
         let (k, v) = random(&mut random_numbers, 150);
         let q = random_numbers.tensor(&[1, HEADS, 150, DIM]);
@@ -195,24 +195,24 @@ fn a_ring_sees_its_sinks_and_its_last_tokens_in_bounded_memory() {
                 cache.update(layer, tokens(&k, len..len + n), tokens(&v, len..len + n), len + n).unwrap();
                 let q = tokens(&q, len..len + n);
                 let got = cache.attend(layer, &q, SCALE, true).unwrap();
-                let window = max_seq_len - sinks;
-                let sees = |at: usize, seen: usize| seen <= at && (seen < sinks || seen + window > at);
+                let window = max_seq_len - sink_tokens;
+                let sees = |at: usize, seen: usize| seen <= at && (seen < sink_tokens || seen + window > at);
                 let (k, v) = (tokens(&k, 0..len + n), tokens(&v, 0..len + n));
                 assert!(difference(&got, &dense(&q, &k, &v, f64::from(SCALE), sees)) < 1e-5, "{len}");
             }
             len += n;
-            most = most.max(cache.blocks_held()[0]);
+            most = most.max(cache.blocks_in_use().recent);
         }
-        let recent = 150 - (max_seq_len - sinks)..150;
-        let kept = |t: &Tensor| cat(&[tokens(t, 0..sinks), tokens(t, recent.clone())]);
+        let recent = 150 - (max_seq_len - sink_tokens)..150;
+        let kept = |t: &Tensor| cat(&[tokens(t, 0..sink_tokens), tokens(t, recent.clone())]);
         assert_holds(&cache, 1, &kept(&k), &kept(&v));
-        // The sinks and the ring in whole blocks, one more where the ring begins inside one, one for what is new.
-        let bound = usize::div_ceil(sinks, 16) + (max_seq_len - sinks).div_ceil(16) + 2;
+        // The sink_tokens and the ring in whole blocks, one more where the ring begins inside one, one for what is new.
+        let bound = usize::div_ceil(sink_tokens, 16) + (max_seq_len - sink_tokens).div_ceil(16) + 2;
         assert!(most <= bound, "{most} blocks, at most {bound}");
         assert!(cache.stats().evictions > 0);
         // Nearly all of the ring's past is gone, and it says so.
         let back = cache.update(0, tokens(&k, 0..100), tokens(&v, 0..100), 100).unwrap_err();
-        assert!(matches!(back, KvError::BehindWindow(_)), "{back}");
+        assert!(matches!(back, KvError::OutOfWindow(_)), "{back}");
         assert_holds(&cache, 0, &kept(&k), &kept(&v));
     }
 }
@@ -254,7 +254,7 @@ fn bad_input_is_an_error_and_changes_nothing() {
         for layer in 0..2 {
             assert_holds(&cache, layer, &tokens(&k, 0..20), &tokens(&v, 0..20));
         }
-        assert_eq!(cache.blocks_held(), [2, 0]);
+        assert_eq!(counts(cache.blocks_in_use()), [2, 0]);
     }
     assert!(cache.get(2).unwrap_err().to_string().contains("out of bounds"));
     assert!(cache.prefetch(2, 5).unwrap_err().to_string().contains("out of bounds"));
@@ -269,16 +269,16 @@ fn bad_input_is_an_error_and_changes_nothing() {
     assert_eq!(refused(1, 0, 1, 4), "num_layers must be > 0");
     assert_eq!(refused(1, 1, 0, 4), "num_heads must be > 0");
     assert!(refused(1, 1, 1, 6).starts_with("head_dim must be > 0 and divisible by 4"));
-    let ring = KVCacheOptions::default().overflow(Overflow::Circular { sinks: 8 });
+    let ring = KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens: 8 });
     assert!(KVCache::with_options(8, 1, 1, 4, &Device::Cpu, &ring).is_err());
-    let both = KVCacheOptions::default().overflow(Overflow::Circular { sinks: 2 }).compress_older_than(4);
+    let both = KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens: 2 }).compress_older_than(4);
     assert!(KVCache::with_options(8, 1, 1, 4, &Device::Cpu, &both).is_err());
 }
 
 #[test]
 fn a_batch_is_held_side_by_side() {
     let mut random_numbers = Random::new(6);
-    for overflow in [Overflow::Error, Overflow::Circular { sinks: 8 }, Overflow::Grow] {
+    for overflow in [Overflow::Error, Overflow::Circular { sink_tokens: 8 }, Overflow::Grow] {
         for compressed in [false, true] {
             if compressed && overflow != Overflow::Error {
                 continue;
@@ -317,9 +317,9 @@ fn a_batch_is_held_side_by_side() {
 #[test]
 fn a_ring_takes_a_pass_of_any_length() {
     for (batch, dtype) in [(1, KvDtype::F32), (3, KvDtype::F32), (1, KvDtype::Bf16), (1, KvDtype::Int8)] {
-        for sinks in [0, 5] {
+        for sink_tokens in [0, 5] {
             let mut random_numbers = Random::new(9);
-            let options = KVCacheOptions::default().overflow(Overflow::Circular { sinks }).dtype(dtype);
+            let options = KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens }).dtype(dtype);
             let mut cache = with(64, 2, &options);
             let given = if dtype == KvDtype::Bf16 { DType::BF16 } else { DType::F32 };
             let (k, v) =
@@ -334,7 +334,8 @@ fn a_ring_takes_a_pass_of_any_length() {
                     let rows = pass.min(40);
                     let q = random_numbers.tensor(&[batch, HEADS, rows, DIM]).to_dtype(given).unwrap();
                     let got = cache.attend(layer, &q, SCALE, true).unwrap().to_dtype(DType::F32).unwrap();
-                    let sees = |at: usize, seen: usize| seen <= at && (seen < sinks || seen + 64 - sinks > at);
+                    let sees =
+                        |at: usize, seen: usize| seen <= at && (seen < sink_tokens || seen + 64 - sink_tokens > at);
                     let exact = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
                     let (q, k, v) = (exact(&q), exact(&tokens(&k, 0..len)), exact(&tokens(&v, 0..len)));
                     let bound = if dtype == KvDtype::F32 { 1e-5 } else { 0.02 };
@@ -352,7 +353,7 @@ fn a_ring_takes_a_pass_of_any_length() {
             for layer in 0..2 {
                 cache.update(layer, tokens(&k, len..len + 1), tokens(&v, len..len + 1), len + 1).unwrap();
             }
-            assert!(cache.blocks_held()[0] <= batch * 7, "{:?}", cache.blocks_held());
+            assert!(cache.blocks_in_use().recent <= batch * 7, "{:?}", counts(cache.blocks_in_use()));
         }
     }
 }
@@ -361,7 +362,7 @@ fn a_ring_takes_a_pass_of_any_length() {
 fn layers_behind_keep_their_tokens_when_a_ring_is_enlarged() {
     for leader in 0..3 {
         let mut random_numbers = Random::new(10);
-        let mut cache = with(16, 3, &KVCacheOptions::default().overflow(Overflow::Circular { sinks: 2 }));
+        let mut cache = with(16, 3, &KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens: 2 }));
         let (k, v) = random(&mut random_numbers, 600);
         let give = |cache: &mut KVCache, layer: usize, from: usize, to: usize| {
             cache.update(layer, tokens(&k, from..to), tokens(&v, from..to), to).unwrap();

@@ -21,7 +21,7 @@ fn with(options: &KVCacheOptions) -> KVCache {
 
 /// Every way of keeping tokens that a whole sequence can be compared with.
 fn all_options() -> Vec<KVCacheOptions> {
-    let ring = |sinks| KVCacheOptions::default().overflow(Overflow::Circular { sinks });
+    let ring = |sink_tokens| KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens });
     let options = [KVCacheOptions::default(), KVCacheOptions::default().compress_older_than(10)];
     let dtypes = [KvDtype::F16, KvDtype::Bf16, KvDtype::Int8].map(|dtype| KVCacheOptions::default().dtype(dtype));
     options.into_iter().chain(dtypes).chain([ring(0), ring(7)]).collect()
@@ -101,7 +101,7 @@ fn another_prompt_with_a_common_start_is_an_error_where_it_parts() {
 #[test]
 fn what_get_gave_stays_what_it_is() {
     for batch in [1, 2] {
-        for overflow in [Overflow::Error, Overflow::Grow, Overflow::Circular { sinks: 3 }] {
+        for overflow in [Overflow::Error, Overflow::Grow, Overflow::Circular { sink_tokens: 3 }] {
             let mut random_numbers = Random::new(3);
             let mut cache = with(&KVCacheOptions::default().overflow(overflow));
             let mut given: Vec<(Tensor, Vec<f32>)> = vec![];

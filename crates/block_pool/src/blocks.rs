@@ -5,35 +5,35 @@ use std::ops::{Deref, Range};
 
 use smallvec::SmallVec;
 
-use crate::ledger::{Owned, Sought};
-use crate::{BlockId, BlockPool, Found, OutOfBlocks, PrefixKey, ReserveError};
+use crate::ledger::{Query, Writable};
+use crate::{BlockId, BlockPool, OutOfBlocks, PrefixKey, PrefixMatch, ReserveError};
 
-/// Short sequences keep their list inside the table, without an allocation.
+/// The ids of a short sequence are stored inline, without an allocation.
 type Ids = SmallVec<[BlockId; 8]>;
 
-/// An ordered list of blocks that somebody holds. Dropping it gives them back, all under one lock.
+/// An ordered list of blocks that are in use. Dropping it frees them all, under one lock.
 ///
-/// A list, not a single block, is the unit of ownership: a double free or a use after free cannot be written in safe code,
-/// and blocks leak only if a list is never dropped (`std::mem::forget`). Several lists can hold the same block (see
-/// [`share`](Self::share)); it is free when the last one lets go.
-#[must_use = "dropping the list gives its blocks back"]
+/// A list, not a single block, is the unit of ownership: a double free or a use after free cannot be written in safe
+/// code, and blocks leak only if a list is never dropped (`std::mem::forget`). Several lists can use the same block
+/// (see [`fork`](Self::fork)); it is freed when the last of them is dropped.
+#[must_use = "dropping the list frees its blocks"]
 pub struct Blocks {
     pool: BlockPool,
     ids: Ids,
-    /// When the list got its first block: see [`BlockPool::reset`].
+    /// The pool's epoch when the list got its first block: see [`BlockPool::reset_prefix_cache`].
     epoch: u64,
 }
 
 impl Blocks {
-    /// An empty list, which a later [`grow`](Self::grow) fills from `pool`.
+    /// Makes an empty list, to which [`grow`](Self::grow) can add blocks of `pool`.
     #[inline]
-    pub fn none(pool: &BlockPool) -> Self {
+    pub fn empty(pool: &BlockPool) -> Self {
         Self { pool: pool.clone(), ids: Ids::new(), epoch: 0 }
     }
 
-    /// `n` blocks that continue the life of others, which got their first one in `epoch`.
+    /// Allocates `n` blocks that replace those of a list which got its first block in `epoch`.
     pub(crate) fn successors(pool: &BlockPool, epoch: u64, n: usize) -> Result<Self, OutOfBlocks> {
-        let mut blocks = pool.take(n)?;
+        let mut blocks = pool.allocate(n)?;
         blocks.epoch = epoch;
         Ok(blocks)
     }
@@ -48,11 +48,11 @@ impl Blocks {
         &self.pool
     }
 
-    /// Adds `n` blocks at the end, right behind the last one where that is free.
+    /// Adds `n` blocks at the end, adjacent to the last one where possible.
     ///
     /// # Errors
     ///
-    /// [`OutOfBlocks`] when fewer than `n` are available; then none was added.
+    /// [`OutOfBlocks`] when fewer than `n` are available; then none is added.
     #[inline]
     pub fn grow(&mut self, n: usize) -> Result<(), OutOfBlocks> {
         if n == 0 {
@@ -65,17 +65,17 @@ impl Blocks {
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        let evicted = ledger.take(n, last, |run| add(ids, run))?;
+        let evicted = ledger.allocate(n, last, |run| add(ids, run))?;
         if evicted > 0 {
-            let orphaned = ledger.take_orphaned();
+            let orphaned = ledger.drain_orphaned();
             drop(ledger);
             self.clean_up(evicted, orphaned);
         }
         Ok(())
     }
 
-    /// Room in the list for `n` more ids, so that nothing is allocated under the pool's lock. Refuses what the pool could
-    /// never give before it asks the allocator for it.
+    /// Makes room in the list for `n` more ids, so that nothing is allocated on the heap under the pool's lock. More
+    /// blocks than the pool has are refused before memory for their ids is requested.
     #[inline]
     fn make_room(&mut self, n: usize) -> Result<(), OutOfBlocks> {
         if n > self.pool.blocks() {
@@ -85,29 +85,29 @@ impl Blocks {
         Ok(())
     }
 
-    /// What an allocation that has evicted blocks has left to do: they still have their old content.
+    /// Finishes an allocation that has evicted blocks: those still have their old content.
     #[cold]
     fn clean_up(&self, evicted: usize, orphaned: Vec<BlockId>) {
-        // Dropped at the end, by a panic of the storage too.
+        // Dropped at the end, even if the storage panics: this frees the blocks.
         let orphaned = Blocks { pool: self.pool.clone(), ids: orphaned.into(), epoch: self.epoch };
         self.pool.poison(&self.ids[self.ids.len() - evicted..]);
         drop(orphaned);
-        // Last: this calls the host's code, which may panic.
-        tracing::trace!(evicted, "remembered blocks gave way");
+        // Last, because this calls the host's code, which may panic.
+        tracing::trace!(evicted, "cached blocks were evicted");
     }
 
-    /// Makes block `at` safe to write and adds `n` blocks at the end, in one transaction.
+    /// Makes block `at` writable and adds `n` blocks at the end, in one transaction.
     ///
-    /// When others hold block `at` too, or could find it by its tokens, this list gets a copy of it and they keep the
-    /// original (copy-on-write). Only when there is no room for the copy and nobody else holds the original, it is
-    /// forgotten and written in place. `at` beyond the end needs no copy.
+    /// If other lists use block `at` too, or it is cached, this list gets a copy of it and the original stays as it is
+    /// (copy-on-write). There is one exception: if only this list uses the original and there is no room for the copy,
+    /// the original is uncached and written in place. If `at` is not in the list, nothing is copied.
     ///
     /// # Errors
     ///
-    /// [`ReserveError::OutOfBlocks`] when the pool cannot give both the copy and the growth;
-    /// [`ReserveError::Storage`] when the copy fails. The list is then what it was before.
+    /// [`ReserveError::OutOfBlocks`] when the pool has no room for both the copy and the growth;
+    /// [`ReserveError::Storage`] when the copy fails. In both cases the list is unchanged.
     #[inline]
-    pub fn own_and_grow(&mut self, at: usize, n: usize) -> Result<(), ReserveError> {
+    pub fn copy_on_write(&mut self, at: usize, n: usize) -> Result<(), ReserveError> {
         let Some(&original) = self.ids.get(at) else {
             return Ok(self.grow(n)?);
         };
@@ -116,19 +116,19 @@ impl Blocks {
         let last = self.ids.last().copied();
         let Self { pool, ids, .. } = self;
         let mut ledger = pool.ledger();
-        let (owned, evicted) = ledger.own(original, n, last, |run| add(ids, run))?;
+        let (writable, evicted) = ledger.make_writable(original, n, last, |run| add(ids, run))?;
         if evicted > 0 || ledger.has_orphaned() {
-            let orphaned = ledger.take_orphaned();
+            let orphaned = ledger.drain_orphaned();
             drop(ledger);
             self.clean_up(evicted, orphaned);
         } else {
             drop(ledger);
         }
-        if matches!(owned, Owned::InPlace) {
+        if matches!(writable, Writable::InPlace) {
             return Ok(());
         }
-        // The copy stands behind the others until it has its content. Meanwhile this list still holds the original, so
-        // that nobody else can be given it.
+        // Until it has its content, the copy stays at the end of the list. Meanwhile this list still uses the original,
+        // so that it cannot be allocated by another.
         if let Err(error) = self.pool.storage().copy(original, self.ids[before]) {
             self.truncate(before);
             return Err(error.into());
@@ -138,51 +138,51 @@ impl Blocks {
         let mut ledger = self.pool.ledger();
         ledger.count_copy();
         if at + 1 < before {
-            ledger.pass(&[original]);
+            ledger.mark_passed(&[original]);
         }
         drop(ledger);
-        self.pool.release(&[original]);
+        self.pool.free(&[original]);
         Ok(())
     }
 
-    /// Keeps the first `len` blocks and gives the others back. Does nothing if there are no more than `len`.
+    /// Keeps the first `len` blocks and frees the others. Does nothing if there are no more than `len`.
     #[inline]
     pub fn truncate(&mut self, len: usize) {
         if len < self.ids.len() {
-            self.pool.release(&self.ids[len..]);
+            self.pool.free(&self.ids[len..]);
             self.ids.truncate(len);
         }
     }
 
-    /// Gives back the blocks at `range`, as far as there are any; those after it move up. What can be found of them by their
-    /// tokens may from now on be evicted before what follows it.
+    /// Frees the blocks at `range`, as far as the list has them; those after it move up. Of these blocks, the cached
+    /// ones may from now on be evicted before the blocks that follow them.
     pub fn remove(&mut self, range: Range<usize>) {
         let end = range.end.min(self.ids.len());
         if range.start < end {
-            self.pool.ledger().pass(&self.ids[range.start..end]);
-            self.pool.release(&self.ids[range.start..end]);
+            self.pool.ledger().mark_passed(&self.ids[range.start..end]);
+            self.pool.free(&self.ids[range.start..end]);
             self.ids.drain(range.start..end);
         }
     }
 
-    /// Another list that holds the first `len` of these blocks too.
-    pub fn share(&self, len: usize) -> Blocks {
+    /// Makes another list that uses the first `len` of these blocks too.
+    pub fn fork(&self, len: usize) -> Blocks {
         let ids = Ids::from_slice(&self.ids[..len.min(self.ids.len())]);
         if !ids.is_empty() {
-            self.pool.ledger().share(&ids);
+            self.pool.ledger().add_refs(&ids);
         }
         Blocks { pool: self.pool.clone(), ids, epoch: self.epoch }
     }
 
-    /// Adds the cached blocks that continue these with `tokens`, and says how many of the tokens they hold. `at` is the
-    /// number, in its sequence, of the first block that is sought: as many as the list has, unless some were
+    /// Adds the cached blocks that continue these with `tokens`, and returns how many of the tokens they cover. `at` is
+    /// the number, in its sequence, of the first block to match: the length of the list, unless blocks were
     /// [removed](Self::remove).
     ///
-    /// The block before must have been cached under the same key, or `at` be 0; otherwise nothing is found. With a window,
-    /// only the blocks are added that a sequence of the new length holds: those of the sinks, and those that its next token
-    /// sees. The last block added may hold only the first few of its tokens in common with `tokens`: it must be made safe to
-    /// write, with [`own_and_grow`](Self::own_and_grow), before the sequence goes on in it.
-    pub fn reuse(&mut self, key: &PrefixKey, at: usize, tokens: &[u32]) -> usize {
+    /// Nothing matches unless `at` is 0, or the block before is cached under the same key. With a window, only those
+    /// blocks are added that a sequence of the new length uses: the blocks of the sink tokens, and those that its next
+    /// token sees. The last block added may match only in its first few tokens: it must be made writable with
+    /// [`copy_on_write`](Self::copy_on_write) before the sequence continues in it.
+    pub fn match_prefix(&mut self, key: &PrefixKey, at: usize, tokens: &[u32]) -> usize {
         if tokens.is_empty() {
             return 0;
         }
@@ -193,48 +193,50 @@ impl Blocks {
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        ledger.reuse(Sought { key, at, last, tokens }, |id| ids.push(id))
+        ledger.match_prefix(Query { key, at, last, tokens }, |id| ids.push(id))
     }
 
-    /// What [`reuse`](Self::reuse) would find at this moment, and how many blocks it would take to use that and then to have
-    /// slots for `slots` tokens from block number `at` on. Nothing is held or counted.
-    pub fn find(&self, key: &PrefixKey, at: usize, tokens: &[u32], slots: usize) -> Found {
+    /// Looks up what [`match_prefix`](Self::match_prefix) would match at this moment, and how many blocks it would take
+    /// to use that and then to have slots for `slots` tokens from block number `at` on. Nothing is used or counted.
+    pub fn lookup_prefix(&self, key: &PrefixKey, at: usize, tokens: &[u32], slots: usize) -> PrefixMatch {
         let last = self.ids.last().copied();
-        self.pool.ledger().find(Sought { key, at, last, tokens }, slots)
+        self.pool.ledger().lookup_prefix(Query { key, at, last, tokens }, slots)
     }
 
-    /// By how many the pool's available blocks would become fewer if block `at`, as far as there is one, were made safe to
-    /// write and `n` blocks were added: what [`own_and_grow`](Self::own_and_grow) needs at least.
-    pub fn cost(&self, at: usize, n: usize) -> usize {
+    /// How many available blocks it would take to make block `at`, if there is one, writable and to add `n` blocks. At
+    /// least this many must be available for [`copy_on_write`](Self::copy_on_write).
+    pub fn copy_on_write_cost(&self, at: usize, n: usize) -> usize {
         match self.ids.get(at) {
-            Some(&id) => self.pool.ledger().cost(id, n),
+            Some(&id) => self.pool.ledger().copy_on_write_cost(id, n),
             None => n,
         }
     }
 
-    /// Makes the blocks from `at` on findable by their tokens, `head` followed by `tokens`: as many as are full. Says
-    /// how many of the list's blocks were exchanged for ones with the same content that were stored before. `None` if block
-    /// `at` could be found already: it holds what others have computed, not these tokens, and nothing can follow it here.
+    /// Caches the full blocks from `at` on under their tokens, which are `head` followed by `tokens`. Returns how many
+    /// blocks of the list were exchanged for blocks with the same content that were cached before. Returns `None` if
+    /// block `at` is cached already: it has the content of another computation, not of these tokens, and nothing can
+    /// follow it here.
     ///
-    /// Nothing is stored either of a list that got its first block before the last [`reset`](BlockPool::reset).
+    /// Nothing is cached from a list that got its first block before the last
+    /// [`reset_prefix_cache`](BlockPool::reset_prefix_cache).
     ///
-    /// What is stored is read by others from now on: every slot of these blocks must have been written. Nothing is
-    /// stored after a block that is not stored itself, or that is stored under another key.
-    pub fn store(&mut self, key: &PrefixKey, at: usize, head: &[u32], tokens: &[u32]) -> Option<usize> {
+    /// Other sequences read what is cached from now on: every slot of these blocks must have been written. Nothing is
+    /// cached after a block that is not cached, or that is cached under another key.
+    pub fn cache(&mut self, key: &PrefixKey, at: usize, head: &[u32], tokens: &[u32]) -> Option<usize> {
         if head.len() >= self.pool.block_size() || at >= self.ids.len() {
             return Some(0);
         }
         let Self { pool, ids, epoch } = self;
-        let duplicates = pool.ledger().store(*epoch, key, ids, at, head, tokens)?;
+        let duplicates = pool.ledger().cache(*epoch, key, ids, at, head, tokens)?;
         if !duplicates.is_empty() {
-            pool.release(&duplicates);
+            pool.free(&duplicates);
         }
         Some(duplicates.len())
     }
 
-    /// Copies the first tokens of block `at`, as many as `tokens` takes, and says whether that block can be found: only then
-    /// are its tokens known.
-    pub fn tokens(&self, at: usize, tokens: &mut [u32]) -> bool {
+    /// Copies the first `tokens.len()` tokens of block `at` into `tokens`. Returns whether the block is cached: only
+    /// then are its tokens known.
+    pub fn cached_tokens(&self, at: usize, tokens: &mut [u32]) -> bool {
         let Some(&id) = self.ids.get(at) else { return false };
         let ledger = self.pool.ledger();
         let known = ledger.tokens(id).and_then(|known| known.get(..tokens.len()));
@@ -245,7 +247,7 @@ impl Blocks {
     }
 }
 
-/// Adds a run of neighbours.
+/// Adds a run of adjacent blocks.
 #[inline]
 fn add(ids: &mut Ids, run: Range<usize>) {
     if run.len() == 1 {

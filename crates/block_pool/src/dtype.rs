@@ -2,20 +2,21 @@
 
 use std::fmt;
 
-/// How the numbers of keys and values are stored. What reads them computes in f32.
+/// How the numbers of keys and values are stored. Attention computes in f32 with each of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum KvDtype {
-    /// Four bytes: nothing is lost.
+    /// Four bytes: no precision is lost.
     #[default]
     F32,
     /// Two bytes, eleven significant bits, up to 65,504.
     F16,
     /// Two bytes, eight significant bits, the range of f32.
     Bf16,
-    /// One byte, and for each token and head one scale for its key and one for its value, so that the largest number of a
-    /// key is stored as 127 ("LLM.int8()", Dettmers et al. 2022, section 2.1, there for whole rows). A number that is not
-    /// finite makes the scale NaN, and with it the whole key, or the whole value, in its head: it stays visible. On CPUs.
+    /// One byte. Each token and head has one scale for its key and one for its value, so that the number with the
+    /// largest magnitude is scaled to ±127 ("LLM.int8()", Dettmers et al. 2022, section 2.1, there for whole rows). A
+    /// number that is not finite makes the scale NaN, and with it the whole key or value of that head, so that it does
+    /// not go unnoticed. CPU only.
     Int8,
 }
 
@@ -23,7 +24,7 @@ impl KvDtype {
     /// All types, the widest first.
     pub const ALL: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8];
 
-    /// Bytes of one stored number, without its share of a scale.
+    /// Bytes of one stored number, without its share of the scale.
     pub fn size_in_bytes(self) -> usize {
         match self {
             KvDtype::F32 => 4,
@@ -32,7 +33,7 @@ impl KvDtype {
         }
     }
 
-    /// Its name in benchmarks, errors and on command lines.
+    /// The name in benchmarks, errors and on command lines.
     pub fn name(self) -> &'static str {
         match self {
             KvDtype::F32 => "f32",
@@ -51,7 +52,7 @@ impl fmt::Display for KvDtype {
 
 #[cfg(feature = "candle")]
 impl KvDtype {
-    /// The type of the tensors that hold it: bytes, for [`Int8`](Self::Int8).
+    /// The type of the tensors that hold the numbers: bytes for [`Int8`](Self::Int8).
     pub fn tensor_dtype(self) -> candle_core::DType {
         match self {
             KvDtype::F32 => candle_core::DType::F32,
@@ -62,7 +63,7 @@ impl KvDtype {
     }
 }
 
-/// A model's type, as the type to store its keys and values in.
+/// Converts a model's type to the type in which to store its keys and values.
 #[cfg(feature = "candle")]
 impl TryFrom<candle_core::DType> for KvDtype {
     type Error = crate::PoolError;

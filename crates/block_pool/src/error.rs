@@ -1,20 +1,20 @@
-//! What can go wrong, one type for each thing that a caller acts on differently.
+//! What can go wrong: one type for each error that a caller handles in its own way.
 
 use thiserror::Error;
 
-/// The pool cannot give as many blocks as were asked for. Nothing was taken.
+/// The pool has fewer blocks available than a request needs. Nothing was allocated.
 ///
-/// This is the one error a scheduler acts on: wait, or preempt a sequence, and ask again.
+/// This is the one error that a scheduler acts on: wait, or preempt a sequence, and try again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("asked for {requested} blocks, {available} are available")]
 pub struct OutOfBlocks {
-    /// How many blocks the request needed.
+    /// How many blocks the request needs.
     pub requested: usize,
-    /// How many blocks the pool could have given.
+    /// How many blocks are available.
     pub available: usize,
 }
 
-/// The device tensor refused an operation on its blocks.
+/// The memory of the blocks refused a copy, a read or a write.
 #[derive(Debug, Error)]
 #[error("block storage: {0}")]
 pub struct StorageError(#[from] Box<dyn std::error::Error + Send + Sync>);
@@ -29,10 +29,10 @@ impl StorageError {
 /// A reservation failed and changed nothing.
 #[derive(Debug, Error)]
 pub enum ReserveError {
-    /// There are not enough free blocks.
+    /// Too few blocks are available.
     #[error(transparent)]
     OutOfBlocks(#[from] OutOfBlocks),
-    /// A shared block had to be copied before the first write to it, and the copy failed.
+    /// A shared block had to be copied before the first write to it, or swapped content written, and that failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
 }
@@ -69,7 +69,7 @@ pub enum PoolError {
         /// Dimensions per head.
         head_dim: usize,
     },
-    /// The memory for the blocks cannot be had.
+    /// The memory for the blocks cannot be allocated.
     #[error("{blocks} blocks of {bytes_per_block} bytes do not fit into this machine's memory")]
     OutOfMemory {
         /// The blocks asked for.
@@ -77,7 +77,7 @@ pub enum PoolError {
         /// Bytes of one block over all layers.
         bytes_per_block: usize,
     },
-    /// Keys and values cannot be stored as numbers of this type, or not on this device.
+    /// Keys and values cannot be stored in this type, or not on this device.
     #[error("keys and values cannot be stored as {0}; use f32, f16 or bf16")]
     UnsupportedDType(String),
     /// The device refused to make the tensor.
@@ -85,7 +85,7 @@ pub enum PoolError {
     Device(String),
 }
 
-/// The pool's books do not agree with themselves: a defect of this crate, found by [`BlockPool::check`].
+/// The pool's bookkeeping contradicts itself: a defect of this crate, found by [`BlockPool::check`].
 ///
 /// [`BlockPool::check`]: crate::BlockPool::check
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

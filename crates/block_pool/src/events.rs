@@ -1,104 +1,104 @@
-//! What a router has to know: which prefixes this pool holds.
+//! KV events: what a router needs to know about the prefixes that a pool has cached.
 
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 
 use crate::{BlockId, PrefixKey};
 
-/// A change of what the pool has cached. Applied in order, events rebuild the pool's prefix tree elsewhere.
+/// A change of what the pool has cached. A receiver that applies all events in order rebuilds the pool's prefix tree.
 ///
 /// With the feature `serde` an event can be serialised.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(tag = "event", rename_all = "snake_case"))]
 #[non_exhaustive]
-pub enum PoolEvent {
-    /// A full block can be found from now on, by its tokens and those of its ancestors.
-    Stored {
+pub enum KvEvent {
+    /// A full block became cached: it is found by its tokens and those of its ancestors.
+    BlockStored {
         /// The block.
         block: BlockId,
-        /// The block before it, stored earlier; none for the first block of a prefix.
+        /// The block before it in the prefix, which was stored earlier; `None` for the first block.
         parent: Option<BlockId>,
-        /// Its tokens, as many as a block holds. At the beginning of a stream these may follow the tokens of blocks after
-        /// `parent` that were removed before the stream began: then there are several blocks of tokens, of which the last is
-        /// this block's.
+        /// The tokens of the block, `block_size` of them. In the events that a stream begins with, they may be preceded
+        /// by the tokens of blocks between `parent` and this one that were removed before the stream began. Then these
+        /// are several times `block_size` tokens, and the last `block_size` are those of this block.
         tokens: Vec<u32>,
-        /// What must match beside the tokens.
+        /// What must match in addition to the tokens.
         key: PrefixKey,
     },
-    /// The block is not there any more. Its place among its tokens stays known as long as another block follows it, which
-    /// sequences with a window may still find.
-    Removed {
+    /// The block is not cached any more. Its node stays in the prefix tree as a tombstone while other blocks follow it,
+    /// which sequences with a window may still match.
+    BlockRemoved {
         /// The block.
         block: BlockId,
     },
-    /// Nothing can be found any more.
-    Cleared,
+    /// No block is cached any more.
+    AllBlocksCleared,
 }
 
-/// A stream of [`PoolEvent`]s; see [`BlockPool::listen`](crate::BlockPool::listen). As an iterator it waits for the next
-/// event, and ends when the pool does.
+/// A stream of [`KvEvent`]s; see [`BlockPool::subscribe`](crate::BlockPool::subscribe). As an iterator it waits for the
+/// next event, and ends when the pool is dropped.
 #[derive(Debug)]
-pub struct PoolEvents {
-    past: std::vec::IntoIter<PoolEvent>,
-    live: Receiver<PoolEvent>,
+pub struct KvEvents {
+    past: std::vec::IntoIter<KvEvent>,
+    live: Receiver<KvEvent>,
 }
 
-impl PoolEvents {
-    pub(crate) fn new(past: Vec<PoolEvent>, live: Receiver<PoolEvent>) -> Self {
+impl KvEvents {
+    pub(crate) fn new(past: Vec<KvEvent>, live: Receiver<KvEvent>) -> Self {
         Self { past: past.into_iter(), live }
     }
 
-    /// The next event, waiting for it.
+    /// Waits for the next event and returns it.
     ///
     /// # Errors
     ///
-    /// [`RecvError`] when the pool is gone.
-    pub fn recv(&mut self) -> Result<PoolEvent, RecvError> {
+    /// [`RecvError`] when the pool has been dropped.
+    pub fn recv(&mut self) -> Result<KvEvent, RecvError> {
         self.past.next().map_or_else(|| self.live.recv(), Ok)
     }
 
-    /// The next event, if there is one now.
+    /// Returns the next event, if there is one now.
     ///
     /// # Errors
     ///
-    /// [`TryRecvError`] when there is none now, or the pool is gone.
-    pub fn try_recv(&mut self) -> Result<PoolEvent, TryRecvError> {
+    /// [`TryRecvError`] when there is none now, or the pool has been dropped.
+    pub fn try_recv(&mut self) -> Result<KvEvent, TryRecvError> {
         self.past.next().map_or_else(|| self.live.try_recv(), Ok)
     }
 
-    /// The events that there are now.
-    pub fn try_iter(&mut self) -> impl Iterator<Item = PoolEvent> {
+    /// The events that have arrived by now.
+    pub fn try_iter(&mut self) -> impl Iterator<Item = KvEvent> {
         std::iter::from_fn(|| self.try_recv().ok())
     }
 }
 
-impl Iterator for PoolEvents {
-    type Item = PoolEvent;
+impl Iterator for KvEvents {
+    type Item = KvEvent;
 
-    fn next(&mut self) -> Option<PoolEvent> {
+    fn next(&mut self) -> Option<KvEvent> {
         self.recv().ok()
     }
 }
 
-/// Those who listen. Nothing is built, and nothing allocated, while there are none.
+/// The subscribers. While there are none, no event is built and nothing is allocated.
 #[derive(Debug, Default)]
-pub(crate) struct Listeners(Vec<Sender<PoolEvent>>);
+pub(crate) struct Subscribers(Vec<Sender<KvEvent>>);
 
-impl Listeners {
-    /// One more listener.
-    pub(crate) fn add(&mut self) -> Receiver<PoolEvent> {
+impl Subscribers {
+    /// Adds a subscriber.
+    pub(crate) fn add(&mut self) -> Receiver<KvEvent> {
         let (sender, receiver) = channel();
         self.0.push(sender);
         receiver
     }
 
-    /// Tells everybody; those whose receiver is gone are forgotten.
+    /// Sends the event to every subscriber; those whose receiver was dropped are removed.
     #[inline]
-    pub(crate) fn tell(&mut self, event: impl FnOnce() -> PoolEvent) {
+    pub(crate) fn publish(&mut self, event: impl FnOnce() -> KvEvent) {
         if self.0.is_empty() {
             return;
         }
         let event = event();
-        self.0.retain(|listener| listener.send(event.clone()).is_ok());
+        self.0.retain(|subscriber| subscriber.send(event.clone()).is_ok());
     }
 }

@@ -1,11 +1,11 @@
-//! Which blocks are free, and which of them to hand out first.
+//! Which blocks are free, and in which order they are allocated.
 //!
-//! One bit per block. A core reads a long run of memory several times faster than scattered blocks, so a sequence's
-//! blocks should lie side by side. Two rules give that without any bookkeeping per sequence:
+//! There is one bit per block. A core reads a long run of memory several times faster than scattered blocks, so a
+//! sequence's blocks should be adjacent. Two rules achieve that without any bookkeeping per sequence:
 //!
-//! 1. a growing sequence gets the block right behind its last one, if that is free;
-//! 2. otherwise it starts in a word of 64 blocks that is wholly free, where nobody else is about to grow into its
-//!    neighbours; when there is no such word, in the lowest free block.
+//! 1. A growing sequence gets the block directly after its last one, if that is free.
+//! 2. Otherwise it starts in a word of 64 blocks that is wholly free, where no other sequence is about to grow into the
+//!    blocks that follow. If there is no such word, it gets the lowest free block.
 //!
 //! Two summary bitmaps, one bit per word, find both kinds of word without a scan over the pool.
 
@@ -17,9 +17,9 @@ const WORD: usize = 64;
 
 #[derive(Debug)]
 pub(crate) struct FreeBlocks {
-    /// One bit per block: free.
+    /// One bit per block: the block is free.
     words: Vec<u64>,
-    /// One bit per word: some block of it is free.
+    /// One bit per word: at least one of its blocks is free.
     any: Vec<u64>,
     /// One bit per word: all its 64 blocks are free.
     whole: Vec<u64>,
@@ -31,7 +31,7 @@ pub(crate) struct FreeBlocks {
 pub(crate) struct Pending {
     word: usize,
     bits: u64,
-    /// How many bits are set: counting them is a dozen instructions on a baseline x86-64.
+    /// How many bits are set. Kept here because counting them is a dozen instructions on a baseline x86-64.
     count: usize,
 }
 
@@ -64,7 +64,7 @@ impl FreeBlocks {
         self.insert_word(id.index() / WORD, 1 << (id.index() % WORD), 1);
     }
 
-    /// Makes a block free, together with others of the same word: nothing is written until the word changes, or
+    /// Makes a block free, batched with others of the same word: nothing is written until the word changes or
     /// [`finish`](Self::finish) is called.
     #[inline]
     pub(crate) fn insert_with(&mut self, pending: &mut Pending, id: BlockId) {
@@ -110,22 +110,23 @@ impl FreeBlocks {
         }
     }
 
-    /// Takes `n` blocks and hands each run of neighbours to `taken`; the caller has made sure that so many are free.
+    /// Allocates `n` blocks and passes each run of adjacent blocks to `add_run`. The caller has checked that `n` are
+    /// free.
     #[inline]
-    pub(crate) fn take(&mut self, n: usize, after: Option<BlockId>, mut taken: impl FnMut(Range<usize>)) {
+    pub(crate) fn allocate(&mut self, n: usize, after: Option<BlockId>, mut add_run: impl FnMut(Range<usize>)) {
         debug_assert!(n <= self.len);
         if n == 1 {
-            // What a decode step does all the time.
+            // The case of a decode step.
             let next = after.map(|id| id.index() + 1).filter(|&at| self.run_at(at) > 0);
             let start = next.unwrap_or_else(|| self.fresh_start());
             self.remove_word(start / WORD, 1 << (start % WORD), 1);
-            taken(start..start + 1);
+            add_run(start..start + 1);
             return;
         }
         let mut left = n;
         let mut next = after.map(|id| id.index() + 1);
         while left > 0 {
-            // An exhausted run falls back to a fresh start; a fresh start always finds a free block.
+            // When a run is exhausted, the next one begins at a fresh start, which always has a free block.
             let start = next.filter(|&at| self.run_at(at) > 0).unwrap_or_else(|| self.fresh_start());
             let run = self.run_at(start).min(left);
             debug_assert!(run > 0);
@@ -133,13 +134,13 @@ impl FreeBlocks {
                 return;
             }
             self.remove_word(start / WORD, low_bits(run) << (start % WORD), run);
-            taken(start..start + run);
+            add_run(start..start + run);
             left -= run;
             next = Some(start + run);
         }
     }
 
-    /// How many blocks are free from `at` on, to the end of its word.
+    /// How many blocks are free from `at` on, counted up to the end of its word.
     #[inline]
     fn run_at(&self, at: usize) -> usize {
         let Some(word) = self.words.get(at / WORD) else {
@@ -154,7 +155,7 @@ impl FreeBlocks {
         word * WORD + (self.words[word].trailing_zeros() as usize % WORD)
     }
 
-    /// Whether the summaries and the length say what the bits say.
+    /// Whether the summaries and the length agree with the bits.
     pub(crate) fn is_consistent(&self) -> bool {
         let counted: usize = self.words.iter().map(|w| w.count_ones() as usize).sum();
         counted == self.len
@@ -178,36 +179,36 @@ fn first_set(bits: &[u64]) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn take(free: &mut FreeBlocks, n: usize, after: Option<usize>) -> Vec<usize> {
+    fn allocate(free: &mut FreeBlocks, n: usize, after: Option<usize>) -> Vec<usize> {
         let mut out = Vec::new();
-        free.take(n, after.map(BlockId::new), |run| out.extend(run));
+        free.allocate(n, after.map(BlockId::new), |run| out.extend(run));
         assert!(free.is_consistent());
         out
     }
 
     #[test]
-    fn a_growing_sequence_continues_right_behind_its_last_block() {
+    fn a_growing_sequence_continues_directly_after_its_last_block() {
         let mut free = FreeBlocks::all(256);
-        assert_eq!(take(&mut free, 3, None), [0, 1, 2]);
-        assert_eq!(take(&mut free, 2, Some(2)), [3, 4]);
+        assert_eq!(allocate(&mut free, 3, None), [0, 1, 2]);
+        assert_eq!(allocate(&mut free, 2, Some(2)), [3, 4]);
     }
 
     #[test]
-    fn sequences_start_in_words_of_their_own() {
+    fn each_sequence_starts_in_a_word_of_its_own() {
         let mut free = FreeBlocks::all(256);
-        assert_eq!(take(&mut free, 2, None), [0, 1]);
-        assert_eq!(take(&mut free, 2, None), [64, 65]);
-        assert_eq!(take(&mut free, 1, Some(1)), [2]);
-        assert_eq!(take(&mut free, 1, Some(65)), [66]);
+        assert_eq!(allocate(&mut free, 2, None), [0, 1]);
+        assert_eq!(allocate(&mut free, 2, None), [64, 65]);
+        assert_eq!(allocate(&mut free, 1, Some(1)), [2]);
+        assert_eq!(allocate(&mut free, 1, Some(65)), [66]);
     }
 
     #[test]
-    fn a_run_crosses_words_and_a_crowded_pool_gives_its_lowest_blocks() {
+    fn a_run_crosses_words_and_a_full_pool_allocates_its_lowest_free_blocks() {
         let mut free = FreeBlocks::all(130);
-        assert_eq!(take(&mut free, 70, None), (0..70).collect::<Vec<_>>());
+        assert_eq!(allocate(&mut free, 70, None), (0..70).collect::<Vec<_>>());
         free.insert(BlockId::new(5));
-        assert_eq!(take(&mut free, 2, Some(129)), [5, 70]);
-        assert_eq!(take(&mut free, 59, None), (71..130).collect::<Vec<_>>());
+        assert_eq!(allocate(&mut free, 2, Some(129)), [5, 70]);
+        assert_eq!(allocate(&mut free, 59, None), (71..130).collect::<Vec<_>>());
         assert_eq!(free.len(), 0);
     }
 }

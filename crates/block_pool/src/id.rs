@@ -1,19 +1,18 @@
-//! The name of a block.
+//! The id of a block.
 
 use std::fmt;
 
 /// The index of one block in its pool.
 ///
-/// An id is a plain number without power: it can be copied and printed, and it says where a block lies in the
-/// device tensor, but nothing public takes an id and frees or writes the block. Ownership is with
-/// [`Blocks`](crate::Blocks).
+/// An id is a plain number. It can be copied and printed, and it is the block's row in the device tensor, but no public
+/// method takes an id and frees or writes the block. [`Blocks`](crate::Blocks) owns the blocks.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct BlockId(u32);
 
 impl BlockId {
     pub(crate) fn new(index: usize) -> Self {
-        // A pool never has more than `MAX_BLOCKS` blocks, which fit.
+        // A pool has at most `MAX_SLOTS` slots, so its indices fit.
         Self(index as u32)
     }
 

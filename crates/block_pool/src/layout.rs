@@ -1,6 +1,6 @@
-//! Where each number of a block lies: the only place that knows.
+//! Where each number of a block lies: only this file knows.
 //!
-//! Gather, write, copy and kernels ask here. `docs/layout.md` has the pictures.
+//! Gather, write, copy and kernels use it. `docs/layout.md` has the pictures.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use crate::KvDtype;
 #[cfg(feature = "candle")]
 use crate::PoolError;
 
-/// The keys and values that one token leaves behind.
+/// The shape of the keys and values of one token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KvShape {
     /// Attention layers.
@@ -20,13 +20,12 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes that a block takes over all layers when its numbers are stored as `dtype`; `None` if they are too many to
-    /// count.
+    /// Bytes that a block takes over all layers when its numbers are stored as `dtype`; `None` if that overflows.
     pub fn bytes_per_block(&self, block_size: usize, dtype: KvDtype) -> Option<usize> {
         let Self { layers, kv_heads, head_dim } = *self;
-        // No type takes more than eight bytes for a number, scales and rounding up included.
+        // An upper bound: no type takes more than eight bytes for a number, scales and padding included.
         [2, layers, kv_heads, head_dim, block_size].into_iter().try_fold(8usize, usize::checked_mul)?;
-        let order = if dtype == KvDtype::Int8 { Order::Int8 } else { Order::HeadMajor };
+        let order = Order::of_panels(dtype);
         let layout = KvLayout { block_size, kv_heads, head_dim, order };
         Some(layers * layout.block_elements() * dtype.size_in_bytes())
     }
@@ -43,39 +42,49 @@ impl KvShape {
 
 /// The order of the numbers inside one block of one layer.
 ///
-/// In the orders for CPUs a block's tokens are cut into *panels* of up to [`PANEL`] neighbours: `(panels, kv_heads)`, and for
-/// each head first its keys, then its values. So memory is read from its beginning to its end by a kernel that goes from
-/// panel to panel and from head to head, which is what lets the processor read ahead by itself, and blocks of several
-/// panels hold the same run of numbers as so many blocks of one.
+/// In the orders for CPUs the tokens of a block are cut into *panels* of up to [`PANEL`] neighbours. Panels and heads
+/// are nested as `(panels, kv_heads)`, and each head has first its keys, then its values. A kernel that goes from panel
+/// to panel and from head to head reads memory from its beginning to its end, so that the processor prefetches it by
+/// itself. A block of several panels has the same numbers in the same order as that many blocks of one panel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Order {
-    /// K, then V, `(block_size, kv_heads, head_dim)` each: a token's numbers are one run, so that plain tensor operations
-    /// can write and gather them. What GPU kernels expect.
-    TokenMajor,
-    /// K `(head_dim, panel)` and V `(strips, panel, strip)` of each panel and head. K is transposed, so that a CPU computes
-    /// the scores of neighbouring tokens in one register without adding across it; V is cut into strips of up to
-    /// [`STRIP`] dimensions, as many as a CPU sums up at a time.
-    HeadMajor,
-    /// Bytes: K `(head_dim / 4, panel, 4)` and V `(strips, panel / 4, strip, 4)`, and behind each the scales of its tokens,
-    /// f32. Four numbers that a product adds up are neighbours, which is what a CPU's integer products expect; a strip has
-    /// up to [`BYTE_STRIP`] dimensions. The last four of an odd number of dimensions are filled up in K; the last four of
-    /// an odd number of tokens are as many as there are in V.
-    Int8,
+    /// K, then V, `(block_size, kv_heads, head_dim)` each: the numbers of a token are contiguous, so that plain tensor
+    /// operations can write and gather them. GPU kernels expect this order. It has been used on CPUs only, never on a
+    /// GPU (CUDA, Metal).
+    Nhd,
+    /// K `(head_dim, panel)` and V `(strips, panel, strip)` for each panel and head. K is transposed, so that a CPU
+    /// computes the scores of neighbouring tokens in one register without a horizontal sum. V is cut into strips of up
+    /// to [`STRIP`] dimensions, which is how many a CPU accumulates at a time.
+    Panels,
+    /// Bytes: K `(head_dim / 4, panel, 4)` and V `(strips, panel / 4, strip, 4)`, each followed by the scales of its
+    /// tokens in f32. Four numbers that a dot product adds up are adjacent, as the integer dot products of CPUs expect.
+    /// A strip has up to [`BYTE_STRIP`] dimensions. If `head_dim` is not a multiple of four, the last group of four in
+    /// K is padded. If the panel's tokens are not a multiple of four, the last group in V has fewer than four tokens
+    /// and no padding.
+    QuadPanels,
 }
 
-/// The most tokens in a panel: one register of sixteen f32, or two, or four.
+impl Order {
+    /// The order in which CPU kernels read numbers of this type.
+    pub fn of_panels(dtype: KvDtype) -> Self {
+        if dtype == KvDtype::Int8 { Self::QuadPanels } else { Self::Panels }
+    }
+}
+
+/// The most tokens in a panel. Sixteen f32 are one register of AVX-512, two of AVX2 or four of NEON.
 pub const PANEL: usize = 16;
 
-/// The most dimensions in a strip of values: four registers, or eight, or sixteen.
+/// The most dimensions in a strip of values: four registers of AVX-512, eight of AVX2 or sixteen of NEON.
 pub const STRIP: usize = 64;
 
-/// The most dimensions in a strip of 8-bit values: four tokens' numbers are one register, or two, or four.
+/// The most dimensions in a strip of 8-bit values: with four tokens each, one register of AVX-512, two of AVX2 or four
+/// of NEON.
 pub const BYTE_STRIP: usize = 16;
 
-/// Bytes of a scale in [`Order::Int8`].
+/// Bytes of a scale in [`Order::QuadPanels`]: an f32.
 const SCALE: usize = 4;
 
-/// Numbers in a group in [`Order::Int8`].
+/// Numbers in a group in [`Order::QuadPanels`].
 const QUAD: usize = 4;
 
 /// The layout of one block in one layer.
@@ -87,12 +96,12 @@ pub struct KvLayout {
     pub kv_heads: usize,
     /// Dimensions per head.
     pub head_dim: usize,
-    /// How the three are nested.
+    /// The order of the numbers.
     pub order: Order,
 }
 
 impl KvLayout {
-    /// Elements in one block of one layer, K and V together: numbers, or bytes in [`Order::Int8`].
+    /// Elements in one block of one layer, K and V together: numbers, or bytes in [`Order::QuadPanels`].
     #[inline]
     pub fn block_elements(&self) -> usize {
         self.kv_heads * self.block_size * (self.key_elements() + self.value_elements())
@@ -102,8 +111,8 @@ impl KvLayout {
     #[inline]
     fn key_elements(&self) -> usize {
         match self.order {
-            Order::TokenMajor | Order::HeadMajor => self.head_dim,
-            Order::Int8 => self.head_dim.next_multiple_of(QUAD) + SCALE,
+            Order::Nhd | Order::Panels => self.head_dim,
+            Order::QuadPanels => self.head_dim.next_multiple_of(QUAD) + SCALE,
         }
     }
 
@@ -111,60 +120,60 @@ impl KvLayout {
     #[inline]
     fn value_elements(&self) -> usize {
         match self.order {
-            Order::TokenMajor | Order::HeadMajor => self.head_dim,
-            Order::Int8 => self.head_dim + SCALE,
+            Order::Nhd | Order::Panels => self.head_dim,
+            Order::QuadPanels => self.head_dim + SCALE,
         }
     }
 
-    /// Tokens in the panel with this index; all but a block's last have [`PANEL`].
+    /// Tokens in the panel with this index: [`PANEL`], except that the last panel of a block can have fewer.
     #[inline]
     fn width(&self, panel: usize) -> usize {
         PANEL.min(self.block_size - panel * PANEL)
     }
 
-    /// The keys of `head` in a panel, one run: with [`HeadMajor`](Order::HeadMajor) `(head_dim, panel)`.
+    /// The range of the keys of `head` in a panel, contiguous: with [`Panels`](Order::Panels) `(head_dim, panel)`.
     #[inline]
     pub fn key_panel(&self, head: usize, panel: usize) -> Range<usize> {
-        debug_assert_ne!(self.order, Order::TokenMajor);
+        debug_assert_ne!(self.order, Order::Nhd);
         let per_token = self.key_elements() + self.value_elements();
         let start = (panel * PANEL * self.kv_heads + head * self.width(panel)) * per_token;
         start..start + self.width(panel) * self.key_elements()
     }
 
-    /// The values of `head` in a panel, one run behind its keys: with [`HeadMajor`](Order::HeadMajor)
-    /// `(strips, panel, strip)`.
+    /// The range of the values of `head` in a panel, contiguous and directly after its keys: with
+    /// [`Panels`](Order::Panels) `(strips, panel, strip)`.
     #[inline]
     pub fn value_panel(&self, head: usize, panel: usize) -> Range<usize> {
         let start = self.key_panel(head, panel).end;
         start..start + self.width(panel) * self.value_elements()
     }
 
-    /// Where dimension `dim` of `head`'s key for the token at `offset` lies, counted from the block's start.
+    /// The index of dimension `dim` of `head`'s key for the token at `offset`, counted from the block's start.
     #[inline]
     pub fn key(&self, offset: usize, head: usize, dim: usize) -> usize {
         let (panel, at) = (offset / PANEL, offset % PANEL);
         match self.order {
-            Order::TokenMajor => (offset * self.kv_heads + head) * self.head_dim + dim,
-            Order::HeadMajor => self.key_panel(head, panel).start + dim * self.width(panel) + at,
-            Order::Int8 => {
+            Order::Nhd => (offset * self.kv_heads + head) * self.head_dim + dim,
+            Order::Panels => self.key_panel(head, panel).start + dim * self.width(panel) + at,
+            Order::QuadPanels => {
                 self.key_panel(head, panel).start + (dim / QUAD * self.width(panel) + at) * QUAD + dim % QUAD
             }
         }
     }
 
-    /// Where dimension `dim` of `head`'s value for the token at `offset` lies, counted from the block's start.
+    /// The index of dimension `dim` of `head`'s value for the token at `offset`, counted from the block's start.
     #[inline]
     pub fn value(&self, offset: usize, head: usize, dim: usize) -> usize {
         let (panel, at) = (offset / PANEL, offset % PANEL);
-        // The first dimension of its strip, and how many the strip has.
+        // The first dimension of the strip, and how many dimensions the strip has.
         let strip = |most: usize| (dim / most * most, most.min(self.head_dim - dim / most * most));
         match self.order {
-            Order::TokenMajor => self.key(offset + self.block_size, head, dim),
-            Order::HeadMajor => {
+            Order::Nhd => self.key(offset + self.block_size, head, dim),
+            Order::Panels => {
                 let (first, dims) = strip(STRIP);
                 self.value_panel(head, panel).start + first * self.width(panel) + at * dims + dim - first
             }
-            Order::Int8 => {
+            Order::QuadPanels => {
                 let (first, dims) = strip(BYTE_STRIP);
                 let before = at / QUAD * QUAD;
                 let tokens = QUAD.min(self.width(panel) - before);
@@ -174,13 +183,13 @@ impl KvLayout {
         }
     }
 
-    /// In [`Order::Int8`]: the bytes of the scale of `head`'s key for the token at `offset`.
+    /// In [`Order::QuadPanels`]: the range of the scale of `head`'s key for the token at `offset`.
     #[inline]
     pub fn key_scale(&self, offset: usize, head: usize) -> Range<usize> {
         self.scale(self.key_panel(head, offset / PANEL), offset)
     }
 
-    /// In [`Order::Int8`]: the bytes of the scale of `head`'s value for the token at `offset`.
+    /// In [`Order::QuadPanels`]: the range of the scale of `head`'s value for the token at `offset`.
     #[inline]
     pub fn value_scale(&self, offset: usize, head: usize) -> Range<usize> {
         self.scale(self.value_panel(head, offset / PANEL), offset)
@@ -188,16 +197,16 @@ impl KvLayout {
 
     #[inline]
     fn scale(&self, panel: Range<usize>, offset: usize) -> Range<usize> {
-        debug_assert_eq!(self.order, Order::Int8);
+        debug_assert_eq!(self.order, Order::QuadPanels);
         let start = panel.end - (self.width(offset / PANEL) - offset % PANEL) * SCALE;
         start..start + SCALE
     }
 
-    /// In a [`TokenMajor`](Order::TokenMajor) layer seen as rows of `kv_heads * head_dim` numbers: the row of the
-    /// token's key. Its value is `block_size` rows further on.
+    /// In an [`Nhd`](Order::Nhd) layer seen as rows of `kv_heads * head_dim` numbers: the row of the token's key. The
+    /// row of its value is `block_size` rows further on.
     #[inline]
     pub fn token_row(&self, block: usize, offset: usize) -> usize {
-        debug_assert_eq!(self.order, Order::TokenMajor);
+        debug_assert_eq!(self.order, Order::Nhd);
         block * 2 * self.block_size + offset
     }
 }
@@ -206,41 +215,44 @@ impl KvLayout {
 mod tests {
     use super::*;
 
-    /// Sizes of blocks: less than a panel, a panel, more, and several.
+    /// Block sizes: less than a panel, one panel, more than one, and several.
     const SIZES: [usize; 6] = [1, 5, 7, 16, 27, 48];
 
     #[test]
-    fn every_number_of_a_block_has_one_place() {
-        for order in [Order::TokenMajor, Order::HeadMajor, Order::Int8] {
+    fn every_number_of_a_block_has_an_index_of_its_own() {
+        for order in [Order::Nhd, Order::Panels, Order::QuadPanels] {
             for (block_size, head_dim) in SIZES.into_iter().flat_map(|size| [(size, 8), (size, 7), (size, 72)]) {
                 let layout = KvLayout { block_size, kv_heads: 3, head_dim, order };
                 let mut seen = vec![false; layout.block_elements()];
-                let mut places = Vec::new();
+                let mut indices = Vec::new();
                 for offset in 0..block_size {
                     for head in 0..3 {
                         let numbers = (0..head_dim).map(|dim| (offset, head, dim));
-                        places.extend(numbers.clone().map(|(o, h, d)| layout.key(o, h, d)));
-                        places.extend(numbers.map(|(o, h, d)| layout.value(o, h, d)));
-                        if order == Order::Int8 {
-                            places.extend(layout.key_scale(offset, head));
-                            places.extend(layout.value_scale(offset, head));
+                        indices.extend(numbers.clone().map(|(o, h, d)| layout.key(o, h, d)));
+                        indices.extend(numbers.map(|(o, h, d)| layout.value(o, h, d)));
+                        if order == Order::QuadPanels {
+                            indices.extend(layout.key_scale(offset, head));
+                            indices.extend(layout.value_scale(offset, head));
                         }
                     }
                 }
-                for at in places {
+                for at in indices {
                     assert!(!std::mem::replace(&mut seen[at], true), "{layout:?} uses {at} twice");
                 }
                 let unused = seen.into_iter().filter(|used| !used).count();
-                let filled_up =
-                    if order == Order::Int8 { 3 * block_size * (head_dim.next_multiple_of(4) - head_dim) } else { 0 };
+                let filled_up = if order == Order::QuadPanels {
+                    3 * block_size * (head_dim.next_multiple_of(4) - head_dim)
+                } else {
+                    0
+                };
                 assert_eq!(unused, filled_up, "{layout:?}");
             }
         }
     }
 
     #[test]
-    fn a_head_s_panel_is_one_run_and_a_token_one_row() {
-        for order in [Order::HeadMajor, Order::Int8] {
+    fn the_panel_of_a_head_is_contiguous_and_a_token_is_one_row() {
+        for order in [Order::Panels, Order::QuadPanels] {
             for block_size in SIZES {
                 let layout = KvLayout { block_size, kv_heads: 2, head_dim: 3, order };
                 for offset in 0..block_size {
@@ -255,22 +267,22 @@ mod tests {
                 }
             }
         }
-        let one = |block_size| KvLayout { block_size, kv_heads: 2, head_dim: 70, order: Order::HeadMajor };
+        let one = |block_size| KvLayout { block_size, kv_heads: 2, head_dim: 70, order: Order::Panels };
         assert_eq!(one(48).key(35, 1, 3), 2 * one(16).block_elements() + one(16).key(3, 1, 3));
         assert_eq!(one(48).value(35, 1, 69), 2 * one(16).block_elements() + one(16).value(3, 1, 69));
-        let by_token = KvLayout { block_size: 4, kv_heads: 2, head_dim: 3, order: Order::TokenMajor };
+        let by_token = KvLayout { block_size: 4, kv_heads: 2, head_dim: 3, order: Order::Nhd };
         let row = by_token.kv_heads * by_token.head_dim;
         assert_eq!(by_token.token_row(0, 3) * row, by_token.key(3, 0, 0));
         assert_eq!((by_token.token_row(0, 3) + by_token.block_size) * row, by_token.value(3, 0, 0));
     }
 
     #[test]
-    fn a_block_s_bytes_are_counted_or_refused() {
+    fn the_bytes_of_a_block_are_counted_or_overflow() {
         let shape = KvShape { layers: 2, kv_heads: 8, head_dim: 128 };
         let bytes = |dtype| shape.bytes_per_block(16, dtype);
         assert_eq!(bytes(KvDtype::F32), Some(2 * 2 * 16 * 8 * 128 * 4));
         assert_eq!(bytes(KvDtype::Bf16), bytes(KvDtype::F32).map(|bytes| bytes / 2));
-        // A quarter, and two scales for each token and head.
+        // A quarter of the bytes, and two scales for each token and head.
         assert_eq!(bytes(KvDtype::Int8), bytes(KvDtype::F32).map(|bytes| bytes / 4 + 2 * 2 * 16 * 8 * 4));
         assert_eq!(KvShape { layers: usize::MAX / 64, ..shape }.bytes_per_block(16, KvDtype::Int8), None);
     }

@@ -1,4 +1,4 @@
-//! The pool's numbers for whoever collects metrics.
+//! The pool's counters for the `metrics` facade.
 
 use metrics::{Key, Label, Level, Metadata};
 
@@ -10,13 +10,14 @@ static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, 
 ///
 /// | name | kind | |
 /// |---|---|---|
-/// | `kv_cache_blocks` | gauge | labelled `state`: `free`, `held` or `remembered` |
-/// | `kv_cache_queried_tokens` | counter | tokens sought among the stored prefixes |
-/// | `kv_cache_hit_tokens` | counter | tokens found there |
-/// | `kv_cache_evictions` | counter | remembered blocks that gave way |
+/// | `kv_cache_blocks` | gauge | labelled `state`: `free`, `in_use` or `evictable` |
+/// | `kv_cache_queried_tokens` | counter | tokens for which a cached prefix was searched |
+/// | `kv_cache_hit_tokens` | counter | tokens of these that matched |
+/// | `kv_cache_evictions` | counter | cached blocks that were evicted |
 /// | `kv_cache_copies` | counter | blocks copied before a write |
 ///
-/// The names are made once, here, so that a report without a recorder is nothing but a look at the pool.
+/// [`new`](Self::new) builds the metrics' keys once, so that without a recorder a report only reads the pool's
+/// counters.
 #[derive(Debug)]
 pub struct PoolMetrics {
     blocks: [Key; 3],
@@ -24,23 +25,23 @@ pub struct PoolMetrics {
 }
 
 impl PoolMetrics {
-    /// Reports under the label `cache`: a process may have several.
+    /// Reports under the label `cache`, because a process may have several caches.
     pub fn new(cache: &str) -> Self {
         let label = || Label::new("cache", cache.to_owned());
-        let blocks = ["free", "held", "remembered"]
+        let blocks = ["free", "in_use", "evictable"]
             .map(|state| Key::from_parts("kv_cache_blocks", vec![label(), Label::from_static_parts("state", state)]));
         let counters = ["kv_cache_queried_tokens", "kv_cache_hit_tokens", "kv_cache_evictions", "kv_cache_copies"]
             .map(|name| Key::from_parts(name, vec![label()]));
         Self { blocks, counters }
     }
 
-    /// Reports the state of `pool`. A `Step` of `paged_attention` does this at its end.
+    /// Reports the state of `pool`. A `Step` of `paged_attention` does this when it ends.
     pub fn record(&self, pool: &BlockPool) {
-        let (free, remembered, stats) = {
+        let (free, evictable, stats) = {
             let ledger = pool.ledger();
-            (ledger.free(), ledger.remembered(), ledger.stats())
+            (ledger.free_blocks(), ledger.evictable(), ledger.stats())
         };
-        let blocks = [free, pool.blocks() - free - remembered, remembered];
+        let blocks = [free, pool.blocks() - free - evictable, evictable];
         let counters = [stats.queried_tokens, stats.hit_tokens, stats.evictions, stats.copies];
         metrics::with_recorder(|recorder| {
             for (key, blocks) in self.blocks.iter().zip(blocks) {

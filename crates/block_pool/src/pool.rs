@@ -2,15 +2,18 @@
 
 use std::fmt;
 
-use crate::ledger::{Ledger, Sought};
+use crate::ledger::{Ledger, Query};
 use crate::storage::NoStorage;
 use crate::sync::{Arc, Mutex, MutexGuard, lock};
-use crate::{BlockId, BlockStorage, Blocks, Found, Inconsistent, OutOfBlocks, PoolError, PoolEvents, PrefixKey, Stats};
+use crate::{
+    BlockId, BlockStorage, Blocks, Inconsistent, KvEvents, OutOfBlocks, PoolError, PrefixKey, PrefixMatch, Stats,
+};
 
-/// Slots are counted in 32 bits, signed, so that index tensors of any integer type can hold them.
+/// The most slots of a pool. They are counted in 32 bits, signed, so that index tensors of any integer type can hold
+/// them.
 pub(crate) const MAX_SLOTS: usize = i32::MAX as usize;
 
-/// Remembered blocks that a reset frees under one lock: some tens of microseconds.
+/// How many evictable blocks a reset frees at a time under the lock: it takes some tens of microseconds.
 const FREED_AT_ONCE: usize = 1024;
 
 /// A pool of fixed-size token blocks. Cloning gives another handle to the same pool.
@@ -19,12 +22,12 @@ const FREED_AT_ONCE: usize = 1024;
 /// use block_pool::{BlockPool, OutOfBlocks};
 ///
 /// let pool = BlockPool::new(/* blocks */ 8, /* tokens per block */ 16)?;
-/// let mut blocks = pool.take(3)?;
+/// let mut blocks = pool.allocate(3)?;
 /// blocks.grow(2)?;
 /// assert_eq!(pool.available(), 3);
 ///
 /// // All or nothing: a failed request changes nothing.
-/// assert_eq!(pool.take(4).unwrap_err(), OutOfBlocks { requested: 4, available: 3 });
+/// assert_eq!(pool.allocate(4).unwrap_err(), OutOfBlocks { requested: 4, available: 3 });
 ///
 /// drop(blocks);
 /// assert_eq!(pool.available(), 8);
@@ -42,16 +45,16 @@ struct Inner {
 }
 
 impl BlockPool {
-    /// A pool of `blocks` blocks of `block_size` tokens each, without memory behind them: bookkeeping alone.
+    /// Makes a pool of `blocks` blocks of `block_size` tokens each, without memory: bookkeeping only.
     ///
     /// # Errors
     ///
-    /// [`PoolError`] when one of the numbers is 0, or their product is beyond 2³¹ - 1 slots.
+    /// [`PoolError`] when one of the numbers is 0, or their product is larger than 2³¹ - 1 slots.
     pub fn new(blocks: usize, block_size: usize) -> Result<Self, PoolError> {
         Self::with_storage(blocks, block_size, NoStorage)
     }
 
-    /// A pool whose blocks lie in `storage`, which it asks to copy a block when a shared one is about to be written.
+    /// Makes a pool whose blocks lie in `storage`. The pool asks `storage` to copy a shared block before it is written.
     ///
     /// # Errors
     ///
@@ -71,14 +74,14 @@ impl BlockPool {
         })))
     }
 
-    /// Takes `n` blocks, neighbours where possible. They go back to the pool when the returned value is dropped.
+    /// Allocates `n` blocks, adjacent where possible. They are freed when the returned value is dropped.
     ///
     /// # Errors
     ///
-    /// [`OutOfBlocks`] when fewer than `n` are available; then none was taken.
+    /// [`OutOfBlocks`] when fewer than `n` are available; then none is allocated.
     #[inline]
-    pub fn take(&self, n: usize) -> Result<Blocks, OutOfBlocks> {
-        let mut blocks = Blocks::none(self);
+    pub fn allocate(&self, n: usize) -> Result<Blocks, OutOfBlocks> {
+        let mut blocks = Blocks::empty(self);
         blocks.grow(n)?;
         Ok(blocks)
     }
@@ -89,25 +92,25 @@ impl BlockPool {
         self.0.blocks
     }
 
-    /// How many tokens a block holds.
+    /// How many tokens fit in a block.
     #[inline]
     pub fn block_size(&self) -> usize {
         self.0.block_size
     }
 
-    /// How many blocks a request could get at this moment: the free ones, and the
-    /// [remembered](Self::remembered) ones, which give way.
+    /// How many blocks can be allocated at this moment: the free ones, and the [evictable](Self::evictable) ones, which
+    /// are evicted for it.
     pub fn available(&self) -> usize {
         self.ledger().available()
     }
 
-    /// How many blocks nobody holds, and can be found by their tokens until their memory is needed.
-    pub fn remembered(&self) -> usize {
-        self.ledger().remembered()
+    /// How many blocks are evictable: cached and not in use.
+    pub fn evictable(&self) -> usize {
+        self.ledger().evictable()
     }
 
-    /// How many blocks somebody holds. A block that several sequences share counts once.
-    pub fn held(&self) -> usize {
+    /// How many blocks are in use. A block that several sequences share counts once.
+    pub fn in_use(&self) -> usize {
         self.blocks() - self.available()
     }
 
@@ -122,69 +125,71 @@ impl BlockPool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// How much of a prompt is cached, and how many blocks a new sequence would take to use that and to have slots for all of
-    /// the prompt, without holding or counting it: for a scheduler. The last token is always left to compute, since its
-    /// logits are needed.
-    pub fn find(&self, key: &PrefixKey, prompt: &[u32]) -> Found {
+    /// Looks up how much of `prompt` is cached, and how many [available](Self::available) blocks a new sequence would
+    /// take to use that and to have slots for the whole prompt. For a scheduler: nothing is used or counted. The last
+    /// token is never part of the match, because its logits must be computed.
+    pub fn lookup_prefix(&self, key: &PrefixKey, prompt: &[u32]) -> PrefixMatch {
         let known = &prompt[..prompt.len().saturating_sub(1)];
-        self.ledger().find(Sought { key, at: 0, last: None, tokens: known }, prompt.len())
+        self.ledger().lookup_prefix(Query { key, at: 0, last: None, tokens: known }, prompt.len())
     }
 
-    /// Forgets every cached prefix: after the model's weights have changed, say, when what was computed with the old ones
-    /// must not be found again. Sequences keep the blocks that they hold.
-    pub fn reset(&self) {
-        // A walk over the tree is long: it is dropped without the lock.
-        let forgotten = self.ledger().forget_all();
-        drop(forgotten);
+    /// Uncaches every prefix, for example after the model's weights have changed: what was computed with the old
+    /// weights must not be matched again. Sequences keep the blocks that they use.
+    pub fn reset_prefix_cache(&self) {
+        // Dropping the old tree walks all of it, which takes long: this happens without the lock.
+        let old_tree = self.ledger().reset();
+        drop(old_tree);
         loop {
-            let mut held = Freed { pool: self, ids: Vec::new() };
-            let to_poison = self.0.poisons.then_some(&mut held.ids);
-            let more = self.ledger().free_forgotten(FREED_AT_ONCE, to_poison);
-            self.poison(&held.ids);
+            let mut freed = Freed { pool: self, ids: Vec::new() };
+            let to_poison = self.0.poisons.then_some(&mut freed.ids);
+            let more = self.ledger().free_uncached(FREED_AT_ONCE, to_poison);
+            self.poison(&freed.ids);
             if !more {
                 return;
             }
         }
     }
 
-    /// How often prefixes were sought and found, and what it cost.
+    /// How many tokens were queried and matched, and how many blocks were evicted and copied.
     pub fn stats(&self) -> Stats {
         self.ledger().stats()
     }
 
-    /// A stream of what becomes findable and what is forgotten, in order, for a router that sends a request to the cache
-    /// which knows its prefix. It begins with what is cached now, and ends when the pool does.
+    /// Subscribes to the KV events: a stream of what becomes cached and what is evicted, in order, for a router that
+    /// sends a request to the cache that has its prefix. The stream begins with what is cached now, and ends when the
+    /// pool is dropped.
     ///
-    /// Events wait in the receiver until they are read; dropping it ends the stream. Nothing is recorded while nobody
-    /// listens. The cached tokens are copied under the pool's lock: some 40 ns for each block, and others wait meanwhile.
-    pub fn listen(&self) -> PoolEvents {
-        let (past, live) = self.ledger().listen();
-        PoolEvents::new(past.events(), live)
+    /// Events wait in the receiver until they are read; dropping the receiver ends the stream. Without subscribers
+    /// nothing is recorded. The tokens that are cached now are copied under the pool's lock: this takes some 40 ns for
+    /// each block, and other threads wait meanwhile.
+    pub fn subscribe(&self) -> KvEvents {
+        let (past, live) = self.ledger().subscribe();
+        KvEvents::new(past.events(), live)
     }
 
-    /// Checks every invariant of the books that can be seen from inside: a walk over the whole pool, at rest: no other thread
-    /// is in a reset.
+    /// Checks every invariant that the pool's own bookkeeping can show. It walks the whole pool. No other thread may be
+    /// in [`reset_prefix_cache`](Self::reset_prefix_cache) meanwhile.
     ///
     /// # Errors
     ///
-    /// [`Inconsistent`] names the first block whose books are wrong: a defect of this crate.
+    /// [`Inconsistent`] names the first block whose bookkeeping is wrong: a defect of this crate.
     pub fn check(&self) -> Result<(), Inconsistent> {
         self.ledger().check()
     }
 
-    /// Like [`check`](Self::check), and that every block is counted exactly as often as `lists` name it. The lists
-    /// must be all that hold blocks, at rest.
+    /// Does the same as [`check`](Self::check), and checks that the ref_count of each block is the number of times that
+    /// `lists` name it. `lists` must be all the lists that use blocks, and no other thread may change one meanwhile.
     ///
     /// # Errors
     ///
-    /// [`Inconsistent`] names the first block that leaked or was counted short.
-    pub fn check_held<'a>(&self, lists: impl IntoIterator<Item = &'a [BlockId]>) -> Result<(), Inconsistent> {
-        // The caller's iterator runs without the lock: it may ask the pool.
+    /// [`Inconsistent`] names the first block whose ref_count is too high (it leaked) or too low.
+    pub fn check_ref_counts<'a>(&self, lists: impl IntoIterator<Item = &'a [BlockId]>) -> Result<(), Inconsistent> {
+        // The caller's iterator runs without the lock: it may call the pool.
         let mut counted = vec![0u32; self.blocks()];
         for id in lists.into_iter().flatten() {
             match counted.get_mut(id.index()) {
                 Some(count) => *count = count.saturating_add(1),
-                None => return Err(Inconsistent(format!("{id:?} is not of this pool"))),
+                None => return Err(Inconsistent(format!("{id:?} is not a block of this pool"))),
             }
         }
         self.ledger().check_counted(&counted)
@@ -194,23 +199,23 @@ impl BlockPool {
         &*self.0.storage
     }
 
-    /// One holder less for each block. Where free blocks are poisoned, that happens before anybody else can be given
-    /// them, and outside the lock.
+    /// Decrements the ref_count of each block. If the storage poisons free blocks, it does so outside the lock, and
+    /// before the blocks can be allocated again.
     #[inline]
-    pub(crate) fn release(&self, ids: &[BlockId]) {
+    pub(crate) fn free(&self, ids: &[BlockId]) {
         if ids.is_empty() {
             return;
         }
-        // While a panic unwinds, the storage may be in the hands of the one who panicked.
+        // While a panic unwinds, the code that panicked may still be using the storage.
         if !self.0.poisons || std::thread::panicking() {
-            return self.ledger().release(ids);
+            return self.ledger().free(ids);
         }
-        // Freed at the end, by a panic of the storage too.
-        let freed = Freed { pool: self, ids: self.ledger().release_but_free(ids) };
+        // Dropped at the end, even if the storage panics: this frees the blocks.
+        let freed = Freed { pool: self, ids: self.ledger().free_all_but_last(ids) };
         self.poison(&freed.ids);
     }
 
-    /// Overwrites blocks whose content is nobody's, if the storage does that.
+    /// Overwrites blocks whose content is not needed any more, if the storage does that.
     pub(crate) fn poison(&self, ids: &[BlockId]) {
         if self.0.poisons
             && !ids.is_empty()
@@ -220,14 +225,14 @@ impl BlockPool {
         }
     }
 
-    /// Nothing that runs under this lock can panic half-way, so the books of a poisoned lock are whole.
+    /// Nothing that runs under this lock can panic half-way, so the ledger is consistent even if the lock is poisoned.
     #[inline]
     pub(crate) fn ledger(&self) -> MutexGuard<'_, Ledger> {
         lock(&self.0.ledger)
     }
 }
 
-/// Blocks that nobody else holds, and that become free when this is dropped.
+/// Blocks with a ref_count of 1, which are freed when this is dropped.
 struct Freed<'p> {
     pool: &'p BlockPool,
     ids: Vec<BlockId>,
@@ -235,7 +240,7 @@ struct Freed<'p> {
 
 impl Drop for Freed<'_> {
     fn drop(&mut self) {
-        self.pool.ledger().release(&self.ids);
+        self.pool.ledger().free(&self.ids);
     }
 }
 

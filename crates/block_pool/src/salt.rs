@@ -1,20 +1,20 @@
-//! What else, beside the tokens, decides whether two prefixes are the same.
+//! The salt of a prefix key.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// Opaque bytes that must match, like the tokens, for a prefix to be reused: the name of a tenant, a LoRA adapter, the
-/// hash of an image. Sequences with different salts never share a block that one of them computed.
+/// Opaque bytes that must match, like the tokens, for a cached prefix to be found: for example the name of a tenant or
+/// of a LoRA adapter, or the hash of an image. Sequences with different salts never share a cached block.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Salt(Option<Arc<[u8]>>);
 
 impl Salt {
-    /// No salt: what sequences have that were given none.
+    /// No salt: the default.
     pub fn none() -> Self {
         Self(None)
     }
 
-    /// These bytes. An empty slice is a salt too, and differs from none.
+    /// A salt of these bytes. An empty slice is a salt, too, and differs from no salt.
     pub fn new(bytes: &[u8]) -> Self {
         Self(Some(bytes.into()))
     }

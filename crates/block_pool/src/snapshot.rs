@@ -1,33 +1,33 @@
-//! A picture of the pool.
+//! A picture of the pool: the state of each block.
 
 use std::fmt;
 
 use crate::{BlockPool, Stats};
 
-/// What a block is at one moment.
+/// The state of a block at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockState {
-    /// Nobody holds it, and its content is gone.
+    /// Not in use and not cached: its content is lost.
     Free,
-    /// Nobody holds it, and it can be found by its tokens until its memory is needed.
-    Remembered,
-    /// So many sequences hold it.
-    Held(u32),
+    /// Cached and not in use: it is found by its tokens until its memory is needed.
+    Evictable,
+    /// In use; its ref_count.
+    InUse(u32),
 }
 
-/// All blocks of a pool at one moment. Prints as a picture.
+/// All blocks of a pool at one moment. `Display` prints a picture.
 ///
 /// ```
 /// use block_pool::BlockPool;
 ///
 /// let pool = BlockPool::new(8, 16)?;
-/// let a = pool.take(3)?;
-/// let b = a.share(2);
+/// let a = pool.allocate(3)?;
+/// let b = a.fork(2);
 /// assert_eq!(
 ///     pool.snapshot().to_string(),
 ///     "\
 /// 22█·····
-/// 3 of 8 blocks held (█ by one, a digit by several), 0 remembered (▒), 5 free (·)
+/// 3 of 8 blocks in use (█ by one, a digit by several), 0 evictable (▒), 5 free (·)
 /// "
 /// );
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -38,7 +38,7 @@ pub struct Snapshot {
     pub blocks: Vec<BlockState>,
     /// Tokens in a block.
     pub block_size: usize,
-    /// What the pool has done so far.
+    /// What the pool has done since it was made.
     pub stats: Stats,
 }
 
@@ -46,7 +46,7 @@ pub struct Snapshot {
 const LINE: usize = 64;
 
 impl Snapshot {
-    /// How many blocks are in a state that `is` accepts.
+    /// How many blocks are in a state for which `is` is true.
     fn count(&self, is: impl Fn(&BlockState) -> bool) -> usize {
         self.blocks.iter().filter(|&state| is(state)).count()
     }
@@ -55,16 +55,16 @@ impl Snapshot {
 impl BlockPool {
     /// The state of every block at this moment.
     pub fn snapshot(&self) -> Snapshot {
-        let ((holders, cached), stats) = {
+        let ((ref_counts, cached), stats) = {
             let ledger = self.ledger();
             (ledger.states(), ledger.stats())
         };
-        let state = |(holders, cached)| match (holders, cached) {
-            (0, true) => BlockState::Remembered,
+        let state = |(ref_count, cached)| match (ref_count, cached) {
+            (0, true) => BlockState::Evictable,
             (0, false) => BlockState::Free,
-            (n, _) => BlockState::Held(n),
+            (n, _) => BlockState::InUse(n),
         };
-        let blocks = holders.into_iter().zip(cached).map(state).collect();
+        let blocks = ref_counts.into_iter().zip(cached).map(state).collect();
         Snapshot { blocks, block_size: self.block_size(), stats }
     }
 }
@@ -75,21 +75,21 @@ impl fmt::Display for Snapshot {
             for state in line {
                 match *state {
                     BlockState::Free => f.write_str("·")?,
-                    BlockState::Remembered => f.write_str("▒")?,
-                    BlockState::Held(1) => f.write_str("█")?,
-                    BlockState::Held(n @ 2..=9) => write!(f, "{n}")?,
-                    BlockState::Held(_) => f.write_str("+")?,
+                    BlockState::Evictable => f.write_str("▒")?,
+                    BlockState::InUse(1) => f.write_str("█")?,
+                    BlockState::InUse(n @ 2..=9) => write!(f, "{n}")?,
+                    BlockState::InUse(_) => f.write_str("+")?,
                 }
             }
             writeln!(f)?;
         }
-        let remembered = self.count(|state| *state == BlockState::Remembered);
+        let evictable = self.count(|state| *state == BlockState::Evictable);
         let free = self.count(|state| *state == BlockState::Free);
         let blocks = self.blocks.len();
         writeln!(
             f,
-            "{} of {blocks} blocks held (█ by one, a digit by several), {remembered} remembered (▒), {free} free (·)",
-            blocks - remembered - free
+            "{} of {blocks} blocks in use (█ by one, a digit by several), {evictable} evictable (▒), {free} free (·)",
+            blocks - evictable - free
         )
     }
 }

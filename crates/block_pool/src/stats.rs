@@ -1,42 +1,43 @@
-//! Numbers that tell whether prefix reuse pays.
+//! Counters that show whether prefix caching pays.
 
 /// What a pool has done since it was made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Stats {
-    /// How often a prefix was sought.
+    /// How often [`Blocks::match_prefix`](crate::Blocks::match_prefix) searched for a cached prefix. Look-ups do not
+    /// count.
     pub queries: u64,
-    /// Tokens that were sought.
+    /// Tokens of these searches.
     pub queried_tokens: u64,
-    /// Tokens that were found, and so need not be computed.
+    /// Tokens that matched, and so need not be computed.
     pub hit_tokens: u64,
-    /// Remembered blocks that gave way because their memory was needed.
+    /// Cached blocks that were evicted because their memory was needed.
     pub evictions: u64,
-    /// Blocks that were copied because somebody was about to write to one that others read.
+    /// Blocks that were copied before a write because other sequences used them or they were cached.
     pub copies: u64,
 }
 
 impl Stats {
-    /// Found of sought tokens, from 0 to 1; 0 when nothing was sought.
+    /// Matched tokens as a fraction of the queried ones, from 0 to 1; 0 when nothing was queried.
     pub fn hit_rate(&self) -> f64 {
         if self.queried_tokens == 0 { 0.0 } else { self.hit_tokens as f64 / self.queried_tokens as f64 }
     }
 }
 
-/// What a look-up has found: see [`BlockPool::find`](crate::BlockPool::find) and [`Blocks::find`](crate::Blocks::find).
-/// Nothing was taken or counted.
+/// The result of a look-up: see [`BlockPool::lookup_prefix`](crate::BlockPool::lookup_prefix) and
+/// [`Blocks::lookup_prefix`](crate::Blocks::lookup_prefix). Nothing was used or counted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Found {
-    /// How many tokens [`Blocks::reuse`](crate::Blocks::reuse) would gain at this moment.
+pub struct PrefixMatch {
+    /// How many tokens [`Blocks::match_prefix`](crate::Blocks::match_prefix) would match at this moment.
     pub tokens: usize,
-    /// Blocks for them that somebody holds: sharing them takes nothing from the pool.
-    pub held: usize,
-    /// Blocks for them that nobody holds: using them takes as much from the pool as new blocks would, and spares the
-    /// computation.
-    pub remembered: usize,
-    /// By how many the pool's [available](crate::BlockPool::available) blocks become fewer when these are used and there are
-    /// slots for the rest: the remembered ones, new ones, and the copy of a last block that others hold. With fewer
-    /// available there is not enough room, with as many there is.
+    /// How many of the matched blocks are in use: using them, too, takes nothing from the pool.
+    pub in_use: usize,
+    /// How many of the matched blocks are evictable: using them takes as much from the pool as new blocks would, but
+    /// saves the computation.
+    pub evictable: usize,
+    /// By how much the number of [available](crate::BlockPool::available) blocks falls when the match is used and slots
+    /// for the remaining tokens are reserved: the evictable blocks, the new ones, and the copy of a last block that
+    /// others use. The request fits if at least this many are available.
     pub blocks: usize,
 }

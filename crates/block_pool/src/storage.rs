@@ -1,13 +1,13 @@
-//! What the pool asks of the memory behind its blocks.
+//! What the pool requires of the memory of its blocks.
 
 use crate::{BlockId, StorageError};
 
-/// The memory behind a pool's blocks, seen by the pool.
+/// The memory of a pool's blocks.
 ///
-/// The pool makes these calls outside its lock, and only for blocks that the caller holds meanwhile.
+/// The pool makes these calls outside its lock, and only for blocks that its caller uses meanwhile.
 pub trait BlockStorage: Send + Sync {
-    /// Copies the whole of block `from`, all layers, to block `to`: a block that several sequences share is copied
-    /// before one of them writes to it.
+    /// Copies the whole of block `from`, all layers, to block `to`. The pool calls this before a sequence writes to a
+    /// block that it shares with others.
     ///
     /// # Errors
     ///
@@ -21,23 +21,22 @@ pub trait BlockStorage: Send + Sync {
     /// As [`copy`](Self::copy).
     fn read(&self, id: BlockId, bytes: &mut Vec<u8>) -> Result<(), StorageError>;
 
-    /// Writes what [`read`](Self::read) has read.
+    /// Writes bytes that [`read`](Self::read) has returned.
     ///
     /// # Errors
     ///
     /// As [`copy`](Self::copy).
     fn write(&self, id: BlockId, bytes: &[u8]) -> Result<(), StorageError>;
 
-    /// How many bytes [`read`](Self::read) reads.
+    /// How many bytes [`read`](Self::read) appends.
     fn bytes_per_block(&self) -> usize;
 
-    /// Whether blocks are to be poisoned when they become free. Asked once, when the pool is made.
+    /// Whether blocks are poisoned when they become free. The pool asks once, when it is made.
     fn poisons(&self) -> bool {
         false
     }
 
-    /// Overwrites blocks that nobody may read any more with something that shows itself when it is read: NaN, for
-    /// numbers.
+    /// Overwrites blocks that no sequence may read any more with values that show when they are read: NaN, for numbers.
     ///
     /// # Errors
     ///
@@ -48,7 +47,7 @@ pub trait BlockStorage: Send + Sync {
     }
 }
 
-/// No bytes at all: a pool for planning, simulation and tests.
+/// Storage without any bytes: for planning, simulation and tests.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct NoStorage;
 

@@ -1,25 +1,25 @@
-//! Blocks that wait in host memory.
+//! Blocks swapped out to host memory.
 
 use crate::{BlockPool, Blocks, PrefixKey, ReserveError, StorageError};
 
-/// The content of a list of blocks, in host memory, while the blocks serve others.
+/// The content of a list of blocks in host memory, while the blocks themselves are used for other sequences.
 #[derive(Clone)]
 pub struct SwappedBlocks {
     pool: BlockPool,
     epoch: u64,
     blocks: usize,
     bytes: Vec<u8>,
-    /// What could be found of it by its tokens.
+    /// The key and the tokens of its cached prefix.
     prefix: Option<(PrefixKey, Vec<u32>)>,
 }
 
 impl Blocks {
-    /// Copies the content to host memory, byte for byte, and gives the blocks back. What was stored stays findable, and
-    /// is stored again when it comes back.
+    /// Copies the content to host memory, byte for byte, and frees the blocks. The cached ones stay cached until they
+    /// are evicted; [`SwappedBlocks::swap_in`] caches the same prefix again.
     ///
     /// # Errors
     ///
-    /// [`StorageError`] when the memory cannot be read; the list is then what it was before.
+    /// [`StorageError`] when the memory cannot be read; then the list is unchanged.
     pub fn swap_out(&mut self) -> Result<SwappedBlocks, StorageError> {
         let pool = self.pool().clone();
         let mut bytes = Vec::new();
@@ -34,27 +34,27 @@ impl Blocks {
 }
 
 impl SwappedBlocks {
-    /// The pool whose blocks they were.
+    /// The pool of the blocks.
     pub fn pool(&self) -> &BlockPool {
         &self.pool
     }
 
-    /// How many blocks it takes to come back.
+    /// How many blocks [`swap_in`](Self::swap_in) allocates.
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// How many bytes of host memory it takes.
+    /// How many bytes of host memory the content takes.
     pub fn bytes(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Takes blocks of the same pool and copies the content into them.
+    /// Allocates blocks of the same pool and copies the content into them.
     ///
     /// # Errors
     ///
-    /// [`ReserveError`] when there are too few blocks or the memory cannot be written. No block is taken then, and what
-    /// is in host memory stays there.
+    /// [`ReserveError`] when too few blocks are available or the memory cannot be written. Then no block is allocated,
+    /// and the content stays in host memory.
     pub fn swap_in(&self) -> Result<Blocks, ReserveError> {
         let pool = &self.pool;
         let mut blocks = Blocks::successors(pool, self.epoch, self.blocks)?;
@@ -63,7 +63,7 @@ impl SwappedBlocks {
             pool.storage().write(id, &self.bytes[at * size..][..size])?;
         }
         if let Some((key, tokens)) = &self.prefix {
-            blocks.store(key, 0, &[], tokens);
+            blocks.cache(key, 0, &[], tokens);
         }
         Ok(blocks)
     }

@@ -1,4 +1,4 @@
-//! The one switch between the standard library and loom, which explores every interleaving of a small model.
+//! The switch between the standard library and loom, which runs every interleaving of a small model.
 
 use std::sync::PoisonError;
 
@@ -8,15 +8,16 @@ pub(crate) use std::sync::{Arc, Mutex, MutexGuard};
 #[cfg(loom)]
 pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
 
-/// Pauses between two looks at a lock that somebody else has, as powers of two of spin loop hints: some ten microseconds.
+/// Pauses between two attempts to get a lock that another thread has, as powers of two of spin loop hints: some ten
+/// microseconds in all.
 #[cfg(not(loom))]
 const PAUSES: std::ops::RangeInclusive<u32> = 9..=11;
 
-/// Locks `mutex`. What it guards is taken to be whole, even if a thread has panicked.
+/// Locks `mutex`. The data is taken to be consistent, even if a thread has panicked.
 ///
-/// The pool's lock is mostly held for some nanoseconds a block, much shorter than putting a thread to sleep and waking it
-/// takes. So a thread that finds it taken first waits with growing pauses, in which the owner has the lock's cache line
-/// for itself, and sleeps only if that was not enough.
+/// The pool's lock is mostly kept for some nanoseconds a block, much shorter than it takes to put a thread to sleep and
+/// to wake it. So a thread that finds the lock taken first waits with growing pauses, in which the owner has the lock's
+/// cache line to itself, and sleeps only if that was not enough.
 #[inline]
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     #[cfg(not(loom))]

@@ -1,7 +1,7 @@
-//! The device tensors behind the blocks: one per layer.
+//! The device tensors that hold the blocks: one per layer.
 //!
-//! One per layer and not one for all, because candle keeps a lock per storage: a thread that writes one layer must not
-//! wait for a thread that reads another.
+//! There is one per layer and not one for all, because candle keeps a lock per storage: a thread that writes one layer
+//! must not wait for a thread that reads another.
 
 use std::sync::Arc;
 
@@ -10,11 +10,12 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage
 use crate::pool::check_size;
 use crate::{BlockId, BlockStorage, KvDtype, KvLayout, KvShape, Order, PoolError, StorageError};
 
-/// Bytes in a page of memory, as most machines have them. The first block begins at one: then no register is read from two
-/// cache lines, and who asks for memory ahead of its use, page after page, asks for where these begin.
+/// Bytes in a page of memory on most machines. The first block begins at a page boundary: then no register load crosses
+/// a cache line, and a kernel that prefetches page by page requests the pages from their start.
 const PAGE: usize = 4096;
 
-/// Keys and values of all blocks: per layer one tensor `(blocks, elements of a block)`. Cloning shares them.
+/// The keys and values of all blocks: per layer one tensor `(blocks, elements of a block)`. A clone shares the tensors.
+/// They have been used on CPUs only, never on a GPU (CUDA, Metal).
 #[derive(Debug, Clone)]
 pub struct KvTensors {
     layers: Arc<[Tensor]>,
@@ -24,35 +25,31 @@ pub struct KvTensors {
 }
 
 impl KvTensors {
-    /// Allocates zeroed tensors for `blocks` blocks of `block_size` tokens: for kernels on a CPU if `fused`, for plain
-    /// tensor operations otherwise.
+    /// Allocates zeroed tensors for `blocks` blocks of `block_size` tokens, whose numbers lie in `order`.
     ///
     /// # Errors
     ///
-    /// [`PoolError`] when a number is zero or too large, the dtype is 8-bit and plain tensor operations are to read it, or
-    /// the memory cannot be had.
+    /// [`PoolError`] when a number is zero or too large, when `dtype` cannot be stored in `order`, or when the memory
+    /// cannot be allocated.
     pub fn zeros(
         shape: KvShape,
         blocks: usize,
         block_size: usize,
-        fused: bool,
+        order: Order,
         dtype: KvDtype,
         device: &Device,
     ) -> std::result::Result<Self, PoolError> {
         shape.check()?;
         check_size(blocks, block_size)?;
-        let order = match (fused, dtype) {
-            (true, KvDtype::Int8) => Order::Int8,
-            (true, _) => Order::HeadMajor,
-            (false, KvDtype::Int8) => return Err(PoolError::UnsupportedDType("int8 without fused kernels".into())),
-            (false, _) => Order::TokenMajor,
-        };
+        if (order == Order::QuadPanels) != (dtype == KvDtype::Int8) {
+            return Err(PoolError::UnsupportedDType(format!("{dtype} in the order {order:?}")));
+        }
         let bytes_per_block = shape.bytes_per_block(block_size, dtype);
         let too_large = PoolError::OutOfMemory { blocks, bytes_per_block: bytes_per_block.unwrap_or(usize::MAX) };
         let Some(bytes) = bytes_per_block.and_then(|bytes| bytes.checked_mul(blocks)) else {
             return Err(too_large);
         };
-        // An allocation that fails inside the tensor library aborts the process; asking first makes it an error.
+        // An allocation that fails inside candle aborts the process; this attempt turns it into an error.
         if device.is_cpu() && Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
             return Err(too_large);
         }
@@ -64,8 +61,8 @@ impl KvTensors {
         Ok(Self { layers, layout, dtype, poison: false })
     }
 
-    /// Whether blocks are filled with NaN when they become free, so that whoever reads a slot that is not theirs sees it
-    /// at once. Takes effect in pools that are made with these tensors from now on.
+    /// Whether blocks are filled with NaN when they become free, so that a read of a slot that is not the reader's own
+    /// shows at once. Takes effect in pools that are made with these tensors from now on.
     #[must_use]
     pub fn poisoned(self, poison: bool) -> Self {
         Self { poison, ..self }
@@ -91,7 +88,7 @@ impl KvTensors {
         self.dtype
     }
 
-    /// The device on which they are stored.
+    /// The device of the tensors.
     pub fn device(&self) -> &Device {
         self.layers[0].device()
     }
@@ -120,15 +117,15 @@ impl BlockStorage for KvTensors {
     fn write(&self, id: BlockId, bytes: &[u8]) -> std::result::Result<(), StorageError> {
         if bytes.len() != self.bytes_per_block() {
             let (got, expected) = (bytes.len(), self.bytes_per_block());
-            return Err(StorageError::new(format!("a block takes {expected} bytes, got {got}")));
+            return Err(StorageError::new(format!("a block has {expected} bytes, got {got}")));
         }
         let elements = self.layout.block_elements();
-        let parts = bytes.chunks_exact(elements * self.dtype.size_in_bytes());
+        let chunks = bytes.chunks_exact(elements * self.dtype.size_in_bytes());
         let write = |layer: &Tensor, bytes: &[u8]| {
             let row = Tensor::from_raw_buffer(bytes, layer.dtype(), &[1, elements], layer.device())?;
             layer.slice_set(&row, 0, id.index())
         };
-        self.layers.iter().zip(parts).try_for_each(|(layer, bytes)| write(layer, bytes)).map_err(StorageError::new)
+        self.layers.iter().zip(chunks).try_for_each(|(layer, bytes)| write(layer, bytes)).map_err(StorageError::new)
     }
 
     fn bytes_per_block(&self) -> usize {
@@ -143,7 +140,7 @@ impl BlockStorage for KvTensors {
         let elements = (1, self.layout.block_elements());
         let fill = |layer: &Tensor| {
             let nan = match self.dtype {
-                // With all bits set a scale is not a number.
+                // With all bits set, a scale is NaN.
                 KvDtype::Int8 => Tensor::full(u8::MAX, elements, layer.device())?,
                 _ => Tensor::full(f32::NAN, elements, layer.device())?.to_dtype(layer.dtype())?,
             };
@@ -153,8 +150,8 @@ impl BlockStorage for KvTensors {
     }
 }
 
-/// Zeros `(blocks, elements)` that begin at a page, on a CPU: an allocator promises a few bytes only, so the tensor
-/// is a little longer and begins a little later.
+/// Makes zeros `(blocks, elements)` that begin at a page boundary, on a CPU. Allocators guarantee an alignment of only
+/// a few bytes, so the allocation is up to a page longer and the tensor begins inside it.
 fn aligned_zeros(blocks: usize, elements: usize, dtype: DType, device: &Device) -> Result<Tensor> {
     if !device.is_cpu() {
         return Tensor::zeros((blocks, elements), dtype, device);
@@ -165,7 +162,7 @@ fn aligned_zeros(blocks: usize, elements: usize, dtype: DType, device: &Device) 
     longer.narrow(0, (page - past) % page, blocks * elements)?.reshape((blocks, elements))
 }
 
-/// Where a tensor's storage lies in this machine's memory; 0 if it does not.
+/// The address of a tensor's storage in host memory; 0 if it is not there.
 fn address(tensor: &Tensor) -> usize {
     match &*tensor.storage_and_layout().0 {
         Storage::Cpu(CpuStorage::F32(data)) => data.as_ptr().addr(),
@@ -178,8 +175,9 @@ fn address(tensor: &Tensor) -> usize {
 
 /// Copies a row of a tensor to another row of the same tensor.
 ///
-/// candle refuses an in-place operation whose source is a view of its destination, so on a CPU the operation carries
-/// both places itself; elsewhere the row takes the way through a temporary.
+/// candle refuses an in-place operation whose source is a view of its destination. So on a CPU the operation itself
+/// knows both rows; on other devices the row is copied through a temporary tensor, which has never been run on a GPU
+/// (CUDA, Metal).
 struct CopyBlock {
     from: usize,
     to: usize,

@@ -1,56 +1,56 @@
-//! How far back a sequence looks.
+//! The sliding window: which tokens a token sees.
 
-/// A sliding window with attention sinks: a token sees the last `tokens` tokens, itself included, and the first `sinks`
-/// tokens of its sequence ("Efficient Streaming Language Models with Attention Sinks", Xiao et al. 2023, section 3;
-/// here positions go on counting instead of being renumbered).
+/// A sliding window with sink tokens: a token sees the last `tokens` tokens, itself included, and the first
+/// `sink_tokens` tokens of its sequence ("Efficient Streaming Language Models with Attention Sinks", Xiao et al. 2023,
+/// section 3; unlike there, positions are not renumbered).
 ///
-/// A table holds what its *next* token sees. What its last token has seen begins one position earlier: whoever attends
-/// with it again, or reads what it sees, gives the table a window of one token more.
+/// A table keeps what its *next* token sees. The window of its last token begins one position earlier. To attend with
+/// the last token again, or to read what it sees, give the table a window that is one token longer.
 ///
-/// Blocks that lie wholly before the window are freed, so that a sequence of any length takes the memory of its
-/// window and its sinks, each rounded up to whole blocks, and of one more block where the window begins inside one.
+/// Blocks that lie wholly before the window are freed. So a sequence of any length uses the blocks of its window and of
+/// its sink tokens, each rounded up to whole blocks, and one more block where the window begins inside one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Window {
     tokens: usize,
-    sinks: usize,
+    sink_tokens: usize,
 }
 
 impl Window {
-    /// The last `tokens` tokens. A token always sees itself: 0 counts as 1.
+    /// Makes a window of the last `tokens` tokens. A token always sees itself: 0 counts as 1.
     pub fn new(tokens: usize) -> Self {
-        Self { tokens: tokens.max(1), sinks: 0 }
+        Self { tokens: tokens.max(1), sink_tokens: 0 }
     }
 
-    /// And the first `sinks` tokens of the sequence.
+    /// Adds the first `sink_tokens` tokens of the sequence.
     #[must_use]
-    pub fn with_sinks(self, sinks: usize) -> Self {
-        Self { sinks, ..self }
+    pub fn with_sink_tokens(self, sink_tokens: usize) -> Self {
+        Self { sink_tokens, ..self }
     }
 
-    /// How many tokens a token sees, itself included, in addition to the sinks.
+    /// How many tokens a token sees, itself included, in addition to the sink tokens.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 
     /// How many tokens at the start of the sequence every token sees.
-    pub fn sinks(&self) -> usize {
-        self.sinks
+    pub fn sink_tokens(&self) -> usize {
+        self.sink_tokens
     }
 
-    /// The first position after the sinks that the token at `position` sees.
+    /// The first position of the window of the token at `position`. Sink tokens lie outside of it or overlap with it.
     pub fn start(&self, position: usize) -> usize {
         position.saturating_sub(self.tokens.saturating_sub(1))
     }
 
-    /// How many blocks after those of the sinks the next token of a sequence of `len` tokens does not see any more:
-    /// they hold nothing but tokens before its window.
-    pub fn passed_blocks(&self, len: usize, block_size: usize) -> usize {
+    /// How many blocks, counted after the blocks of the sink tokens, the next token of a sequence of `len` tokens does
+    /// not see any more: all their tokens lie before its window.
+    pub fn freed_blocks(&self, len: usize, block_size: usize) -> usize {
         (self.start(len) / block_size).saturating_sub(self.sink_blocks(block_size))
     }
 
-    /// How many blocks the sinks take.
+    /// How many blocks the sink tokens take.
     pub fn sink_blocks(&self, block_size: usize) -> usize {
-        self.sinks.div_ceil(block_size)
+        self.sink_tokens.div_ceil(block_size)
     }
 }

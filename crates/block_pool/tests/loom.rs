@@ -1,4 +1,4 @@
-//! Every interleaving of two threads on one pool. Runs with `RUSTFLAGS="--cfg loom"`.
+//! Runs every interleaving of two threads on one pool. Needs `RUSTFLAGS="--cfg loom"`.
 
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -6,7 +6,7 @@
 use block_pool::{BlockPool, Blocks, PrefixKey};
 use loom::thread;
 
-/// Explores all interleavings of two threads that start from the same pool.
+/// Runs all interleavings of two threads that start from the same pool.
 fn two_threads(
     blocks: usize,
     begin: impl Fn(&BlockPool) -> (Blocks, Blocks) + Send + Sync + 'static,
@@ -24,44 +24,44 @@ fn two_threads(
         let b = other(pool.clone(), b);
         let a = thread.join().unwrap();
         let lists: Vec<&[_]> = a.iter().chain(&b).map(|blocks| &**blocks).collect();
-        pool.check_held(lists).unwrap();
+        pool.check_ref_counts(lists).unwrap();
         end(&pool, a, b);
         assert_eq!(pool.available(), pool.blocks());
-        pool.check_held([]).unwrap();
+        pool.check_ref_counts([]).unwrap();
     });
 }
 
 fn nothing(pool: &BlockPool) -> (Blocks, Blocks) {
-    (Blocks::none(pool), Blocks::none(pool))
+    (Blocks::empty(pool), Blocks::empty(pool))
 }
 
-/// A block that only the tree knows, with the token 7.
-fn remembered(pool: &BlockPool) {
-    let mut blocks = pool.take(1).unwrap();
-    blocks.store(&PrefixKey::new(), 0, &[], &[7]);
+/// Leaves one evictable block in the pool, cached under the token 7.
+fn cache_and_free(pool: &BlockPool) {
+    let mut blocks = pool.allocate(1).unwrap();
+    blocks.cache(&PrefixKey::new(), 0, &[], &[7]);
 }
 
 #[test]
-fn a_block_is_given_to_one_thread_only() {
-    let take = |pool: BlockPool, _| pool.take(2).ok();
-    two_threads(3, nothing, take, take, |_, a, b| {
-        assert!(a.is_some() != b.is_some(), "three blocks hold two of two only once");
+fn a_block_is_allocated_by_one_thread_only() {
+    let allocate = |pool: BlockPool, _| pool.allocate(2).ok();
+    two_threads(3, nothing, allocate, allocate, |_, a, b| {
+        assert!(a.is_some() != b.is_some(), "of three blocks, two can be allocated only once");
     });
 }
 
 #[test]
-fn sharing_and_dropping_count_right() {
+fn forking_and_dropping_keep_the_ref_count_right() {
     let shared = |pool: &BlockPool| {
-        let a = pool.take(1).unwrap();
-        let b = a.share(1);
+        let a = pool.allocate(1).unwrap();
+        let b = a.fork(1);
         (a, b)
     };
-    let share_and_drop = |_, mine: Blocks| {
-        let third = mine.share(1);
+    let fork_and_drop = |_, mine: Blocks| {
+        let third = mine.fork(1);
         drop(mine);
         Some(third)
     };
-    two_threads(2, shared, share_and_drop, |_, mine| drop_all(mine), |pool, _, _| assert_eq!(pool.available(), 1));
+    two_threads(2, shared, fork_and_drop, |_, mine| drop_all(mine), |pool, _, _| assert_eq!(pool.available(), 1));
 }
 
 fn drop_all(blocks: Blocks) -> Option<Blocks> {
@@ -70,54 +70,56 @@ fn drop_all(blocks: Blocks) -> Option<Blocks> {
 }
 
 #[test]
-fn both_sides_of_a_fork_end_with_a_block_of_their_own() {
+fn both_sides_of_a_fork_end_with_different_blocks() {
     let shared = |pool: &BlockPool| {
-        let a = pool.take(1).unwrap();
-        let b = a.share(1);
+        let a = pool.allocate(1).unwrap();
+        let b = a.fork(1);
         (a, b)
     };
     let write = |_, mut mine: Blocks| {
-        mine.own_and_grow(0, 0).unwrap();
+        mine.copy_on_write(0, 0).unwrap();
         Some(mine)
     };
     two_threads(3, shared, write, write, |_, a, b| assert_ne!(a.unwrap()[0], b.unwrap()[0]));
 }
 
 #[test]
-fn a_remembered_block_is_found_or_evicted_never_both() {
+fn a_cached_block_is_matched_or_evicted_never_both() {
     let begin = |pool: &BlockPool| {
-        remembered(pool);
+        cache_and_free(pool);
         nothing(pool)
     };
-    let find = |_, mut mine: Blocks| (mine.reuse(&PrefixKey::new(), 0, &[7]) == 1).then_some(mine);
-    let evict = |pool: BlockPool, _| pool.take(1).ok();
-    two_threads(1, begin, find, evict, |_, found, taken| assert!(found.is_some() != taken.is_some()));
-}
-
-#[test]
-fn the_same_content_is_stored_once() {
-    let store = |pool: BlockPool, _| {
-        let mut mine = pool.take(1).unwrap();
-        mine.store(&PrefixKey::new(), 0, &[], &[7]);
-        Some(mine)
-    };
-    two_threads(2, nothing, store, store, |pool, a, b| {
-        assert_eq!(a.unwrap()[0], b.unwrap()[0]);
-        assert_eq!(pool.remembered(), 1);
-        pool.reset();
+    let match_prefix = |_, mut mine: Blocks| (mine.match_prefix(&PrefixKey::new(), 0, &[7]) == 1).then_some(mine);
+    let evict = |pool: BlockPool, _| pool.allocate(1).ok();
+    two_threads(1, begin, match_prefix, evict, |_, matched, allocated| {
+        assert!(matched.is_some() != allocated.is_some())
     });
 }
 
 #[test]
-fn nothing_computed_before_a_reset_is_stored_after_it() {
-    let begin = |pool: &BlockPool| (pool.take(1).unwrap(), Blocks::none(pool));
-    let store = |_, mut mine: Blocks| {
-        mine.store(&PrefixKey::new(), 0, &[], &[7]);
+fn the_same_content_is_cached_once() {
+    let cache = |pool: BlockPool, _| {
+        let mut mine = pool.allocate(1).unwrap();
+        mine.cache(&PrefixKey::new(), 0, &[], &[7]);
+        Some(mine)
+    };
+    two_threads(2, nothing, cache, cache, |pool, a, b| {
+        assert_eq!(a.unwrap()[0], b.unwrap()[0]);
+        assert_eq!(pool.evictable(), 1);
+        pool.reset_prefix_cache();
+    });
+}
+
+#[test]
+fn nothing_computed_before_a_reset_is_cached_after_it() {
+    let begin = |pool: &BlockPool| (pool.allocate(1).unwrap(), Blocks::empty(pool));
+    let cache = |_, mut mine: Blocks| {
+        mine.cache(&PrefixKey::new(), 0, &[], &[7]);
         drop_all(mine)
     };
     let reset = |pool: BlockPool, _| {
-        pool.reset();
+        pool.reset_prefix_cache();
         None
     };
-    two_threads(1, begin, store, reset, |pool, _, _| assert_eq!(pool.remembered(), 0));
+    two_threads(1, begin, cache, reset, |pool, _, _| assert_eq!(pool.evictable(), 0));
 }

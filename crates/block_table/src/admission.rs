@@ -1,4 +1,4 @@
-//! Who of the waiting may start, and who must yield.
+//! Which waiting request may start, and which running sequence is preempted.
 
 use std::collections::VecDeque;
 
@@ -6,18 +6,20 @@ use block_pool::BlockPool;
 
 /// A queue of requests that wait for room in the pool, and the rules by which they leave it.
 ///
-/// First come, first served, with one exception: while the first does not fit, smaller ones behind it may go ahead, so
-/// that the pool is not idle because of one long prompt. Only so many are looked at, and nobody is passed over more
-/// than so often. Room is left for those who run to grow into, since a sequence that must yield is computed twice.
+/// Requests start first come, first served, with one exception: while the first request does not fit, a smaller one
+/// after it may start before it, so that one long prompt does not leave the pool idle. At most
+/// [`skip_ahead`](Self::skip_ahead) requests are considered, and each request is skipped at most
+/// [`max_skips`](Self::max_skips) times. A [`watermark`](Self::watermark) of blocks is kept free for running sequences
+/// to grow into, since a preempted sequence is computed twice.
 ///
-/// No request waits for ever: if everything that runs ends, every request either starts or is handed back as one that
+/// No request waits for ever: if every running sequence ends, every request either starts or is returned as one that
 /// can never start.
 ///
-/// It decides and keeps the queue; the blocks are taken by the tables themselves.
+/// This type keeps the queue and decides. It allocates no blocks; the tables do.
 ///
 /// ```
 /// use block_pool::BlockPool;
-/// use block_table::{Admission, Admitted, Need, Room};
+/// use block_table::{Admission, Admitted, Need, Room, preemption_victim};
 ///
 /// let pool = BlockPool::new(/* blocks */ 10, 16)?;
 /// let mut waiting = Admission::new();
@@ -34,8 +36,8 @@ use block_pool::BlockPool;
 /// assert_eq!(waiting.admit(&pool, room, need), Some(Admitted::Never("a library")));
 /// assert_eq!(waiting.admit(&pool, room, need), None); // the long prompt waits for more room
 ///
-/// // Computed tokens of those who run: the least computed yields.
-/// assert_eq!(Admission::<&str>::who_yields([120, 35, 80]), Some(1));
+/// // The computed tokens of each running sequence: the one with the fewest is preempted.
+/// assert_eq!(preemption_victim([120, 35, 80]), Some(1));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -43,34 +45,34 @@ pub struct Admission<T> {
     waiting: VecDeque<Waiting<T>>,
     skip_ahead: usize,
     max_skips: u32,
-    headroom: usize,
+    watermark: usize,
 }
 
-/// What a request takes to start, as the caller of [`Admission::admit`] sees it at that moment.
+/// What a request needs to start, according to the caller of [`Admission::admit`] at that moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Need {
-    /// So many of the blocks that are available. More than the pool has is the same as [`Never`](Self::Never).
+    /// This many of the available blocks. More blocks than the pool has in total mean [`Never`](Self::Never).
     Blocks(usize),
-    /// It cannot start now for another reason than blocks: there is no place in the batch, say. It waits like a request
-    /// that does not fit. The reason must be gone, at the latest, when nothing runs.
+    /// It cannot start now for a reason other than blocks, for example because the batch is full. It waits like a
+    /// request that does not fit. The reason must have gone when no sequence runs, at the latest.
     NotNow,
-    /// It can never start: its prompt is longer than the model's context, say.
+    /// It can never start, for example because its prompt is longer than the model's context.
     Never,
 }
 
-/// What there is to give at one moment.
+/// The room in the pool at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
-    /// Blocks of the pool that are available and not promised to a running sequence.
+    /// Available blocks of the pool that are not promised to a running sequence.
     pub available: usize,
-    /// Sequences that run. Each needs room to grow.
+    /// The number of running sequences. Each needs room to grow.
     pub running: usize,
 }
 
 /// A request that has left the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use = "the request is in the queue no more"]
+#[must_use = "the request is no longer in the queue"]
 pub enum Admitted<T> {
     /// It may start: there is room for it.
     Start(T),
@@ -81,7 +83,7 @@ pub enum Admitted<T> {
 #[derive(Debug, Clone)]
 struct Waiting<T> {
     request: T,
-    /// How often others have gone ahead of it.
+    /// How many requests after it have started before it.
     skipped: u32,
 }
 
@@ -92,65 +94,64 @@ impl<T> Default for Admission<T> {
 }
 
 impl<T> Admission<T> {
-    /// An empty queue: 32 are looked at, nobody is passed over more than 256 times, and 16 tokens are left for each who
-    /// runs.
+    /// An empty queue with `skip_ahead` 32, `max_skips` 256 and a `watermark` of 16 tokens for each running sequence.
     pub fn new() -> Self {
-        Self { waiting: VecDeque::new(), skip_ahead: 32, max_skips: 256, headroom: 16 }
+        Self { waiting: VecDeque::new(), skip_ahead: 32, max_skips: 256, watermark: 16 }
     }
 
-    /// How many of the waiting, from the first on, are looked at; 1 is strictly first come, first served.
+    /// How many requests are considered, from the first on; 1 is strictly first come, first served. 0 counts as 1.
     #[must_use]
     pub fn skip_ahead(self, requests: usize) -> Self {
         Self { skip_ahead: requests.max(1), ..self }
     }
 
-    /// How often others may go ahead of one request, at most.
+    /// How many requests may start before one that came earlier, at most.
     #[must_use]
     pub fn max_skips(self, times: u32) -> Self {
         Self { max_skips: times, ..self }
     }
 
-    /// How many tokens of room are left for each who runs.
+    /// How many tokens of room are kept free for each running sequence to grow into.
     #[must_use]
-    pub fn headroom(self, tokens: usize) -> Self {
-        Self { headroom: tokens, ..self }
+    pub fn watermark(self, tokens: usize) -> Self {
+        Self { watermark: tokens, ..self }
     }
 
-    /// Adds a request behind the others.
+    /// Adds a request at the end of the queue.
     pub fn enqueue(&mut self, request: T) {
         self.waiting.push_back(Waiting { request, skipped: 0 });
     }
 
-    /// Puts back, before the others, a request that had started and had to yield. It counts as not passed over yet.
+    /// Puts a preempted request back at the front of the queue. Its count of skips starts at 0 again.
     pub fn requeue(&mut self, request: T) {
         self.waiting.push_front(Waiting { request, skipped: 0 });
         // Last: these call the host's code, which may panic.
         metrics::counter!("kv_cache_preemptions").increment(1);
-        tracing::debug!(waiting = self.waiting.len(), "a sequence yields");
+        tracing::debug!(waiting = self.waiting.len(), "a sequence was preempted");
     }
 
-    /// How many wait.
+    /// How many requests wait.
     pub fn len(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Whether nobody waits.
+    /// Whether no request waits.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
 
-    /// Those who wait, the first first.
+    /// The waiting requests, in order.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.waiting.iter().map(|waiting| &waiting.request)
     }
 
-    /// The most often that others have gone ahead of one who waits now.
+    /// The highest number of times that a request which waits now has been skipped.
     pub fn most_skipped(&self) -> u32 {
         self.waiting.iter().map(|waiting| waiting.skipped).max().unwrap_or(0)
     }
 
-    /// Takes the requests that are `gone` out of the queue, of clients that hung up say, and returns them in their
-    /// order.
+    /// Removes the requests for which `gone` is true, for example those of clients that hung up, and returns them in
+    /// their order.
     pub fn remove_if(&mut self, mut gone: impl FnMut(&T) -> bool) -> Vec<T> {
         let mut removed = Vec::new();
         for waiting in std::mem::take(&mut self.waiting) {
@@ -162,25 +163,25 @@ impl<T> Admission<T> {
         removed
     }
 
-    /// Takes the next request that may start out of the queue, or one that can never start. The others keep their
-    /// order.
+    /// Removes the next request that may start, or one that can never start, from the queue and returns it. The other
+    /// requests keep their order.
     ///
-    /// `need` says what a request takes to start. When nothing runs, no room to grow is needed, and the first request
-    /// that fits at all may start. The requests before the one that starts have been passed over, whether they lacked
-    /// blocks or were [`Need::NotNow`]; a request that has been passed over often enough is waited for. Handing back
-    /// one that can never start does not count as passing over those before it, and it does not keep those after it
-    /// from starting.
+    /// `need` says what a request needs to start. When no sequence runs, no watermark is kept, and the first request
+    /// that fits at all may start. When a request starts, each request before it has been skipped once, whether it
+    /// lacked blocks or was [`Need::NotNow`]. No request starts before one that has been skipped
+    /// [`max_skips`](Self::max_skips) times. Returning a request that can never start does not count as a skip for
+    /// those before it, and does not keep those after it from starting.
     pub fn admit(&mut self, pool: &BlockPool, room: Room, mut need: impl FnMut(&T) -> Need) -> Option<Admitted<T>> {
-        let headroom = pool.blocks_for(room.running.saturating_mul(self.headroom));
-        let free = room.available.saturating_sub(headroom);
+        let watermark = pool.blocks_for(room.running.saturating_mul(self.watermark));
+        let free = room.available.saturating_sub(watermark);
         for at in 0..self.skip_ahead.min(self.waiting.len()) {
             let waiting = &self.waiting[at];
             match need(&waiting.request) {
-                Need::Never => return self.leave(at).map(Admitted::Never),
-                Need::Blocks(blocks) if blocks > pool.blocks() => return self.leave(at).map(Admitted::Never),
+                Need::Never => return self.remove(at).map(Admitted::Never),
+                Need::Blocks(blocks) if blocks > pool.blocks() => return self.remove(at).map(Admitted::Never),
                 Need::Blocks(blocks) if blocks <= free => {
-                    self.waiting.iter_mut().take(at).for_each(|passed| passed.skipped += 1);
-                    return self.leave(at).map(Admitted::Start);
+                    self.waiting.iter_mut().take(at).for_each(|earlier| earlier.skipped += 1);
+                    return self.remove(at).map(Admitted::Start);
                 }
                 Need::Blocks(_) | Need::NotNow if waiting.skipped >= self.max_skips => return None,
                 Need::Blocks(_) | Need::NotNow => {}
@@ -189,14 +190,14 @@ impl<T> Admission<T> {
         None
     }
 
-    fn leave(&mut self, at: usize) -> Option<T> {
+    fn remove(&mut self, at: usize) -> Option<T> {
         self.waiting.remove(at).map(|waiting| waiting.request)
     }
+}
 
-    /// Which of those who run must yield when the pool is full, by how many tokens each has computed: the least, and
-    /// among equals the last.
-    pub fn who_yields(computed: impl IntoIterator<Item = usize>) -> Option<usize> {
-        let lengths = computed.into_iter().enumerate();
-        lengths.min_by_key(|&(at, computed)| (computed, std::cmp::Reverse(at))).map(|(at, _)| at)
-    }
+/// The index of the running sequence to preempt when the pool is full, given how many tokens each has computed: the one
+/// with the fewest, and the last of several with equally few. `None` if there are none.
+pub fn preemption_victim(computed: impl IntoIterator<Item = usize>) -> Option<usize> {
+    let lengths = computed.into_iter().enumerate();
+    lengths.min_by_key(|&(at, computed)| (computed, std::cmp::Reverse(at))).map(|(at, _)| at)
 }

@@ -1,26 +1,28 @@
-//! What can go wrong with a table, one type for each thing that a caller acts on differently.
+//! The errors of a table: one type for each case that a caller handles differently.
 
 use thiserror::Error;
 
-/// More tokens were to be committed than were reserved.
+/// A commit of more tokens than are reserved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("asked to commit {committed} tokens, {reserved} are reserved")]
 pub struct NotReserved {
-    /// The tokens to be committed.
+    /// How many tokens were to be committed.
     pub committed: usize,
-    /// The tokens there was room for.
+    /// How many tokens were reserved and not committed.
     pub reserved: usize,
 }
 
-/// A sequence cannot go back this far: tokens that it would see again have been given back, by its window or by
-/// [`release_before`](crate::BlockTable::release_before). Compute it anew, or keep more tokens in the window.
+/// A sequence cannot be truncated to this length: blocks that its next token would see were freed, by its window or by
+/// [`free_before`](crate::BlockTable::free_before). Compute the sequence again, or use a larger window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("asked to go back to {len} tokens, which see position {seen}; all before {held} has been given back")]
-pub struct BehindWindow {
-    /// The length asked for.
+#[error(
+    "cannot truncate to {len} tokens: position {needed} would be visible again, but positions before {kept} were freed"
+)]
+pub struct OutOfWindow {
+    /// The requested length.
     pub len: usize,
-    /// The first position that would be seen.
-    pub seen: usize,
-    /// The first position that is still held, behind the sinks.
-    pub held: usize,
+    /// The first position after the sink tokens that the next token would see.
+    pub needed: usize,
+    /// The first position after the sink tokens that was not freed.
+    pub kept: usize,
 }

@@ -3,18 +3,18 @@
 
 mod admission;
 mod error;
-mod places;
+mod out_of_order;
 mod sequences;
 mod swap;
 mod sync;
 mod table;
 
-pub use admission::{Admission, Admitted, Need, Room};
+pub use admission::{Admission, Admitted, Need, Room, preemption_victim};
 pub use block_pool::{
-    BlockId, BlockPool, BlockState, Found, OutOfBlocks, PoolError, PoolEvent, PoolEvents, PrefixKey, ReserveError,
+    BlockId, BlockPool, BlockState, KvEvent, KvEvents, OutOfBlocks, PoolError, PrefixKey, PrefixMatch, ReserveError,
     Salt, Snapshot, Stats, StorageError, Window,
 };
-pub use error::{BehindWindow, NotReserved};
-pub use sequences::{SequenceError, SequenceId, Sequences, Taken};
+pub use error::{NotReserved, OutOfWindow};
+pub use sequences::{CheckedOut, SequenceError, SequenceId, Sequences};
 pub use swap::SwappedTable;
 pub use table::{BlockTable, TableOptions};

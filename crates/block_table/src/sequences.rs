@@ -1,8 +1,9 @@
 //! Sequences addressed by id, from many threads.
 //!
-//! The map's shards have locks that are not re-entrant: a thread that holds an entry and asks for another can wait for
-//! itself. So no entry is ever handed out. A table is taken out of the map for as long as somebody works on it, its
-//! place says *busy* meanwhile, and no table is dropped, nor any pool asked, while a shard is locked.
+//! The locks of the map's shards are not re-entrant: a thread that keeps a reference to one entry and asks for another
+//! can deadlock with itself. So the map never hands out a reference to an entry. A table is moved out of the map while
+//! a caller works on it, and its entry is *busy* meanwhile. While a shard is locked, no table is dropped and no pool is
+//! called.
 
 use std::ops::{Deref, DerefMut};
 
@@ -11,7 +12,7 @@ use block_pool::BlockPool;
 use crate::BlockTable;
 use crate::sync::{AtomicU64, Ordering, Shards};
 
-/// The name of a sequence, unique within its [`Sequences`].
+/// The id of a sequence, unique within its [`Sequences`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId(pub u64);
 
@@ -21,19 +22,19 @@ impl std::fmt::Display for SequenceId {
     }
 }
 
-/// Why a sequence cannot be had.
+/// Why a sequence cannot be checked out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SequenceError {
-    /// There is no sequence of this name.
+    /// There is no sequence with this id.
     #[error("there is no sequence {0}")]
     Unknown(SequenceId),
-    /// Somebody else works on it; the answer is immediate, nobody waits.
+    /// The sequence is checked out already. The error is returned at once; the call does not block.
     #[error("sequence {0} is busy in a step")]
     Busy(SequenceId),
 }
 
 #[derive(Debug)]
-enum Place {
+enum Entry {
     Idle(BlockTable),
     Busy,
 }
@@ -47,26 +48,26 @@ enum Place {
 /// let sequences = Sequences::new(&BlockPool::new(8, 4)?);
 /// let id = sequences.create();
 ///
-/// let mut table = sequences.take(id)?; // out of the map while we work on it
+/// let mut table = sequences.check_out(id)?; // not in the map until `table` is dropped
 /// table.append(6)?;
-/// assert_eq!(sequences.take(id).unwrap_err(), SequenceError::Busy(id));
+/// assert_eq!(sequences.check_out(id).unwrap_err(), SequenceError::Busy(id));
 /// drop(table); // back in the map
 ///
-/// assert_eq!(sequences.take(id)?.len(), 6);
-/// sequences.remove(id)?; // gives its blocks back
+/// assert_eq!(sequences.check_out(id)?.len(), 6);
+/// sequences.remove(id)?; // frees its blocks
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct Sequences {
     pool: BlockPool,
-    places: Shards<SequenceId, Place>,
+    entries: Shards<SequenceId, Entry>,
     next: AtomicU64,
 }
 
 impl Sequences {
-    /// No sequences yet, over `pool`.
+    /// An empty map, for tables over `pool`.
     pub fn new(pool: &BlockPool) -> Self {
-        Self { pool: pool.clone(), places: Shards::new(), next: AtomicU64::new(0) }
+        Self { pool: pool.clone(), entries: Shards::new(), next: AtomicU64::new(0) }
     }
 
     /// The pool that all tables share.
@@ -76,66 +77,71 @@ impl Sequences {
 
     /// How many sequences there are, busy ones included.
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.entries.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no sequences.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// A new, empty sequence.
+    /// Adds a new, empty sequence.
     pub fn create(&self) -> SequenceId {
         self.insert(BlockTable::new(&self.pool))
     }
 
-    /// A new sequence that owns `table`: a fork, say.
+    /// Adds a new sequence with this table, for example a fork.
     pub fn insert(&self, table: BlockTable) -> SequenceId {
         let id = SequenceId(self.next.fetch_add(1, Ordering::Relaxed));
-        self.places.insert(id, Place::Idle(table));
+        self.entries.insert(id, Entry::Idle(table));
         id
     }
 
-    /// Takes the table of `id` out of the map. It goes back when the returned value is dropped, also by a panic.
+    /// Moves the table of `id` out of the map. It goes back when the returned value is dropped, also during a panic.
     ///
     /// # Errors
     ///
-    /// [`SequenceError`] when there is no such sequence, or it is taken already.
-    pub fn take(&self, id: SequenceId) -> Result<Taken<'_>, SequenceError> {
-        match self.places.replace(id, Place::Busy) {
-            Some(Place::Idle(table)) => Ok(Taken { sequences: self, id, table }),
-            Some(Place::Busy) => Err(SequenceError::Busy(id)),
+    /// [`SequenceError::Unknown`] when there is no such sequence, [`SequenceError::Busy`] when it is checked out
+    /// already.
+    pub fn check_out(&self, id: SequenceId) -> Result<CheckedOut<'_>, SequenceError> {
+        match self.entries.replace(id, Entry::Busy) {
+            Some(Entry::Idle(table)) => Ok(CheckedOut { sequences: self, id, table }),
+            Some(Entry::Busy) => Err(SequenceError::Busy(id)),
             None => Err(SequenceError::Unknown(id)),
         }
     }
 
-    /// Takes several tables, all or none.
+    /// Checks out several tables, or none of them.
     ///
     /// # Errors
     ///
-    /// [`SequenceError`] about the first that cannot be had; a name that occurs twice is busy the second time.
-    pub fn take_all(&self, ids: impl IntoIterator<Item = SequenceId>) -> Result<Vec<Taken<'_>>, SequenceError> {
-        ids.into_iter().map(|id| self.take(id)).collect()
+    /// [`SequenceError`] for the first sequence that cannot be checked out. An id that occurs twice is
+    /// [`Busy`](SequenceError::Busy) the second time.
+    pub fn check_out_all(
+        &self,
+        ids: impl IntoIterator<Item = SequenceId>,
+    ) -> Result<Vec<CheckedOut<'_>>, SequenceError> {
+        ids.into_iter().map(|id| self.check_out(id)).collect()
     }
 
-    /// A new sequence with the tokens of `id`, in the same blocks.
+    /// Adds a new sequence with the tokens of `id`, in the same blocks: see [`BlockTable::fork`].
     ///
     /// # Errors
     ///
-    /// As [`take`](Self::take).
+    /// As [`check_out`](Self::check_out).
     pub fn fork(&self, id: SequenceId) -> Result<SequenceId, SequenceError> {
-        let fork = self.take(id)?.fork();
+        let fork = self.check_out(id)?.fork();
         Ok(self.insert(fork))
     }
 
-    /// Forgets `id` and gives its blocks back.
+    /// Removes `id` and frees its blocks.
     ///
     /// # Errors
     ///
-    /// As [`take`](Self::take): a busy sequence stays.
+    /// As [`check_out`](Self::check_out). A busy sequence stays in the map.
     pub fn remove(&self, id: SequenceId) -> Result<(), SequenceError> {
-        match self.places.remove_if(id, |place| matches!(place, Place::Idle(_))) {
-            // The shard is unlocked by now: giving blocks back takes the pool's lock.
+        match self.entries.remove_if(id, |entry| matches!(entry, Entry::Idle(_))) {
+            // The shard is unlocked by now: freeing blocks locks the pool.
             Some(Ok(removed)) => drop(removed),
             Some(Err(())) => return Err(SequenceError::Busy(id)),
             None => return Err(SequenceError::Unknown(id)),
@@ -144,23 +150,23 @@ impl Sequences {
     }
 }
 
-/// A table that is out of the map while somebody works on it.
+/// A table that is checked out of its [`Sequences`] until this is dropped.
 #[derive(Debug)]
 #[must_use = "dropping it puts the table back"]
-pub struct Taken<'s> {
+pub struct CheckedOut<'s> {
     sequences: &'s Sequences,
     id: SequenceId,
     table: BlockTable,
 }
 
-impl Taken<'_> {
+impl CheckedOut<'_> {
     /// The sequence whose table this is.
     pub fn id(&self) -> SequenceId {
         self.id
     }
 }
 
-impl Deref for Taken<'_> {
+impl Deref for CheckedOut<'_> {
     type Target = BlockTable;
 
     fn deref(&self) -> &BlockTable {
@@ -168,17 +174,17 @@ impl Deref for Taken<'_> {
     }
 }
 
-impl DerefMut for Taken<'_> {
+impl DerefMut for CheckedOut<'_> {
     fn deref_mut(&mut self) -> &mut BlockTable {
         &mut self.table
     }
 }
 
-impl Drop for Taken<'_> {
+impl Drop for CheckedOut<'_> {
     fn drop(&mut self) {
         let empty = BlockTable::new(self.sequences.pool());
         let table = std::mem::replace(&mut self.table, empty);
-        // A busy sequence stays in the map, so there is a place to put it back to.
-        drop(self.sequences.places.replace(self.id, Place::Idle(table)));
+        // A busy sequence keeps its entry in the map, so the table can go back into it.
+        drop(self.sequences.entries.replace(self.id, Entry::Idle(table)));
     }
 }

@@ -1,34 +1,35 @@
-//! A sequence that waits in host memory.
+//! A sequence in host memory.
 
 use block_pool::{BlockPool, PrefixKey, ReserveError, StorageError, SwappedBlocks};
 
 use crate::BlockTable;
 use crate::table::Tokens;
 
-/// A sequence whose keys and values wait in host memory while its blocks serve others.
+/// A sequence whose keys and values are in host memory; it uses no blocks of the pool.
 #[derive(Debug, Clone)]
 pub struct SwappedTable {
     blocks: SwappedBlocks,
     len: usize,
-    gap: usize,
+    freed: usize,
     key: PrefixKey,
     private: bool,
     tail: Option<Tokens>,
 }
 
 impl BlockTable {
-    /// Copies the sequence's committed tokens to host memory, byte for byte, and gives its blocks back: the table is then
-    /// empty. Keep what is returned; it is the sequence.
+    /// Copies the keys and values of the committed tokens to host memory, byte for byte, and frees the blocks. The
+    /// table is then empty, and the returned value is the sequence.
     ///
     /// # Errors
     ///
-    /// [`StorageError`] when the memory cannot be read; the table then has lost nothing but its reservations.
+    /// [`StorageError`] when the pool's memory cannot be read. The table then keeps its tokens; only its reserved slots
+    /// are rolled back.
     pub fn swap_out(&mut self) -> Result<SwappedTable, StorageError> {
         self.roll_back();
         let blocks = self.blocks.swap_out()?;
         let tail = self.tail.replace(Tokens::new());
-        let (len, gap) = (std::mem::take(&mut self.len), std::mem::take(&mut self.gap));
-        let swapped = SwappedTable { blocks, len, gap, key: self.key.clone(), private: self.private, tail };
+        let (len, freed) = (std::mem::take(&mut self.len), std::mem::take(&mut self.freed));
+        let swapped = SwappedTable { blocks, len, freed, key: self.key.clone(), private: self.private, tail };
         // Last: this calls the host's code, which may panic.
         tracing::debug!(tokens = len, bytes = swapped.bytes(), "swapped out");
         Ok(swapped)
@@ -46,31 +47,31 @@ impl SwappedTable {
         self.len == 0
     }
 
-    /// How many blocks it takes to come back.
+    /// How many blocks [`swap_in`](Self::swap_in) allocates.
     pub fn blocks(&self) -> usize {
         self.blocks.blocks()
     }
 
-    /// How many bytes of host memory it takes.
+    /// How many bytes of host memory the sequence takes.
     pub fn bytes(&self) -> usize {
         self.blocks.bytes()
     }
 
-    /// Brings the sequence back, into blocks of the pool it came from.
+    /// Copies the sequence back into blocks of the pool it came from.
     ///
     /// # Errors
     ///
-    /// [`ReserveError`] when there are too few blocks or the memory cannot be written. No block is taken then, and the
-    /// sequence stays here.
+    /// [`ReserveError::OutOfBlocks`] when too few blocks are available, [`ReserveError::Storage`] when the pool's
+    /// memory cannot be written. No block is allocated then. `self` keeps the sequence in any case.
     pub fn swap_in(&self) -> Result<BlockTable, ReserveError> {
-        let Self { blocks, len, gap, key, private, tail } = self;
+        let Self { blocks, len, freed, key, private, tail } = self;
         let blocks = blocks.swap_in()?;
         tracing::debug!(tokens = len, blocks = blocks.len(), "swapped in");
         let (key, tail) = (key.clone(), tail.clone());
-        Ok(BlockTable { blocks, len: *len, gap: *gap, key, private: *private, tail })
+        Ok(BlockTable { blocks, len: *len, freed: *freed, key, private: *private, tail })
     }
 
-    /// The pool it came from.
+    /// The pool that the sequence came from.
     pub fn pool(&self) -> &BlockPool {
         self.blocks.pool()
     }

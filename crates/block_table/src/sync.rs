@@ -1,7 +1,7 @@
-//! The one switch between what runs and what loom explores.
+//! The synchronisation types, `std`'s and dashmap's or loom's.
 //!
-//! loom does not know the map's locks. In its builds a map with one lock stands in, which is the map at its most
-//! contended.
+//! loom cannot explore dashmap's locks. In loom builds a map with a single loom lock replaces it, which is a dashmap at
+//! its highest contention.
 
 #[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,7 +22,7 @@ mod in_production {
     use dashmap::DashMap;
     use dashmap::mapref::entry::Entry;
 
-    /// A concurrent map that hands out no entry: what is done to one is done in a closure, under its shard's lock.
+    /// A concurrent map that hands out no reference to an entry: each operation ends before its shard is unlocked.
     #[derive(Debug)]
     pub(crate) struct Shards<K: Eq + Hash, V>(DashMap<K, V>);
 
@@ -39,13 +39,14 @@ mod in_production {
             self.0.insert(key, value);
         }
 
-        /// Exchanges the value of `key` for `value` and returns the old one; `None` if there is no such key.
+        /// Replaces the value of `key` and returns the old one; `None` if there is no such key.
         pub(crate) fn replace(&self, key: K, value: V) -> Option<V> {
-            let mut place = self.0.get_mut(&key)?;
-            Some(std::mem::replace(&mut *place, value))
+            let mut entry = self.0.get_mut(&key)?;
+            Some(std::mem::replace(&mut *entry, value))
         }
 
-        /// Takes out what `key` has if `may` allows it; says `Err` if it does not, and `None` if there is no such key.
+        /// Removes `key` and returns its value if `may` returns true; `Err` if it does not, `None` if there is no such
+        /// key.
         pub(crate) fn remove_if(&self, key: K, may: impl FnOnce(&V) -> bool) -> Option<Result<V, ()>> {
             match self.0.entry(key) {
                 Entry::Vacant(_) => None,
@@ -85,7 +86,7 @@ mod under_loom {
         }
 
         pub(crate) fn replace(&self, key: K, value: V) -> Option<V> {
-            self.map().get_mut(&key).map(|place| std::mem::replace(place, value))
+            self.map().get_mut(&key).map(|entry| std::mem::replace(entry, value))
         }
 
         pub(crate) fn remove_if(&self, key: K, may: impl FnOnce(&V) -> bool) -> Option<Result<V, ()>> {

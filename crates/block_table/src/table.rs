@@ -1,24 +1,26 @@
-//! One sequence's logical positions, and the blocks they lie in.
+//! The block table of one sequence.
 
-use block_pool::{BlockId, BlockPool, Blocks, Found, PrefixKey, ReserveError, Salt, Window};
+use std::ops::Range;
+
+use block_pool::{BlockId, BlockPool, Blocks, PrefixKey, PrefixMatch, ReserveError, Salt, Window};
 use smallvec::SmallVec;
 
-use crate::{BehindWindow, NotReserved};
+use crate::{NotReserved, OutOfWindow};
 
-/// The tokens of a block that is not full yet. Blocks of up to 16 tokens keep them inside the table.
+/// The tokens of a block that is not full yet. Up to 16 of them are stored inline, without an allocation.
 pub(crate) type Tokens = SmallVec<[u32; 16]>;
 
 /// Maps the logical positions of one sequence to slots of the pool.
 ///
-/// A table has a *length*, the tokens that are part of the sequence, and a *capacity*, the positions it has slots for.
-/// Tokens come in two moves: [`reserve`](Self::reserve) makes room, and [`commit_tokens`](Self::commit_tokens) makes
-/// what was written part of the sequence. What was reserved and not committed can be given back with
-/// [`roll_back`](Self::roll_back).
+/// A table has a *length*, the number of committed tokens, and a *capacity*, the number of positions that have slots.
+/// Tokens are added in two steps: [`reserve`](Self::reserve) makes slots for them, and after they were written
+/// [`commit_tokens`](Self::commit_tokens) makes them part of the sequence. [`roll_back`](Self::roll_back) frees what
+/// was reserved and not committed.
 ///
-/// Full blocks whose tokens are known can be found by other sequences that start with the same tokens, see
-/// [`reuse`](Self::reuse), also when this one is gone, until their memory is needed.
+/// Full blocks whose tokens are known are cached: [`match_prefix`](Self::match_prefix) finds them for other sequences
+/// that start with the same tokens. They stay cached after this table is dropped, until their memory is needed.
 ///
-/// Dropping a table gives its blocks back.
+/// Dropping a table frees its blocks.
 ///
 /// ```
 /// use block_pool::BlockPool;
@@ -40,52 +42,52 @@ pub(crate) type Tokens = SmallVec<[u32; 16]>;
 /// assert_eq!(table.blocks().len(), 1);
 ///
 /// let mut other = BlockTable::new(&pool);
-/// assert_eq!(other.reuse(&[1, 2, 3, 4, 9, 9]), 4); // computed before
+/// assert_eq!(other.match_prefix(&[1, 2, 3, 4, 9, 9]), 4); // computed before
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
-#[must_use = "dropping the table gives its blocks back"]
+#[must_use = "dropping the table frees its blocks"]
 pub struct BlockTable {
-    /// The sinks' blocks, then those of the window.
+    /// The blocks of the sink tokens, then those that are not freed.
     pub(crate) blocks: Blocks,
     pub(crate) len: usize,
-    /// How many blocks behind those of the sinks have been given back.
-    pub(crate) gap: usize,
-    /// What prefixes of this sequence are cached under. It has the window.
+    /// How many blocks after those of the sink tokens were freed.
+    pub(crate) freed: usize,
+    /// The key under which prefixes of this sequence are cached. It contains the window.
     pub(crate) key: PrefixKey,
-    /// Whether prefixes are neither cached nor sought.
+    /// Whether no prefix of this sequence is cached or matched.
     pub(crate) private: bool,
-    /// The tokens in the last, unfinished block, when all of them are known.
+    /// The committed tokens after the last full block; `None` when some of them are not known.
     pub(crate) tail: Option<Tokens>,
 }
 
-/// What a sequence differs in from others over the same pool.
+/// Options of a [`BlockTable`].
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct TableOptions {
-    /// What must match, beside the tokens, for a prefix to be shared.
+    /// What must match in addition to the tokens for a prefix to be shared.
     pub salt: Salt,
-    /// How far back the sequence looks; the whole way if there is no window.
+    /// The sliding window; without one every token sees all tokens before it.
     pub window: Option<Window>,
-    /// Whether its prefixes are neither stored nor sought.
+    /// Whether no prefix of the sequence is cached or matched.
     pub private: bool,
 }
 
 impl TableOptions {
-    /// Prefixes are shared with sequences of the same salt only.
+    /// Shares prefixes only with sequences that have the same salt.
     #[must_use]
     pub fn salt(self, salt: Salt) -> Self {
         Self { salt, ..self }
     }
 
-    /// Its prefixes are neither stored nor sought: for inputs that tokens do not tell apart, embeddings say, and for what
-    /// nobody shall learn of by how fast he is answered.
+    /// Caches and matches no prefix of the sequence: for inputs that token ids do not tell apart, such as embeddings,
+    /// and for content that must not leak to other clients through their response times.
     #[must_use]
     pub fn private(self) -> Self {
         Self { private: true, ..self }
     }
 
-    /// The sequence looks back only so far, and gives back what lies behind.
+    /// Sets a sliding window. Blocks that the window has passed are freed.
     #[must_use]
     pub fn window(self, window: Window) -> Self {
         Self { window: Some(window), ..self }
@@ -98,100 +100,100 @@ impl BlockTable {
         Self::with_options(pool, &TableOptions::default())
     }
 
-    /// An empty table over `pool` with a salt or a window.
+    /// An empty table over `pool` with these options.
     pub fn with_options(pool: &BlockPool, options: &TableOptions) -> Self {
         let TableOptions { ref salt, window, private } = *options;
         let mut key = PrefixKey::new().salt(salt.clone());
         key.window = window;
-        Self { blocks: Blocks::none(pool), len: 0, gap: 0, key, private, tail: Some(Tokens::new()) }
+        Self { blocks: Blocks::empty(pool), len: 0, freed: 0, key, private, tail: Some(Tokens::new()) }
     }
 
-    /// The pool the blocks come from.
+    /// The pool that the blocks come from.
     #[inline]
     pub fn pool(&self) -> &BlockPool {
         self.blocks.pool()
     }
 
-    /// How many tokens the sequence has, those that its window has left behind included.
+    /// How many tokens are committed, including those whose blocks were freed.
     #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether the sequence has no tokens yet.
+    /// Whether the sequence has no tokens.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The first position for which there is no slot yet.
+    /// The number of positions up to the end of the last block: the first position that has no slot yet.
     #[inline]
     pub fn capacity(&self) -> usize {
-        (self.blocks.len() + self.gap) * self.pool().block_size()
+        (self.blocks.len() + self.freed) * self.pool().block_size()
     }
 
-    /// How far back the sequence looks.
+    /// The sliding window of the sequence.
     pub fn window(&self) -> Option<Window> {
         self.key.window
     }
 
-    /// The blocks that the table holds, in the order of the positions they hold.
+    /// The blocks of the table, in the order of their positions, without the freed ones.
     pub fn blocks(&self) -> &[BlockId] {
         &self.blocks
     }
 
-    /// How many of [`blocks`](Self::blocks), from the first on, come before the gap that the window has left, and how
-    /// many blocks are missing there.
-    pub fn gap(&self) -> (usize, usize) {
-        let before = if self.gap > 0 { self.sink_blocks() } else { self.blocks.len() };
-        (before, self.gap)
+    /// The range of logical blocks that were freed, by the window or by [`free_before`](Self::free_before). The logical
+    /// blocks before the range come first in [`blocks`](Self::blocks), those after it follow. If none was freed, the
+    /// range is empty and at the end of the table.
+    pub fn freed_blocks(&self) -> Range<usize> {
+        let start = if self.freed > 0 { self.sink_blocks() } else { self.blocks.len() };
+        start..start + self.freed
     }
 
-    /// The slot of the token at `position`, `block * block_size + offset`; `None` where the table has no slot, beyond its
-    /// capacity or behind its window.
+    /// The slot of the token at `position`, `block * block_size + offset`; `None` if `position` is not below the
+    /// capacity or its block was freed.
     pub fn slot(&self, position: usize) -> Option<usize> {
         let block_size = self.pool().block_size();
-        let block = self.blocks.get(self.place(position / block_size)?)?;
+        let block = self.blocks.get(self.index_of(position / block_size)?)?;
         Some(block.index() * block_size + position % block_size)
     }
 
-    /// Starts with, or continues with, blocks that other sequences have computed for the same tokens: those of the
-    /// longest prefix of `tokens` that can be found. `tokens` are the sequence's, from its first one on. Returns how many
-    /// tokens the sequence has gained; they need not be computed.
+    /// Adds the cached blocks of the longest prefix of `tokens` to the table and returns how many tokens the sequence
+    /// has gained. These need not be computed. `tokens` are all tokens of the sequence, from its first one on.
     ///
-    /// At least the last of `tokens` is always left to compute, since its logits are needed. A match may end inside a
-    /// block: the block is then copied before the sequence goes on in it. Nothing is gained when the sequence stands
-    /// inside a block.
-    pub fn reuse(&mut self, tokens: &[u32]) -> usize {
-        let Some((at, sought)) = self.sought(tokens) else { return 0 };
+    /// The last of `tokens` is never matched, since its logits are needed. A match may end inside a block; the next
+    /// [`reserve`](Self::reserve) then copies that block. The sequence may have tokens already, but only in full
+    /// blocks: if its last block is not full, or more is reserved, nothing is matched and 0 is returned.
+    pub fn match_prefix(&mut self, tokens: &[u32]) -> usize {
+        let Some((at, wanted)) = self.matchable(tokens) else { return 0 };
         let block_size = self.pool().block_size();
-        let found = self.blocks.reuse(&self.key, at, sought);
-        self.len += found;
+        let matched = self.blocks.match_prefix(&self.key, at, wanted);
+        self.len += matched;
         self.tail = Some(Tokens::from_slice(&tokens[self.len - self.len % block_size..self.len]));
         if let Some(window) = self.key.window {
-            // Of what was found, the blocks that are passed already are not in the list.
-            let passed = window.passed_blocks(self.len, block_size);
-            let own = at.saturating_sub(self.sink_blocks()).min(passed);
-            self.give_back_passed(own);
-            self.gap = self.gap.max(passed);
+            // The match added no blocks that the window has passed. Those that the table had before are freed here.
+            let passed = window.freed_blocks(self.len, block_size);
+            let had = at.saturating_sub(self.sink_blocks()).min(passed);
+            self.free_after_sinks(had);
+            self.freed = self.freed.max(passed);
         }
-        found
+        matched
     }
 
-    /// What [`reuse`](Self::reuse) of these tokens would find at this moment, and how many blocks it would take to use that
-    /// and then to [reserve](Self::reserve) slots for the rest of them: both succeed if as many are available. Nothing is
-    /// taken or counted.
+    /// What [`match_prefix`](Self::match_prefix) of these tokens would match at this moment, and how many blocks it
+    /// takes to use the match and then to [reserve](Self::reserve) slots for the rest of the tokens. Both calls succeed
+    /// if that many blocks are available. The look-up uses no block and is not counted in the statistics.
     ///
-    /// Blocks that a table with a window gives back as it moves on are not subtracted.
-    pub fn find(&self, tokens: &[u32]) -> Found {
+    /// Blocks that a window frees as it moves on are not subtracted.
+    pub fn lookup_prefix(&self, tokens: &[u32]) -> PrefixMatch {
         let block_size = self.pool().block_size();
-        match self.sought(tokens) {
-            Some((at, sought)) => self.blocks.find(&self.key, at, sought, tokens.len() - self.len),
+        match self.matchable(tokens) {
+            Some((at, wanted)) => self.blocks.lookup_prefix(&self.key, at, wanted, tokens.len() - self.len),
             None => {
                 let rest = tokens.len().saturating_sub(self.len);
                 let growth = self.growth(rest);
-                let mut found = Found::default();
-                found.blocks = match self.place(self.len / block_size) {
-                    Some(at) if rest > 0 => self.blocks.cost(at, growth),
+                let mut found = PrefixMatch::default();
+                found.blocks = match self.index_of(self.len / block_size) {
+                    Some(at) if rest > 0 => self.blocks.copy_on_write_cost(at, growth),
                     _ => growth,
                 };
                 found
@@ -199,67 +201,70 @@ impl BlockTable {
         }
     }
 
-    /// The number of the block after the sequence's last one, and those of `tokens` from there on that may be found, if the
-    /// sequence can go on with the blocks of others.
-    fn sought<'t>(&self, tokens: &'t [u32]) -> Option<(usize, &'t [u32])> {
+    /// The logical index of the block after the last one, and those of `tokens` from there on that may be matched;
+    /// `None` if the sequence cannot continue with cached blocks.
+    fn matchable<'t>(&self, tokens: &'t [u32]) -> Option<(usize, &'t [u32])> {
         let block_size = self.pool().block_size();
         let known = tokens.len().saturating_sub(1);
-        // The window has passed the block before.
-        let broken = self.gap > 0 && self.blocks.len() == self.sink_blocks();
+        // The block before was freed, so the path in the prefix tree cannot be continued.
+        let broken = self.freed > 0 && self.blocks.len() == self.sink_blocks();
         let whole = self.len.is_multiple_of(block_size) && self.capacity() == self.len;
         (!self.private && whole && self.len < known && !broken)
             .then(|| (self.len / block_size, &tokens[self.len..known]))
     }
 
-    /// Makes room to write `n` tokens behind the committed ones.
+    /// Makes slots for `n` tokens after the committed ones.
     ///
-    /// If the block that the first of them falls into is shared, or can be found by others, the table gets its own copy of
-    /// it (copy-on-write), in the same transaction as the growth.
+    /// If the block of the first of them is used by another table too, or is cached, it is replaced by a copy
+    /// (copy-on-write), in the same transaction as the growth. If there is no room for the copy and no other table uses
+    /// the block, it is uncached and written in place instead.
     ///
     /// # Errors
     ///
-    /// [`ReserveError`] when the pool has too few blocks or the copy fails; the table is then unchanged.
+    /// [`ReserveError::OutOfBlocks`] when too few blocks are available, [`ReserveError::Storage`] when the copy fails.
+    /// The table is then unchanged.
     pub fn reserve(&mut self, n: usize) -> Result<(), ReserveError> {
         if n == 0 {
             return Ok(());
         }
-        // What a decode step does nearly always: the token falls into the last block. No division.
+        // The common case of a decode step: the token falls into the last block. It needs no division.
         let capacity = self.capacity();
         let inside = self.len.saturating_add(n) <= capacity && capacity - self.len <= self.pool().block_size();
-        if inside && self.gap == 0 {
-            return self.blocks.own_and_grow(self.blocks.len() - 1, 0);
+        if inside && self.freed == 0 {
+            return self.blocks.copy_on_write(self.blocks.len() - 1, 0);
         }
         let growth = self.growth(n);
-        match self.place(self.len / self.pool().block_size()) {
-            Some(at) => self.blocks.own_and_grow(at, growth),
+        match self.index_of(self.len / self.pool().block_size()) {
+            Some(at) => self.blocks.copy_on_write(at, growth),
             None => Ok(self.blocks.grow(growth)?),
         }
     }
 
-    /// How many blocks more it takes to have slots for `n` tokens after the committed ones.
+    /// How many blocks are missing to have slots for `n` tokens after the committed ones.
     fn growth(&self, n: usize) -> usize {
         let needed = self.pool().blocks_for(self.len.saturating_add(n));
-        needed.saturating_sub(self.blocks.len() + self.gap)
+        needed.saturating_sub(self.blocks.len() + self.freed)
     }
 
-    /// Makes the next reserved tokens part of the sequence, without saying which they are: then nobody can find them.
-    /// What was reserved beyond them stays reserved.
+    /// Makes the next `n` reserved slots part of the sequence without giving their token ids. Their blocks are not
+    /// cached. Slots that were reserved after them stay reserved.
     ///
     /// # Errors
     ///
-    /// [`NotReserved`] when fewer than `n` are reserved; the table is then unchanged.
+    /// [`NotReserved`] when fewer than `n` slots are reserved; the table is then unchanged.
     pub fn commit(&mut self, n: usize) -> Result<(), NotReserved> {
         self.check_reserved(n)?;
         self.count_unknown(n);
         Ok(())
     }
 
-    /// Makes the next reserved tokens part of the sequence. Blocks that are full now can be found by others, so all that
-    /// is committed must have been written. What was reserved beyond them stays reserved.
+    /// Makes the next reserved slots part of the sequence, as these tokens. Blocks that become full are cached, and
+    /// other sequences can match them at once, so every slot must have been written before it is committed. Slots that
+    /// were reserved after them stay reserved.
     ///
     /// # Errors
     ///
-    /// [`NotReserved`] when fewer are reserved; the table is then unchanged.
+    /// [`NotReserved`] when fewer slots than `tokens` are reserved; the table is then unchanged.
     pub fn commit_tokens(&mut self, tokens: &[u32]) -> Result<(), NotReserved> {
         self.check_reserved(tokens.len())?;
         let block_size = self.pool().block_size();
@@ -276,30 +281,32 @@ impl BlockTable {
             if let Some(tail) = &mut self.tail {
                 tail.extend_from_slice(tokens);
             }
-            self.slide();
+            self.free_invisible();
             return Ok(());
         }
-        // Behind a gap, the block before is not there to be followed.
-        let follows = self.gap == 0 || first > self.sink_blocks() + self.gap;
-        if let (Some(tail), Some(at), true, false) = (&self.tail, self.place(first), follows, self.private) {
-            // A block of others was to be copied by `reserve` before its tokens could be these: what follows is not theirs.
-            self.private |= self.blocks.store(&self.key, at, tail, tokens).is_none();
+        // Right after the freed range, the block before was freed: a cached block must follow its parent.
+        let follows = self.freed == 0 || first > self.sink_blocks() + self.freed;
+        if let (Some(tail), Some(at), true, false) = (&self.tail, self.index_of(first), follows, self.private) {
+            // `None`: this block is still cached for other tokens, because `reserve` did not copy it. What follows it
+            // must not be cached either.
+            self.private |= self.blocks.cache(&self.key, at, tail, tokens).is_none();
         }
         let unfinished = self.len % block_size;
         let tail = self.tail.get_or_insert_default();
         tail.clear();
         tail.reserve(block_size);
         tail.extend_from_slice(&tokens[tokens.len() - unfinished..]);
-        self.slide();
+        self.free_invisible();
         Ok(())
     }
 
-    /// Gives the blocks back that were reserved and hold no committed token.
+    /// Frees the reserved blocks that have no committed token.
     pub fn roll_back(&mut self) {
-        self.blocks.truncate(self.pool().blocks_for(self.len) - self.gap);
+        self.blocks.truncate(self.pool().blocks_for(self.len) - self.freed);
     }
 
-    /// Reserves and commits `n` tokens at once: for callers who write after the fact, or never.
+    /// Reserves and commits `n` tokens at once, without their token ids: for callers that write the slots later or
+    /// never.
     ///
     /// # Errors
     ///
@@ -310,50 +317,53 @@ impl BlockTable {
         Ok(())
     }
 
-    /// Keeps the first `len` tokens and gives back every block behind them. Does nothing if there are no more.
+    /// Keeps the first `len` tokens and frees every block after them, reserved ones included. If there are no more than
+    /// `len` tokens, only the reserved blocks are freed.
     ///
-    /// With a window, the sequence then still holds all that its *next* token sees, the one at position `len`. What the last of
-    /// the `len` tokens sees begins one position earlier, and may be gone: to attend with that token again, truncate to
-    /// `len - 1` and compute it anew, or make the window one token larger than what a token sees.
+    /// With a window, the table still has the blocks of everything that the *next* token sees, the one at position
+    /// `len`. What the last of the `len` tokens sees begins one position earlier, and that position may have been
+    /// freed. To attend with that token again, truncate to `len - 1` and compute it again, or make the window one token
+    /// larger than the model's.
     ///
     /// # Errors
     ///
-    /// [`BehindWindow`] when the sequence has a window that has moved on too far, or its first tokens were
-    /// [given back](Self::release_before) and `len` ends among them; the table is then unchanged.
-    pub fn truncate(&mut self, len: usize) -> Result<(), BehindWindow> {
+    /// [`OutOfWindow`] when the window has already freed a position that the next token would see, or when `len` lies
+    /// among the tokens that [`free_before`](Self::free_before) has freed. The table is then unchanged.
+    pub fn truncate(&mut self, len: usize) -> Result<(), OutOfWindow> {
         if len < self.len {
-            let gap = self.gap_at(len)?;
+            let freed = self.freed_at(len)?;
             self.tail = self.tail_at(len);
             self.len = len;
-            if gap < self.gap {
+            if freed < self.freed {
                 self.blocks.truncate(self.sink_blocks());
-                self.gap = gap;
+                self.freed = freed;
             }
         }
         self.roll_back();
         Ok(())
     }
 
-    /// A second sequence with the same tokens, in the same blocks. Whoever writes to a shared block first gets a copy.
+    /// A second sequence with the same tokens, in the same blocks. A table that writes to a shared block gets a copy
+    /// first (copy-on-write). Reserved blocks are not part of the fork.
     pub fn fork(&self) -> BlockTable {
-        self.fork_with(self.len, self.gap)
+        self.fork_with(self.len, self.freed)
     }
 
-    /// Like [`fork`](Self::fork), with the first `len` tokens only.
+    /// Like [`fork`](Self::fork), but with the first `len` tokens only.
     ///
     /// # Errors
     ///
     /// As [`truncate`](Self::truncate).
-    pub fn fork_at(&self, len: usize) -> Result<BlockTable, BehindWindow> {
+    pub fn fork_at(&self, len: usize) -> Result<BlockTable, OutOfWindow> {
         let len = len.min(self.len);
-        Ok(self.fork_with(len, self.gap_at(len)?))
+        Ok(self.fork_with(len, self.freed_at(len)?))
     }
 
-    fn fork_with(&self, len: usize, gap: usize) -> BlockTable {
+    fn fork_with(&self, len: usize, freed: usize) -> BlockTable {
         BlockTable {
-            blocks: self.blocks.share(self.pool().blocks_for(len) - gap),
+            blocks: self.blocks.fork(self.pool().blocks_for(len) - freed),
             len,
-            gap,
+            freed,
             key: self.key.clone(),
             private: self.private,
             tail: self.tail_at(len),
@@ -370,55 +380,56 @@ impl BlockTable {
         if n > 0 {
             self.len += n;
             self.tail = self.len.is_multiple_of(self.pool().block_size()).then(Tokens::new);
-            self.slide();
+            self.free_invisible();
         }
     }
 
-    /// Where the block of logical index `block` stands in the list, if it has not been given back.
-    pub(crate) fn place(&self, block: usize) -> Option<usize> {
-        if block < self.sink_blocks() || self.gap == 0 {
+    /// The index in the list of the block with the logical index `block`; `None` if it was freed.
+    pub(crate) fn index_of(&self, block: usize) -> Option<usize> {
+        if block < self.sink_blocks() || self.freed == 0 {
             return Some(block);
         }
-        block.checked_sub(self.gap).filter(|&at| at >= self.sink_blocks())
+        block.checked_sub(self.freed).filter(|&at| at >= self.sink_blocks())
     }
 
     fn sink_blocks(&self) -> usize {
         self.key.window.map_or(0, |window| window.sink_blocks(self.pool().block_size()))
     }
 
-    /// Gives back the blocks that no later token sees.
-    fn slide(&mut self) {
+    /// Frees the blocks that no later token sees.
+    fn free_invisible(&mut self) {
         let Some(window) = self.key.window else { return };
-        self.give_back_passed(window.passed_blocks(self.len, self.pool().block_size()));
+        self.free_after_sinks(window.freed_blocks(self.len, self.pool().block_size()));
     }
 
-    /// Gives back the first `passed` blocks after those of the sinks, as far as they have not been given back.
-    fn give_back_passed(&mut self, passed: usize) {
-        if passed > self.gap {
+    /// Frees the first `passed` blocks after those of the sink tokens, unless they are freed already.
+    fn free_after_sinks(&mut self, passed: usize) {
+        if passed > self.freed {
             let sinks = self.sink_blocks();
-            self.blocks.remove(sinks..sinks + passed - self.gap);
-            self.gap = passed;
+            self.blocks.remove(sinks..sinks + passed - self.freed);
+            self.freed = passed;
         }
     }
 
-    /// The gap of the table with its first `len` tokens only: the same, or none, if these lie before it. What counts is what
-    /// the token at position `len` sees, which is the next one.
-    fn gap_at(&self, len: usize) -> Result<usize, BehindWindow> {
-        if self.gap == 0 {
+    /// The value of `freed` for the first `len` tokens of this table: unchanged, or 0 if they end before the freed
+    /// range. An error if the next token, at position `len`, would see a freed block.
+    fn freed_at(&self, len: usize) -> Result<usize, OutOfWindow> {
+        if self.freed == 0 {
             return Ok(0);
         }
         let block_size = self.pool().block_size();
         let sinks = self.sink_blocks();
-        // Without a window, what was given back is kept elsewhere, and only what is still here matters.
-        let (seen, held) = (self.key.window.map_or(len, |window| window.start(len)), (sinks + self.gap) * block_size);
+        // Without a window, the caller stores the freed tokens elsewhere: only `len` itself must not lie among them.
+        let (needed, kept) =
+            (self.key.window.map_or(len, |window| window.start(len)), (sinks + self.freed) * block_size);
         match len {
             _ if len <= sinks * block_size => Ok(0),
-            _ if seen >= held => Ok(self.gap),
-            _ => Err(BehindWindow { len, seen, held }),
+            _ if needed >= kept => Ok(self.freed),
+            _ => Err(OutOfWindow { len, needed, kept }),
         }
     }
 
-    /// The tokens behind the last full block of the first `len`, if they are known.
+    /// Those of the first `len` tokens that follow the last full block; `None` if they are not known.
     fn tail_at(&self, len: usize) -> Option<Tokens> {
         let block_size = self.pool().block_size();
         let (block, n) = (len / block_size, len % block_size);
@@ -429,6 +440,6 @@ impl BlockTable {
             return self.tail.as_ref().map(|tail| Tokens::from_slice(&tail[..n]));
         }
         let mut tokens = Tokens::from_elem(0, n);
-        self.blocks.tokens(self.place(block)?, &mut tokens).then_some(tokens)
+        self.blocks.cached_tokens(self.index_of(block)?, &mut tokens).then_some(tokens)
     }
 }

@@ -1,10 +1,11 @@
-//! Requests start in order, except that small ones may pass large ones, and only so often. None waits for ever.
+//! Requests start in order, except that small ones may skip ahead of large ones, a limited number of times. None waits
+//! for ever.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::HashMap;
 
-use block_table::{Admission, Admitted, BlockPool, Need, Room};
+use block_table::{Admission, Admitted, BlockPool, Need, Room, preemption_victim};
 use proptest::prelude::*;
 
 /// A queue of requests, each of which is the number of blocks it needs.
@@ -26,7 +27,7 @@ fn blocks(request: &usize) -> Need {
     Need::Blocks(*request)
 }
 
-/// Everything that leaves the queue at once, with so much room each time.
+/// Everything that leaves the queue at once, with the same room each time.
 fn all(waiting: &mut Admission<usize>, pool: &BlockPool, room: Room) -> Vec<Admitted<usize>> {
     std::iter::from_fn(|| waiting.admit(pool, room, blocks)).collect()
 }
@@ -39,18 +40,18 @@ fn what_fits_starts_in_order() {
 }
 
 #[test]
-fn small_requests_pass_large_ones_but_only_so_often() {
+fn small_requests_skip_ahead_of_large_ones_at_most_max_skips_times() {
     let mut waiting = queue(Admission::new().max_skips(2), &[50, 1, 2, 3]);
     let next = |waiting: &mut Admission<usize>| waiting.admit(&pool(), room(10, 0), blocks);
     assert_eq!([next(&mut waiting), next(&mut waiting)], [1, 2].map(|small| Some(Admitted::Start(small))));
     assert_eq!(waiting.most_skipped(), 2);
-    assert_eq!(next(&mut waiting), None, "the large one is waited for");
+    assert_eq!(next(&mut waiting), None, "none skips ahead of the large one any more");
     assert_eq!(waiting.admit(&pool(), room(60, 0), blocks), Some(Admitted::Start(50)));
     assert_eq!(next(&mut waiting), Some(Admitted::Start(3)));
 }
 
 #[test]
-fn only_so_many_are_looked_at() {
+fn at_most_skip_ahead_requests_are_considered() {
     let mut waiting = queue(Admission::new().skip_ahead(3), &[50, 50, 50, 1]);
     assert_eq!(waiting.admit(&pool(), room(10, 0), blocks), None);
     let mut strict = queue(Admission::new().skip_ahead(0), &[50, 1]);
@@ -59,21 +60,21 @@ fn only_so_many_are_looked_at() {
 }
 
 #[test]
-fn those_who_run_have_room_to_grow() {
-    // 16 tokens each are a block each.
+fn running_sequences_have_room_to_grow() {
+    // The watermark of 16 tokens for each running sequence is one block.
     let mut waiting = queue(Admission::new(), &[5]);
     assert_eq!(waiting.admit(&pool(), room(10, 6), blocks), None);
     assert_eq!(waiting.admit(&pool(), room(10, 5), blocks), Some(Admitted::Start(5)));
-    let mut tight = queue(Admission::new().headroom(0), &[5]);
+    let mut tight = queue(Admission::new().watermark(0), &[5]);
     assert_eq!(tight.admit(&pool(), room(5, 1000), blocks), Some(Admitted::Start(5)));
-    let mut absurd = queue(Admission::new().headroom(usize::MAX), &[5]);
+    let mut absurd = queue(Admission::new().watermark(usize::MAX), &[5]);
     assert_eq!(absurd.admit(&pool(), room(100, usize::MAX), blocks), None);
 }
 
 #[test]
-fn the_least_computed_yields_and_comes_back_first() {
-    assert_eq!(Admission::<usize>::who_yields([5, 3, 9, 3]), Some(3), "among equals the last");
-    assert_eq!(Admission::<usize>::who_yields([]), None);
+fn the_least_computed_sequence_is_preempted_and_starts_first_again() {
+    assert_eq!(preemption_victim([5, 3, 9, 3]), Some(3), "the last of two with equally few");
+    assert_eq!(preemption_victim([]), None);
     let mut waiting = queue(Admission::new(), &[1, 2]);
     waiting.requeue(7);
     assert_eq!(waiting.iter().copied().collect::<Vec<_>>(), [7, 1, 2]);
@@ -81,7 +82,7 @@ fn the_least_computed_yields_and_comes_back_first() {
 }
 
 #[test]
-fn a_request_that_can_never_start_is_handed_back_and_blocks_no_other() {
+fn a_request_that_can_never_start_is_returned_and_blocks_no_other() {
     let pool = BlockPool::new(10, 16).unwrap();
     let mut waiting = queue(Admission::new(), &[11]);
     (0..300).for_each(|_| waiting.enqueue(1));
@@ -98,7 +99,7 @@ fn requests_that_can_never_start_do_not_hide_one_that_can() {
     assert_eq!(left[..32], [Admitted::Never(11); 32]);
     assert_eq!(left[32..], [Admitted::Start(1)]);
 
-    // It is handed back however full the pool is, and the others have not been passed over.
+    // It is returned however full the pool is, and the others have not been skipped.
     let mut waiting = queue(Admission::new(), &[10, usize::MAX, 0]);
     assert_eq!(waiting.admit(&pool, room(0, 5), blocks), Some(Admitted::Never(usize::MAX)));
     assert_eq!(waiting.most_skipped(), 0);
@@ -106,18 +107,22 @@ fn requests_that_can_never_start_do_not_hide_one_that_can() {
 }
 
 #[test]
-fn a_request_without_a_place_waits_like_one_without_room() {
-    // Requests for so many places in a batch; each takes one block.
+fn a_request_that_the_batch_has_no_room_for_waits_like_one_without_blocks() {
+    // Each request is a number of places in a batch; each needs one block.
     let mut waiting = queue(Admission::new().max_skips(1), &[4, 1, 1]);
     let need = |places: usize| move |request: &usize| if *request > places { Need::NotNow } else { Need::Blocks(1) };
     assert_eq!(waiting.admit(&pool(), room(100, 7), need(1)), Some(Admitted::Start(1)));
-    assert_eq!(waiting.admit(&pool(), room(100, 7), need(1)), None, "it has been passed over and is waited for");
+    assert_eq!(
+        waiting.admit(&pool(), room(100, 7), need(1)),
+        None,
+        "the first was skipped once and may not be skipped again"
+    );
     assert_eq!(waiting.admit(&pool(), room(100, 0), need(8)), Some(Admitted::Start(4)));
     assert_eq!(waiting.most_skipped(), 0);
 }
 
 #[test]
-fn clients_that_went_away_leave_the_queue() {
+fn requests_of_gone_clients_leave_the_queue() {
     let mut waiting = queue(Admission::new().max_skips(1), &[50, 3, 60, 1, 2]);
     assert_eq!(waiting.admit(&pool(), room(10, 0), blocks), Some(Admitted::Start(3)));
     assert_eq!(waiting.remove_if(|&request| request % 2 == 0 && request != 60), [50, 2]);
@@ -126,10 +131,10 @@ fn clients_that_went_away_leave_the_queue() {
     assert_eq!(
         waiting.admit(&pool(), room(10, 0), blocks),
         Some(Admitted::Start(1)),
-        "those that are gone are not waited for"
+        "removed requests hold up no other"
     );
     assert!(waiting.remove_if(|_| false).is_empty());
-    assert_eq!(waiting.most_skipped(), 1, "those that stay keep their counts");
+    assert_eq!(waiting.most_skipped(), 1, "the others keep their counts");
 }
 
 #[test]
@@ -143,12 +148,12 @@ fn no_request_waits_for_ever_in_a_pool_that_is_never_empty() {
         let available = 100 - running.iter().sum::<usize>();
         match waiting.admit(&pool(), room(available, 0), blocks) {
             Some(Admitted::Start(90)) => {
-                assert!(turn > 200, "it was passed over first");
+                assert!(turn > 200, "it was skipped first");
                 return;
             }
             Some(Admitted::Start(small)) => running.push(small),
             Some(Admitted::Never(request)) => panic!("{request} blocks fit"),
-            None => assert!(waiting.most_skipped() >= 256, "nobody starts because one is waited for"),
+            None => assert!(waiting.most_skipped() >= 256, "none starts before one that was skipped max_skips times"),
         }
         assert!(turn < 1000);
     }
@@ -160,13 +165,13 @@ struct Request {
     blocks: usize,
     /// Places in the batch.
     places: usize,
-    /// Whether it can never start, whatever the blocks.
+    /// Whether it can never start, whatever the number of blocks.
     never: bool,
-    /// Turns that it runs before it ends.
+    /// How many turns it runs before it ends.
     turns: usize,
-    /// Whether it yields once, half-way.
-    yields: bool,
-    /// Whether its client goes away at this turn of the history, if it still waits.
+    /// Whether it is preempted once.
+    preempted: bool,
+    /// The turn at which its client goes away, if it still waits then.
     gone: Option<usize>,
 }
 
@@ -174,22 +179,31 @@ fn request() -> impl Strategy<Value = Request> {
     let never = prop::bool::weighted(0.1);
     let gone = prop::option::weighted(0.1, 0..60usize);
     (0..14usize, 1..=4usize, never, 0..6usize, any::<bool>(), gone).prop_map(
-        |(blocks, places, never, turns, yields, gone)| Request { id: 0, blocks, places, never, turns, yields, gone },
+        |(blocks, places, never, turns, preempted, gone)| Request {
+            id: 0,
+            blocks,
+            places,
+            never,
+            turns,
+            preempted,
+            gone,
+        },
     )
 }
 
-/// The rules, word by word, over a plain list of requests and how often each has been passed over.
+/// The rules, written out over a plain list of requests and how often each was skipped.
 fn by_the_rules(
     waiting: &mut Vec<(Request, u32)>,
     (skip_ahead, max_skips): (usize, u32),
     can_never: impl Fn(&Request) -> bool,
     fits: impl Fn(&Request) -> bool,
 ) -> Option<Admitted<usize>> {
-    // None goes ahead of one that is waited for.
-    let waited_for = |&(request, skips): &(Request, u32)| !can_never(&request) && !fits(&request) && skips >= max_skips;
-    let last = waiting.iter().position(waited_for).map_or(waiting.len(), |at| at + 1);
-    let seen = last.min(skip_ahead.max(1));
-    let at = waiting[..seen].iter().position(|(request, _)| can_never(request) || fits(request))?;
+    // None starts before a request that may not be skipped any more.
+    let unskippable =
+        |&(request, skips): &(Request, u32)| !can_never(&request) && !fits(&request) && skips >= max_skips;
+    let last = waiting.iter().position(unskippable).map_or(waiting.len(), |at| at + 1);
+    let considered = last.min(skip_ahead.max(1));
+    let at = waiting[..considered].iter().position(|(request, _)| can_never(request) || fits(request))?;
     let (request, _) = waiting.remove(at);
     if can_never(&request) {
         return Some(Admitted::Never(request.id));
@@ -203,29 +217,29 @@ const BATCH: usize = 4;
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// In a pool in which all that runs ends, every request starts or is handed back, none is passed over more often
-    /// than `max_skips` says, and all is as the rules say.
+    /// If every running sequence ends, every request starts or is returned as one that can never start, none is skipped
+    /// more than `max_skips` times, and the queue does what the rules say.
     #[test]
-    fn every_request_starts_or_is_handed_back(
+    fn every_request_starts_or_is_returned(
         pool_blocks in 1..12usize,
         skip_ahead in 0..5usize,
         max_skips in 0..4u32,
-        headroom in 0..40usize,
+        watermark in 0..40usize,
         arrivals in prop::collection::vec(prop::collection::vec(request(), 0..6), 1..30),
     ) {
         let pool = BlockPool::new(pool_blocks, 16).unwrap();
-        let mut waiting = Admission::new().skip_ahead(skip_ahead).max_skips(max_skips).headroom(headroom);
+        let mut waiting = Admission::new().skip_ahead(skip_ahead).max_skips(max_skips).watermark(watermark);
         let mut model: Vec<(Request, u32)> = Vec::new();
         let mut running: Vec<Request> = Vec::new();
-        let mut passed_over: HashMap<usize, u32> = HashMap::new();
+        let mut skips: HashMap<usize, u32> = HashMap::new();
         let (mut ended, mut never, mut gone) = (0, 0, 0);
         let requests: usize = arrivals.iter().map(Vec::len).sum();
-        // Each of the requests runs twice at most, and in the worst case alone.
+        // Each request runs at most twice, and in the worst case alone.
         let most_turns = arrivals.len() + 2 * requests * 7 + 1;
         let mut next_id = 0..;
         let mut turn = 0;
         while turn < arrivals.len() || !model.is_empty() || !running.is_empty() {
-            prop_assert!(turn < most_turns, "{} wait for ever", model.len());
+            prop_assert!(turn < most_turns, "{} requests wait for ever", model.len());
             for &request in arrivals.get(turn).into_iter().flatten() {
                 let request = Request { id: next_id.next().unwrap(), ..request };
                 waiting.enqueue(request);
@@ -238,28 +252,28 @@ proptest! {
                 model.extract_if(.., |(r, _)| r.gone == Some(turn)).map(|(request, _)| request.id).collect();
             prop_assert_eq!(left, expected);
 
-            // Some end, some yield, one after the other.
+            // Some sequences end, and at most one is preempted.
             running.iter_mut().for_each(|request| request.turns = request.turns.saturating_sub(1));
             ended += running.extract_if(.., |request| request.turns == 0).count();
-            if let Some(at) = running.iter().position(|request| request.yields) {
-                let request = Request { yields: false, ..running.remove(at) };
+            if let Some(at) = running.iter().position(|request| request.preempted) {
+                let request = Request { preempted: false, ..running.remove(at) };
                 waiting.requeue(request);
                 model.insert(0, (request, 0));
-                passed_over.remove(&request.id);
+                skips.remove(&request.id);
             }
 
             loop {
-                let held: usize = running.iter().map(|request| request.blocks).sum();
+                let in_use: usize = running.iter().map(|request| request.blocks).sum();
                 let places = BATCH - running.iter().map(|request| request.places).sum::<usize>();
-                let available = pool_blocks - held;
-                let grow = (running.len() * headroom).div_ceil(16);
+                let available = pool_blocks - in_use;
+                let grow = (running.len() * watermark).div_ceil(16);
                 let admitted = waiting.admit(&pool, room(available, running.len()), |request| match request {
                     Request { never: true, .. } => Need::Never,
                     Request { places: needed, .. } if *needed > places => Need::NotNow,
                     Request { blocks, .. } => Need::Blocks(*blocks),
                 });
                 let before = model.clone();
-                // Whether it is the blocks that can never be had is asked only of those for whom there is a place.
+                // Whether its blocks exceed the pool is asked only of a request that the batch has places for.
                 let can_never = |r: &Request| r.never || r.places <= places && r.blocks > pool_blocks;
                 let fits = |r: &Request| r.places <= places && r.blocks <= available.saturating_sub(grow);
                 let expected = by_the_rules(&mut model, (skip_ahead, max_skips), can_never, fits);
@@ -276,10 +290,10 @@ proptest! {
                 match admitted {
                     Some(Admitted::Start(request)) => {
                         prop_assert!(request.blocks <= available && request.places <= places && !request.never);
-                        for (passed, _) in before.iter().take_while(|(other, _)| other.id != request.id) {
-                            let skips = passed_over.entry(passed.id).or_default();
-                            *skips += 1;
-                            prop_assert!(*skips <= max_skips, "{} was passed over {} times", passed.id, skips);
+                        for (earlier, _) in before.iter().take_while(|(other, _)| other.id != request.id) {
+                            let count = skips.entry(earlier.id).or_default();
+                            *count += 1;
+                            prop_assert!(*count <= max_skips, "{} was skipped {} times", earlier.id, count);
                         }
                         running.push(request);
                     }

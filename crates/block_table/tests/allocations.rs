@@ -1,4 +1,5 @@
-//! A decode step's bookkeeping does not allocate: reserving, committing, storing and finding blocks, leaving and joining.
+//! The bookkeeping of a decode step allocates no memory: reserving, committing, caching and matching blocks, and
+//! creating, forking and dropping tables.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -52,7 +53,7 @@ fn the_counter_counts() {
 fn decode_steps_do_not_allocate() {
     for block_size in [16, 32] {
         let pool = BlockPool::new(4096, block_size).unwrap();
-        // Eight sequences of different lengths, which have room in their lists for what comes.
+        // Eight sequences of different lengths, whose lists have room for the blocks to come.
         let mut tables: Vec<BlockTable> = (0..8u32)
             .map(|i| {
                 let mut table = BlockTable::new(&pool);
@@ -78,7 +79,7 @@ fn decode_steps_do_not_allocate() {
 }
 
 #[test]
-fn a_short_sequence_joins_and_leaves_without_allocating() {
+fn a_short_sequence_is_created_and_dropped_without_allocating() {
     let pool = BlockPool::new(64, 16).unwrap();
     let prompt: Vec<u32> = (0..100).collect();
     let mut first = BlockTable::new(&pool);
@@ -86,7 +87,7 @@ fn a_short_sequence_joins_and_leaves_without_allocating() {
     first.commit_tokens(&prompt).unwrap();
     let counted = allocations(|| {
         let mut table = BlockTable::new(&pool);
-        assert_eq!(table.reuse(&prompt), 96);
+        assert_eq!(table.match_prefix(&prompt), 96);
         table.reserve(4).unwrap();
         table.commit_tokens(&prompt[96..]).unwrap();
         let fork = table.fork();

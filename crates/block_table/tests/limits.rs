@@ -1,5 +1,5 @@
-//! Requests that no pool can meet are refused like any other: with the numbers, and nothing has changed. Whatever positions
-//! and lengths a table is asked for, nothing overflows, and the answer takes the time of what the table has.
+//! Requests that no pool can meet fail like any other: with the numbers in the error, and without a change. No position
+//! and no length overflows, and each call takes time in proportion to the table, not to the number it is given.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -10,7 +10,7 @@ use std::time::Duration;
 use block_table::{BlockPool, BlockTable, NotReserved, OutOfBlocks, PoolError, ReserveError, TableOptions, Window};
 
 #[test]
-fn absurd_requests_are_refused() {
+fn absurd_requests_fail() {
     let pool = BlockPool::new(4, 8).unwrap();
     let mut table = BlockTable::new(&pool);
     table.append(3).unwrap();
@@ -20,13 +20,13 @@ fn absurd_requests_are_refused() {
             Err(ReserveError::OutOfBlocks(OutOfBlocks { requested, available: 3 })) => assert!(requested > 3),
             other => panic!("{other:?}"),
         }
-        assert!(pool.take(n).is_err());
+        assert!(pool.allocate(n).is_err());
     }
     assert_eq!(table.commit(usize::MAX), Err(NotReserved { committed: usize::MAX, reserved: 5 }));
     assert_eq!((table.len(), table.slot(usize::MAX)), (3, None));
     table.truncate(usize::MAX).unwrap();
     assert_eq!(fork.fork_at(usize::MAX).unwrap().len(), 3);
-    pool.check_held([table.blocks(), fork.blocks()]).unwrap();
+    pool.check_ref_counts([table.blocks(), fork.blocks()]).unwrap();
 }
 
 #[test]
@@ -38,7 +38,7 @@ fn pools_have_limits() {
     }
 }
 
-/// Numbers at which arithmetic goes wrong, and some at which it does not.
+/// Numbers that may overflow, and some ordinary ones.
 const EXTREMES: [usize; 12] = [
     0,
     1,
@@ -54,7 +54,7 @@ const EXTREMES: [usize; 12] = [
     usize::MAX,
 ];
 
-/// Fails when `work`, which takes microseconds, has not ended after seconds.
+/// Fails when `work`, which takes microseconds, has not ended after 20 seconds.
 fn at_once(what: String, work: impl FnOnce() + Send + 'static) {
     let (done, ended) = mpsc::channel();
     let worker = thread::spawn(move || {
@@ -67,16 +67,16 @@ fn at_once(what: String, work: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Tables of 13 tokens in blocks of 4, some of which have given blocks back.
+/// Tables of 13 tokens in blocks of 4. Some of them have freed blocks.
 fn tables(pool: &BlockPool) -> Vec<BlockTable> {
     let windows = [(3, 0), (3, 5), (usize::MAX, 0), (1, usize::MAX), (usize::MAX, usize::MAX), (0, 1)];
     let windowed = windows.map(|(tokens, sinks)| {
-        let window = Window::new(tokens).with_sinks(sinks);
+        let window = Window::new(tokens).with_sink_tokens(sinks);
         BlockTable::with_options(pool, &TableOptions::default().window(window))
     });
     let mut tables: Vec<_> = [BlockTable::new(pool), BlockTable::new(pool)].into_iter().chain(windowed).collect();
     tables.iter_mut().for_each(|table| table.append(13).unwrap());
-    tables[0].release_before(9);
+    tables[0].free_before(9);
     tables
 }
 
@@ -115,15 +115,15 @@ fn extreme_positions_and_lengths_are_answered_at_once() {
                 table.shrink_to(n);
                 assert_eq!((table.len(), table.capacity()), (13, n.clamp(13, 24).next_multiple_of(4)));
                 let mut table = fresh();
-                let held = table.blocks().len();
-                table.release_before(n);
-                let given_back = if which == 1 { n.min(13) / 4 } else { held - table.blocks().len() };
-                assert_eq!((table.len(), table.blocks().len()), (13, held - given_back));
-                assert!(which < 2 || given_back == 0);
+                let before = table.blocks().len();
+                table.free_before(n);
+                let freed = if which == 1 { n.min(13) / 4 } else { before - table.blocks().len() };
+                assert_eq!((table.len(), table.blocks().len()), (13, before - freed));
+                assert!(which < 2 || freed == 0);
 
                 for end in EXTREMES {
                     let mut table = fork.fork();
-                    table.own(n..end).unwrap();
+                    table.make_writable(n..end).unwrap();
                     assert_eq!(table.len(), 13);
                     for position in 0..16 {
                         let (before, after) = (fork.slot(position), table.slot(position));
@@ -132,7 +132,7 @@ fn extreme_positions_and_lengths_are_answered_at_once() {
                         assert_eq!(before != after, touched && before.is_some(), "{position} of {n}..{end}");
                     }
                 }
-                for window in [Window::new(n), Window::new(3).with_sinks(n)] {
+                for window in [Window::new(n), Window::new(3).with_sink_tokens(n)] {
                     for position in EXTREMES {
                         let start = window.start(position);
                         assert!(start <= position && position - start == position.min(window.tokens() - 1));

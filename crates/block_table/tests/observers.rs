@@ -1,5 +1,5 @@
-//! Whoever collects metrics or traces is somebody else's code. It is told of a change when the change is complete, so a
-//! panic in it loses nothing.
+//! Metrics recorders and tracing subscribers are the host's code. They are called after a change is complete, so a
+//! panic in them loses nothing.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -10,7 +10,7 @@ use metrics::{Counter, Gauge, Histogram, Key, KeyName, Recorder, SharedString, U
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-/// A recorder and a subscriber with a defect.
+/// A recorder and a subscriber that panic.
 struct Panics;
 
 impl Recorder for Panics {
@@ -55,7 +55,7 @@ impl Subscriber for Panics {
     fn exit(&self, _: &Id) {}
 }
 
-/// Calls `change` where one of the two panics.
+/// Calls `change` with a recorder or a subscriber that panics.
 fn observed(change: impl FnOnce(), by_metrics: bool) {
     let change = || match by_metrics {
         true => metrics::with_local_recorder(&Panics, change),
@@ -67,7 +67,7 @@ fn observed(change: impl FnOnce(), by_metrics: bool) {
 }
 
 #[test]
-fn a_request_that_yields_is_not_lost() {
+fn a_preempted_request_is_not_lost() {
     for by_metrics in [true, false] {
         let mut waiting = Admission::new();
         waiting.enqueue("new");
@@ -77,21 +77,21 @@ fn a_request_that_yields_is_not_lost() {
 }
 
 #[test]
-fn a_table_that_is_swapped_out_is_whole() {
+fn a_table_is_consistent_after_a_panic_in_swap_out_or_swap_in() {
     let pool = BlockPool::new(8, 4).unwrap();
     let mut table = BlockTable::new(&pool);
     table.reserve(10).unwrap();
     table.commit_tokens(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]).unwrap();
     observed(|| drop(table.swap_out()), false);
-    // As when the caller drops what it is given.
-    assert_eq!((table.len(), table.capacity(), table.blocks().len(), pool.held()), (0, 0, 0, 0));
+    // The same as when the caller drops the returned value.
+    assert_eq!((table.len(), table.capacity(), table.blocks().len(), pool.in_use()), (0, 0, 0, 0));
     table.reserve(5).unwrap();
     table.commit_tokens(&[1, 2, 3, 4, 5]).unwrap();
     assert_eq!(table.blocks().len(), 2);
-    pool.check_held([table.blocks()]).unwrap();
+    pool.check_ref_counts([table.blocks()]).unwrap();
 
     let swapped = table.swap_out().unwrap();
     observed(|| drop(swapped.swap_in()), false);
-    pool.check_held([]).unwrap();
+    pool.check_ref_counts([]).unwrap();
     assert_eq!(swapped.swap_in().unwrap().len(), 5);
 }

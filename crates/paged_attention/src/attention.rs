@@ -1,13 +1,14 @@
-//! What an attention layer asks for.
+//! The parameters of an attention layer.
 
 use std::sync::Arc;
 
 use block_table::Window;
 
-/// How one attention layer weighs the keys it sees: `softmax(scale * q kᵀ) v`.
+/// The parameters of one attention layer: it computes `softmax(scale * q kᵀ) v`.
 ///
-/// Computed in f32. A row whose result is not finite, because it sees NaN or infinity or because its scores or sums leave the
-/// range of f32, is computed again in f64, slowly, and is what it is there.
+/// The arithmetic is in f32. If the result of a row is not finite, the row is computed again in f64, which is slow, and
+/// the f64 result is returned. This happens when the row sees NaN or infinity, or when its scores or sums leave the
+/// range of f32.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attention {
     pub(crate) scale: f32,
@@ -18,7 +19,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Causal attention with this scale, usually `1 / sqrt(head_dim)`.
+    /// Causal attention with the given scale, usually `1 / sqrt(head_dim)`.
     pub fn new(scale: f32) -> Self {
         Self { scale, causal: true, window: None, soft_cap: None, slopes: None }
     }
@@ -28,45 +29,50 @@ impl Attention {
         Self::new(1.0 / (head_dim as f32).sqrt())
     }
 
-    /// Whether a token sees only itself and the tokens before it (the default), or all tokens of its sequence.
+    /// Sets whether attention is causal: a token sees itself and the tokens before it. This is the default. Otherwise a
+    /// token sees all tokens of its sequence.
     #[must_use]
     pub fn causal(self, causal: bool) -> Self {
         Self { causal, ..self }
     }
 
-    /// How far back this layer looks, for models in which only some layers have a window: the blocks behind it are kept for
-    /// the others. Where all layers look equally far, give the window to the table instead
-    /// ([`TableOptions::window`](crate::TableOptions::window)), which gives the blocks back. Of two windows the smaller
-    /// one counts, and of two numbers of sinks.
+    /// Gives this layer a sliding window, for models in which only some layers have one: the blocks outside the window
+    /// are kept for the other layers.
+    ///
+    /// If all layers have the same window, give it to the table instead
+    /// ([`TableOptions::window`](crate::TableOptions::window)): the table frees the blocks outside its window. If both
+    /// the table and the layer have a window, the smaller window applies, and the smaller number of sink tokens.
     #[must_use]
     pub fn window(self, window: Window) -> Self {
         Self { window: Some(window), ..self }
     }
 
-    /// Keeps scores between `-cap` and `cap`: `cap * tanh(score / cap)` (Gemma 2, section 2). `cap` is greater than 0;
-    /// infinity means that there is none.
+    /// Keeps scores between `-cap` and `cap`: `cap * tanh(score / cap)` (Gemma 2, section 2). `cap` must be greater
+    /// than 0; infinity means no cap.
     #[must_use]
     pub fn soft_cap(self, cap: f32) -> Self {
         Self { soft_cap: (cap != f32::INFINITY).then_some(cap), ..self }
     }
 
-    /// Adds `slope * (key's position - query's position)` to the scores, one slope for each query head (ALiBi: "Train Short,
-    /// Test Long", Press et al. 2022, section 3). [`alibi_slopes`](Self::alibi_slopes) has the paper's.
+    /// Adds `slope * (key's position - query's position)` to the scores, with one slope for each query head (ALiBi:
+    /// "Train Short, Test Long", Press et al. 2022, section 3). [`alibi_slopes`](Self::alibi_slopes) returns the
+    /// paper's slopes.
     #[must_use]
     pub fn alibi(self, slopes: &[f32]) -> Self {
         Self { slopes: Some(slopes.into()), ..self }
     }
 
-    /// The slopes of the paper for this many query heads: `2^(-8 i / n)` for a power of two `n`; the others are taken from
-    /// in between, every second of twice as many.
+    /// The slopes of the ALiBi paper for `heads` query heads. If `heads` is a power of two `n`, they are `2^(-8 i / n)`
+    /// for `i` from 1 to `n`. Otherwise `n` is the largest power of two below `heads`: the first `n` slopes are those
+    /// of `n` heads, and the rest is every second slope of `2 n` heads.
     pub fn alibi_slopes(heads: usize) -> Vec<f32> {
         let of = |n: usize| (1..=n).map(move |i| (-8.0 * i as f32 / n as f32).exp2());
         let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
         of(whole).chain(of(2 * whole).step_by(2)).take(heads).collect()
     }
 
-    /// What queries are multiplied with before they meet keys: their products are scores in powers of two, or, if these are
-    /// to be capped, scores.
+    /// The factor that queries are multiplied by before the products with keys. With a soft cap it is the scale, and
+    /// the products are scores. Otherwise it is `scale * log2(e)`, so that weights are `2^product`.
     pub(crate) fn factor(&self) -> f32 {
         if self.soft_cap.is_some() { self.scale } else { self.scale * std::f32::consts::LOG2_E }
     }
@@ -83,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slopes_are_those_of_the_paper() {
+    fn alibi_slopes_match_the_paper() {
         assert!(Attention::alibi_slopes(0).is_empty());
         let eight: Vec<f32> = (1..=8).map(|i| 0.5f32.powi(i)).collect();
         assert_eq!(Attention::alibi_slopes(8), eight);

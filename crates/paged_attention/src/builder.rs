@@ -1,22 +1,23 @@
-//! How a cache is made.
+//! The builder of a cache.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use block_pool::{BlockPool, KvDtype, KvShape, KvTensors, PoolMetrics};
+use block_pool::{BlockPool, KvDtype, KvShape, KvTensors, Order, PoolMetrics};
 use candle_core::Device;
 
 use crate::{CacheError, Kernel, KvCache, cpu};
 
-/// Which way attention is computed.
+/// How attention is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backend {
-    /// Fused on a CPU, gather elsewhere.
+    /// [`Fused`](Self::Fused) on a CPU, [`Gather`](Self::Gather) on any other device.
     #[default]
     Auto,
-    /// Plain tensor operations: copies the blocks of a sequence together, then multiplies. Runs on every device that
-    /// candle has.
+    /// Plain tensor operations: the blocks of a sequence are copied into one contiguous tensor, which is then
+    /// multiplied. It should run on every device that candle supports; it has been run on CPUs only, never on a GPU
+    /// (CUDA, Metal).
     Gather,
-    /// Reads the blocks where they lie, on a CPU.
+    /// Kernels that read the blocks in place. On a CPU only.
     Fused,
 }
 
@@ -26,7 +27,7 @@ enum Size {
     Bytes(usize),
 }
 
-/// Collects what a [`KvCache`] is made of; see [`KvCache::builder`].
+/// Builds a [`KvCache`]; see [`KvCache::builder`].
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct KvCacheBuilder {
@@ -56,52 +57,53 @@ impl KvCacheBuilder {
         }
     }
 
-    /// The number of blocks; 1024 unless told.
+    /// Sets the number of blocks: 1024 by default.
     pub fn blocks(self, blocks: usize) -> Self {
         Self { size: Size::Blocks(blocks), ..self }
     }
 
-    /// As many blocks as fit into this many bytes, all layers together.
+    /// Sets the number of blocks to as many as fit into `bytes`, over all layers together.
     pub fn memory(self, bytes: usize) -> Self {
         Self { size: Size::Bytes(bytes), ..self }
     }
 
-    /// Tokens per block; 16 unless told.
+    /// Sets the number of tokens per block: 16 by default.
     pub fn block_size(self, block_size: usize) -> Self {
         Self { block_size, ..self }
     }
 
-    /// How the numbers of keys and values are stored; as f32 unless told.
+    /// Sets the type in which keys and values are stored: f32 by default.
     pub fn dtype(self, dtype: KvDtype) -> Self {
         Self { dtype, ..self }
     }
 
-    /// Where the blocks lie; the CPU unless told.
+    /// Sets the device that holds the blocks: the CPU by default. Other devices have never been tried
+    /// (see [`Backend::Gather`]).
     pub fn device(self, device: &Device) -> Self {
         Self { device: device.clone(), ..self }
     }
 
-    /// Which way attention is computed.
+    /// Sets how attention is computed: [`Backend::Auto`] by default.
     pub fn backend(self, backend: Backend) -> Self {
         Self { backend, ..self }
     }
 
-    /// The kernel of the fused backend; the fastest this machine can run unless told.
+    /// Sets the kernel of the fused backend: the fastest one that this machine can run by default.
     pub fn kernel(self, kernel: Kernel) -> Self {
         Self { kernel, ..self }
     }
 
-    /// Whether blocks are filled with NaN when they become free, so that whoever reads a slot that is not theirs sees it
-    /// at once; on in debug builds unless told.
+    /// Sets whether blocks are filled with NaN when they become free, so that a read of a slot that was not written
+    /// shows at once. By default on in debug builds, off in others.
     pub fn poison(self, poison: bool) -> Self {
         Self { poison, ..self }
     }
 
-    /// What the cache is called in metrics, as the label `cache`. Two caches of one name overwrite each other's
+    /// Sets the name of the cache in metrics, the label `cache`. Two caches of the same name overwrite each other's
     /// numbers.
     ///
-    /// Unless told, the first cache that the process builds without a name is `kv`, the next ones are `kv-2`,
-    /// `kv-3`...; a number is not given twice, so that no counter goes back.
+    /// By default the first cache that the process builds without a name is `kv`, and the next ones are `kv-2`, `kv-3`
+    /// and so on. A number is never used again, so that no counter decreases.
     pub fn name(self, name: impl Into<String>) -> Self {
         Self { name: Some(name.into()), ..self }
     }
@@ -110,8 +112,8 @@ impl KvCacheBuilder {
     ///
     /// # Errors
     ///
-    /// [`CacheError`] when a number is zero or too large, the memory cannot be had, or the backend or kernel cannot run
-    /// here; so cannot 8-bit storage without the fused backend.
+    /// [`CacheError`] when a number is zero or too large, the memory cannot be allocated, the backend or the kernel
+    /// cannot run on this machine or device, or 8-bit storage is asked for without the fused backend.
     pub fn build(self) -> Result<KvCache, CacheError> {
         let fused = match self.backend {
             Backend::Auto => self.device.is_cpu(),
@@ -127,7 +129,8 @@ impl KvCacheBuilder {
             return Err(CacheError::TooManyDimensions { head_dim, most: cpu::MOST_INT8_DIMS });
         }
         let blocks = self.block_count()?;
-        let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, fused, self.dtype, &self.device)?
+        let order = if fused { Order::of_panels(self.dtype) } else { Order::Nhd };
+        let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, order, self.dtype, &self.device)?
             .poisoned(self.poison);
         let pool = BlockPool::with_storage(blocks, self.block_size, tensors.clone())?;
         let metrics = PoolMetrics::new(&self.name.unwrap_or_else(next_name));
@@ -141,7 +144,7 @@ impl KvCacheBuilder {
         };
         let bytes_per_block = self.shape.bytes_per_block(self.block_size, self.dtype).unwrap_or(usize::MAX);
         match bytes.checked_div(bytes_per_block) {
-            // A zero somewhere in the shape: the pool says which.
+            // The shape has a zero: the pool reports which one.
             None => Ok(1),
             Some(0) => Err(CacheError::TooLittleMemory { bytes, bytes_per_block }),
             Some(blocks) => Ok(blocks),
@@ -149,7 +152,7 @@ impl KvCacheBuilder {
     }
 }
 
-/// The name of the next cache that has none.
+/// The name of the next cache that was built without one.
 fn next_name() -> String {
     static UNNAMED: AtomicU64 = AtomicU64::new(0);
     match UNNAMED.fetch_add(1, Ordering::Relaxed) {

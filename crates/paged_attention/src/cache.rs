@@ -1,14 +1,14 @@
-//! The cache: a pool, the tensors behind it, and a way to attend over them.
+//! The cache: a pool, the tensors that hold its blocks, and the kernel that attention uses.
 
 use std::sync::Arc;
 
-use block_pool::{BlockPool, KvDtype, KvLayout, KvShape, KvTensors, Order, PoolMetrics};
+use block_pool::{BlockPool, KvDtype, KvLayout, KvShape, KvTensors, PoolMetrics};
 use block_table::{BlockTable, TableOptions};
 use candle_core::{Device, Result, Tensor};
 
-use crate::{CacheError, Kernel, KvCacheBuilder, Step, cpu, gather, validate};
+use crate::{Kernel, KvCacheBuilder, Step, validate};
 
-/// A paged KV cache. Cloning gives another handle to the same one; threads share it freely.
+/// A paged KV cache. A clone is another handle to the same cache, and threads can share it.
 #[derive(Debug, Clone)]
 pub struct KvCache {
     pool: BlockPool,
@@ -19,22 +19,7 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// A cache of `blocks` blocks of `block_size` tokens each, stored as `dtype` on `device`.
-    ///
-    /// # Errors
-    ///
-    /// As [`KvCacheBuilder::build`].
-    pub fn new(
-        shape: KvShape,
-        blocks: usize,
-        block_size: usize,
-        dtype: KvDtype,
-        device: &Device,
-    ) -> std::result::Result<Self, CacheError> {
-        Self::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype).device(device).build()
-    }
-
-    /// A cache with more to choose: its size in bytes, the backend, the kernel.
+    /// A builder for a cache. `shape` has the number of layers, the heads of keys and values, and their dimensions.
     pub fn builder(shape: KvShape) -> KvCacheBuilder {
         KvCacheBuilder::new(shape)
     }
@@ -49,13 +34,14 @@ impl KvCache {
         Self { pool, tensors, shape, kernel, metrics: Arc::new(metrics) }
     }
 
-    /// The table of a new sequence. Before it computes its prompt, [`BlockTable::reuse`] gives it what others have
-    /// computed of the same.
+    /// The table of a new, empty sequence. Call [`BlockTable::match_prefix`] before the prompt is computed, to start
+    /// with the cached blocks of its longest prefix.
     pub fn table(&self) -> BlockTable {
         BlockTable::new(&self.pool)
     }
 
-    /// The table of a new sequence with a window, or a salt without which its prefixes are not shared.
+    /// The table of a new, empty sequence with options: a window, a salt that must match for prefixes to be shared, or
+    /// private prefixes.
     pub fn table_with(&self, options: &TableOptions) -> BlockTable {
         BlockTable::with_options(&self.pool, options)
     }
@@ -65,12 +51,12 @@ impl KvCache {
         Step::new(self)
     }
 
-    /// The blocks: how many there are, how many are free.
+    /// The pool of blocks.
     pub fn pool(&self) -> &BlockPool {
         &self.pool
     }
 
-    /// Layers, heads and dimensions of the keys and values.
+    /// The number of layers, and the heads and dimensions of keys and values.
     pub fn shape(&self) -> KvShape {
         self.shape
     }
@@ -80,37 +66,18 @@ impl KvCache {
         self.tensors.dtype()
     }
 
-    /// Where they are stored.
+    /// The device that holds the keys and values.
     pub fn device(&self) -> &Device {
         self.tensors.device()
     }
 
-    /// Bytes of one block over all layers.
+    /// The size of one block in bytes, over all layers.
     pub fn bytes_per_block(&self) -> usize {
         self.tensors.bytes_per_block()
     }
 
-    /// Copies the keys and values of `table`'s committed tokens out of one layer, each `(tokens, kv_heads, head_dim)`, in
-    /// the type in which they are stored, or f32 if that is 8-bit: for inspection and for attention of another kind. [`Step::attend`] does not need it. A table with a window gives
-    /// what it still holds: the blocks of its sinks, then those of its window.
-    ///
-    /// # Errors
-    ///
-    /// When the layer does not exist, the table is of another pool, or the device refuses.
-    pub fn keys_and_values(&self, table: &BlockTable, layer: usize) -> Result<(Tensor, Tensor)> {
-        let tensor = validate::layer(&self.tensors, layer)?;
-        validate::table(&self.pool, table)?;
-        let blocks: Vec<u32> = table.blocks().iter().map(|id| id.index() as u32).collect();
-        let given_back = table.gap().1 * self.pool.block_size();
-        let held = table.len() - given_back;
-        match self.layout().order {
-            Order::HeadMajor | Order::Int8 => cpu::read(tensor, self.layout(), &blocks, held),
-            Order::TokenMajor => gather::gather(tensor, self.layout(), &blocks, held),
-        }
-    }
-
-    /// The tensor behind one layer, `(blocks, numbers of a block)`, for kernels of your own; `docs/layout.md` says where
-    /// each number lies. Reading it needs no care. Who writes to it must hold the blocks.
+    /// The tensor of one layer, `(blocks, elements of a block)`, for your own kernels. `docs/layout.md` has the order
+    /// of the elements. Reading is always safe; write only to blocks that your own tables use.
     ///
     /// # Errors
     ///

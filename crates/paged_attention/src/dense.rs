@@ -1,38 +1,38 @@
-//! One row of attention in f64, number by number: for what f32 cannot compute, because the row sees numbers that are not
-//! finite, or because its scores or sums leave the range of f32. Rare, and slow.
+//! Attention of one row in f64, number by number. Used for rows that f32 cannot compute: rows that see numbers that are
+//! not finite, and rows whose scores or sums leave the range of f32. This is slow, and such rows are rare.
 
 use crate::Attention;
-use crate::plan::Sight;
+use crate::plan::VisibleRange;
 
-/// One query head of one new token.
+/// A row: one query head of one new token.
 pub(crate) struct Row<'a> {
     /// `(head_dim)`.
     pub(crate) q: &'a [f32],
-    /// Its number among the query heads.
+    /// The index of the query head.
     pub(crate) head: usize,
-    /// The token's position.
+    /// The position of the token.
     pub(crate) position: usize,
-    /// What it sees.
-    pub(crate) seen: Sight,
+    /// The positions that the token sees.
+    pub(crate) seen: VisibleRange,
     pub(crate) attention: &'a Attention,
 }
 
 impl Row<'_> {
-    /// Writes the weighted mean of the values that the row sees to `out (head_dim)`, and returns the logarithm, to base two,
-    /// of the sum of their weights. Zeros and -inf if it sees nothing.
+    /// Writes the weighted mean of the values that the row sees to `out (head_dim)`, and returns the base-2 logarithm
+    /// of the sum of their weights. If the row sees nothing, it writes zeros and returns -inf.
     ///
-    /// `load(position, k, v)` reads the key and the value of a token in the row's key head, or returns `false` if they are
-    /// no longer held.
+    /// `load(position, k, v)` reads the key and the value of a token in the row's key head. It returns `false` if the
+    /// token has no slot any more.
     pub(crate) fn attend(&self, load: impl Fn(usize, &mut [f32], &mut [f32]) -> bool, out: &mut [f32]) -> f32 {
         let [mut k, mut v] = [(); 2].map(|()| vec![0f32; out.len()]);
         let mut scores = Vec::new();
-        for position in (0..self.seen.sinks).chain(self.seen.recent.clone()) {
+        for position in (0..self.seen.sink_tokens).chain(self.seen.recent.clone()) {
             if !load(position, &mut k, &mut v) {
                 continue;
             }
             let score = self.score(position, &k);
             if score.is_nan() {
-                // So is every weight.
+                // Every weight is NaN, too.
                 out.fill(f32::NAN);
                 return f32::NAN;
             }

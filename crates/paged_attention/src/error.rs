@@ -1,89 +1,89 @@
-//! What can go wrong around a step.
+//! Errors of building a cache, of joining a step, and of committing it.
 
 use block_pool::{OutOfBlocks, PoolError, ReserveError, StorageError};
 use thiserror::Error;
 
-/// A cache cannot be made as asked.
+/// A cache could not be built.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CacheError {
-    /// The pool's numbers, or its memory.
+    /// The pool's numbers are invalid, or its memory could not be allocated.
     #[error(transparent)]
     Pool(#[from] PoolError),
-    /// The memory given is less than one block takes.
-    #[error("{bytes} bytes do not hold one block, which takes {bytes_per_block}")]
+    /// The given memory is less than the size of one block.
+    #[error("{bytes} bytes do not hold one block, which takes {bytes_per_block} bytes")]
     TooLittleMemory {
-        /// The memory given.
+        /// The given memory, in bytes.
         bytes: usize,
-        /// What one block takes over all layers.
+        /// The size of one block in bytes, over all layers.
         bytes_per_block: usize,
     },
-    /// The fused backend and its kernels exist for CPUs only.
-    #[error("the fused backend needs the tensors on a CPU; use the gather backend")]
+    /// The fused backend runs on CPUs only.
+    #[error("the fused backend runs on a CPU only; use the gather backend on other devices")]
     FusedNeedsCpu,
-    /// Sums of products of 8-bit numbers have room for a number of dimensions.
-    #[error("heads of {head_dim} dimensions are too large for 8-bit storage, which takes up to {most}")]
+    /// The heads have too many dimensions for 8-bit storage: the integer sums of products would overflow.
+    #[error("heads of {head_dim} dimensions are too large for 8-bit storage, which takes at most {most}")]
     TooManyDimensions {
-        /// Dimensions per head.
+        /// The dimensions per head.
         head_dim: usize,
-        /// The most there can be.
+        /// The maximum for 8-bit storage.
         most: usize,
     },
-    /// The kernel needs instructions that this machine does not have.
+    /// The kernel needs instructions that this machine lacks.
     #[error("this machine cannot run the {0} kernel")]
     KernelUnavailable(&'static str),
 }
 
-/// A sequence could not join a step. The sequence, the step and the pool are as before.
+/// A sequence could not join a step. The sequence, the step and the pool are unchanged.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum PushError {
-    /// The pool has too few free blocks: wait, or preempt somebody.
+    /// The pool has too few available blocks: wait, or preempt another sequence.
     #[error(transparent)]
     OutOfBlocks(#[from] OutOfBlocks),
-    /// A shared block had to be copied, and the device refused.
+    /// A block with other readers had to be copied (copy-on-write), and the copy failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
-    /// A sequence takes part in a step with at least one token.
-    #[error("a sequence joins a step with at least one token")]
+    /// No tokens were given.
+    #[error("a sequence needs at least one token to join a step")]
     NoTokens,
     /// The table's blocks belong to another cache's pool.
     #[error("the table belongs to another pool")]
     ForeignTable,
-    /// Attention has begun: the step's tokens are settled.
-    #[error("a sequence cannot join a step after its first attention")]
+    /// A layer of the step was already written, so the rows of the step can no longer change.
+    #[error("a sequence cannot join a step after its first layer was written")]
     Started,
 }
 
-/// A step cannot be committed as asked. Its sequences are rolled back.
+/// A step could not be committed. Its sequences were rolled back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum CommitError {
-    /// There is not one number for each sequence.
-    #[error("accepted tokens are given for {accepted} sequences, {pushed} take part")]
+    /// The number of accepted counts differs from the number of sequences.
+    #[error("accepted tokens are given for {accepted} sequences, but the step has {pushed}")]
     Sequences {
-        /// The numbers given.
+        /// How many counts were given.
         accepted: usize,
-        /// The sequences in the step.
+        /// How many sequences the step has.
         pushed: usize,
     },
-    /// A sequence has fewer new tokens than were accepted.
-    #[error("{accepted} tokens of sequence {sequence} are accepted, {pushed} were pushed")]
+    /// More tokens of a sequence were accepted than were pushed.
+    #[error("{accepted} tokens of sequence {sequence} are accepted, but only {pushed} were pushed")]
     Tokens {
-        /// The sequence, counted in the order of pushes.
+        /// The index of the sequence, in the order of pushes.
         sequence: usize,
-        /// The tokens accepted.
+        /// How many of its tokens were accepted.
         accepted: usize,
-        /// The tokens it has in the step.
+        /// How many of its tokens were pushed.
         pushed: usize,
     },
-    /// A layer has no keys and values of the new tokens: whoever found them by their prefix would read what was left
-    /// there.
+    /// A layer was not written. A sequence that matched the new tokens as a prefix would read what was left in the
+    /// blocks.
     #[error("layer {layer} was not written in this step: the cache has {layers} layers")]
     Unwritten {
-        /// The first such layer.
+        /// The first layer that was not written.
         layer: usize,
-        /// The layers there are.
+        /// How many layers the cache has.
         layers: usize,
     },
 }

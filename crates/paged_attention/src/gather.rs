@@ -1,7 +1,8 @@
-//! Attention in plain tensor operations, for every device that candle has.
+//! Attention in plain tensor operations, for every device that candle supports.
 //!
-//! Blocks are copied together, and the rest is `softmax(q kᵀ) v` as one would write it for a contiguous cache. On a GPU
-//! this is a fallback; on a CPU it is the independent neighbour that the fused kernels are compared with.
+//! The blocks of a sequence are copied into one tensor. The rest is `softmax(q kᵀ) v`, as for a contiguous cache. On a
+//! GPU this is a fallback; it has never been run there. On a CPU it is an independent implementation that the fused
+//! kernels are compared with.
 
 use std::ops::Range;
 
@@ -10,14 +11,14 @@ use candle_core::{D, DType, Result, Tensor};
 
 use crate::Attention;
 use crate::dense::Row;
-use crate::plan::{Plan, Sight, Span};
+use crate::plan::{Plan, Span, VisibleRange};
 
 /// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place.
 pub(crate) fn write(layer: &Tensor, layout: &KvLayout, plan: &Plan, k: &Tensor, v: &Tensor) -> Result<()> {
     let width = layout.kv_heads * layout.head_dim;
     let rows = layer.reshape((layer.elem_count() / width, width))?;
     let keys: Vec<u32> = plan
-        .slots
+        .slot_mapping
         .iter()
         .map(|&slot| layout.token_row(slot as usize / layout.block_size, slot as usize % layout.block_size) as u32)
         .collect();
@@ -30,7 +31,7 @@ pub(crate) fn write(layer: &Tensor, layout: &KvLayout, plan: &Plan, k: &Tensor, 
     Ok(())
 }
 
-/// Copies the first `len` tokens of these blocks together: k and v, each `(len, kv_heads, head_dim)`.
+/// Copies the first `len` tokens of `blocks` into contiguous tensors: k and v, each `(len, kv_heads, head_dim)`.
 pub(crate) fn gather(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize) -> Result<(Tensor, Tensor)> {
     let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
     if len == 0 {
@@ -46,7 +47,7 @@ pub(crate) fn gather(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usi
     Ok((k.reshape(tokens)?.narrow(0, 0, len)?, v.reshape(tokens)?.narrow(0, 0, len)?))
 }
 
-/// Attends with q `(tokens, heads, head_dim)` to all tokens of each sequence.
+/// Attention of q `(tokens, heads, head_dim)` over all tokens of each sequence.
 pub(crate) fn attend(
     layer: &Tensor,
     layout: &KvLayout,
@@ -56,7 +57,7 @@ pub(crate) fn attend(
 ) -> Result<Tensor> {
     let each = |compute: fn(&Sequence<'_>) -> Result<Tensor>| {
         let one = |span: &Span| {
-            let positions: Vec<usize> = span.held(layout.block_size).collect();
+            let positions: Vec<usize> = span.positions(layout.block_size).collect();
             let (k, v) = gather(layer, layout, &plan.blocks[span.blocks.clone()], positions.len())?;
             let q = q.narrow(0, span.rows.start, span.rows.len())?;
             compute(&Sequence::new(span.clone(), attention, positions, &q, &k, &v)?)
@@ -64,8 +65,8 @@ pub(crate) fn attend(
         Tensor::cat(&plan.spans.iter().map(one).collect::<Result<Vec<_>>>()?, 0)
     };
     let out = each(|sequence| sequence.products(&sequence.v))?;
-    // One number comes from the device, whatever the number of sequences.
-    let out = if is_finite(&out)? { out } else { each(|sequence| sequence.again())? };
+    // One number is copied from the device, whatever the number of sequences.
+    let out = if is_finite(&out)? { out } else { each(|sequence| sequence.recompute())? };
     out.to_dtype(q.dtype())
 }
 
@@ -74,14 +75,14 @@ fn is_finite(numbers: &Tensor) -> Result<bool> {
     Ok((numbers * 0.0)?.sum_all()?.to_scalar::<f32>()? == 0.0)
 }
 
-/// Scores that are computed at a time, and so are kept: 16 MB of each thing that is made of them.
-const SCORES: usize = 1 << 22;
+/// How many scores are computed, and so kept in memory, at a time: 16 MB for each tensor of their shape.
+const MAX_SCORES: usize = 1 << 22;
 
-/// One sequence's new tokens, and what they may see. All numbers are f32.
+/// The new tokens of one sequence, and the keys and values of the tokens that they may see. All numbers are f32.
 pub(crate) struct Sequence<'a> {
     span: Span,
     attention: &'a Attention,
-    /// The positions of keys and values, in order.
+    /// The positions of the keys and values, in ascending order.
     positions: Vec<usize>,
     /// `(rows, heads, head_dim)`.
     q: Tensor,
@@ -91,8 +92,8 @@ pub(crate) struct Sequence<'a> {
 }
 
 impl<'a> Sequence<'a> {
-    /// The new tokens of `span`, q `(rows, heads, head_dim)`, and the tokens at `positions`, k and v
-    /// `(len, kv_heads, head_dim)`.
+    /// Takes q `(rows, heads, head_dim)` of the new tokens of `span`, and k and v `(len, kv_heads, head_dim)` of the
+    /// tokens at `positions`.
     pub(crate) fn new(
         span: Span,
         attention: &'a Attention,
@@ -106,13 +107,13 @@ impl<'a> Sequence<'a> {
         Ok(Self { span, attention, positions, q, k, v })
     }
 
-    /// Attention of all rows, `(rows, heads, head_dim)`, f32.
+    /// Attention of all rows, `(rows, heads, head_dim)` in f32.
     pub(crate) fn attend(&self) -> Result<Tensor> {
         let out = self.products(&self.v)?;
-        if is_finite(&out)? { Ok(out) } else { self.again() }
+        if is_finite(&out)? { Ok(out) } else { self.recompute() }
     }
 
-    /// Attention of all rows with these values. Those that are not finite reach rows that do not see them, too.
+    /// Attention of all rows over the values `v`. A value that is not finite also changes rows that do not see it.
     fn products(&self, v: &Tensor) -> Result<Tensor> {
         let (rows, heads, _) = self.q.dims3()?;
         let len = self.positions.len();
@@ -121,19 +122,19 @@ impl<'a> Sequence<'a> {
         }
         let keys = self.positions.iter().map(|&position| position as u32).collect();
         let keys = Tensor::from_vec(keys, (1, len), self.q.device())?;
-        let step = (SCORES / (heads * len)).max(1);
+        let step = (MAX_SCORES / (heads * len)).max(1);
         let pieces = (0..rows).step_by(step).map(|first| self.piece(first..rows.min(first + step), &keys, v));
-        // A zero is positive: the sign of a sum that is zero can be that of a value that weighs nothing.
+        // Adding zero turns -0.0 into 0.0: the sign of a zero sum can come from a value whose weight is zero.
         Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 0)? + 0.0
     }
 
-    /// Attention of some rows; `keys (1, len)` are the positions of keys.
+    /// Attention of some of the rows. `keys (1, len)` has the positions of the keys.
     fn piece(&self, rows: Range<usize>, keys: &Tensor, v: &Tensor) -> Result<Tensor> {
         let Self { attention, .. } = *self;
         let (_, heads, head_dim) = self.q.dims3()?;
         let (kv_heads, len, _) = self.k.dims3()?;
         let (first, n, group) = (rows.start, rows.len(), heads / kv_heads);
-        // The query heads of one key head become rows of one product: keys are not repeated.
+        // The query heads of one key head become the rows of one product, so that keys are not repeated.
         let q = (self.q.narrow(0, first, n)? * f64::from(attention.scale))?
             .reshape((n, kv_heads, group, head_dim))?
             .permute((1, 2, 0, 3))?
@@ -146,7 +147,7 @@ impl<'a> Sequence<'a> {
             scores = (scores + self.bias(rows.clone(), keys, slopes)?)?;
         }
         if let Some(seen) = self.seen(rows, keys)? {
-            // Chosen and not added: what is not a number stays so when something is added to it.
+            // Scores are replaced by -inf. Adding -inf would leave a NaN in place.
             let least = Tensor::new(f32::NEG_INFINITY, scores.device())?.broadcast_as(scores.shape())?;
             scores = seen.broadcast_as(scores.shape())?.where_cond(&scores, &least)?;
         }
@@ -160,7 +161,7 @@ impl<'a> Sequence<'a> {
             .reshape((n, heads, head_dim))
     }
 
-    /// A bias by distance, `(heads, rows, len)`.
+    /// The ALiBi bias by distance, `(heads, rows, len)`.
     fn bias(&self, rows: Range<usize>, keys: &Tensor, slopes: &[f32]) -> Result<Tensor> {
         let device = keys.device();
         let positions: Vec<f32> = rows.map(|row| (self.span.start + row) as f32).collect();
@@ -169,7 +170,7 @@ impl<'a> Sequence<'a> {
         Tensor::from_slice(slopes, (slopes.len(), 1, 1), device)?.broadcast_mul(&distances.unsqueeze(0)?)
     }
 
-    /// Which keys some rows see, `(rows, len)` of 0 and 1; `None` if each sees all of them.
+    /// The mask of the keys that some of the rows see, `(rows, len)` of 0 and 1. `None` if every row sees all keys.
     fn seen(&self, rows: Range<usize>, keys: &Tensor) -> Result<Option<Tensor>> {
         let Self { span, attention, .. } = self;
         let windowed = span.window.is_some() || attention.window.is_some();
@@ -177,47 +178,52 @@ impl<'a> Sequence<'a> {
         if !windowed && (!attention.causal || last_alone) {
             return Ok(None);
         }
-        let sights: Vec<Sight> = rows.map(|row| span.sight(row, attention)).collect();
-        let column = |of: fn(&Sight) -> usize| {
-            let ends = sights.iter().map(|sight| of(sight) as u32).collect();
-            Tensor::from_vec(ends, (sights.len(), 1), keys.device())
+        let ranges: Vec<VisibleRange> = rows.map(|row| span.visible(row, attention)).collect();
+        let column = |of: fn(&VisibleRange) -> usize| {
+            let ends = ranges.iter().map(|visible| of(visible) as u32).collect();
+            Tensor::from_vec(ends, (ranges.len(), 1), keys.device())
         };
-        let from = keys.broadcast_ge(&column(|sight| sight.recent.start)?)?;
-        let before = keys.broadcast_lt(&column(|sight| sight.recent.end)?)?;
-        let sinks = keys.broadcast_lt(&column(|sight| sight.sinks)?)?;
-        // Recent ones begin behind the sinks.
-        Ok(Some((sinks + (from * before)?)?))
+        let from = keys.broadcast_ge(&column(|visible| visible.recent.start)?)?;
+        let before = keys.broadcast_lt(&column(|visible| visible.recent.end)?)?;
+        let sink_tokens = keys.broadcast_lt(&column(|visible| visible.sink_tokens)?)?;
+        // The two ranges are disjoint: recent positions begin after the sink tokens.
+        Ok(Some((sink_tokens + (from * before)?)?))
     }
 
-    /// Attention of all rows, where some of the numbers are not finite, or sums leave f32. Computed as ever without the values
-    /// that are not finite, which makes it, to the last bit, what it is beside ordinary numbers; and in f64 for rows that see
-    /// such values, or whose result is not finite for another reason.
-    fn again(&self) -> Result<Tensor> {
+    /// Attention of all rows when some numbers are not finite, or sums leave the range of f32.
+    ///
+    /// First all rows are computed in f32 with the non-finite values set to zero. A row that sees none of them gets, to
+    /// the last bit, the result that it has without them. Rows that see non-finite values, and rows whose result is
+    /// still not finite, are then computed in f64.
+    fn recompute(&self) -> Result<Tensor> {
         let finite = self.v.abs()?.le(f32::MAX)?;
         let mut out = numbers(&self.products(&finite.where_cond(&self.v, &self.v.zeros_like()?)?)?)?;
         let (_, len, head_dim) = self.v.dims3()?;
-        // For each key head, how many of the values before each place are not finite.
+        // For each key head and each index of a token, how many tokens before it have a value that is not finite.
         let v = numbers(&self.v)?;
-        let counts: Vec<Vec<usize>> = v.chunks_exact((len * head_dim).max(1)).map(|v| count(v, head_dim)).collect();
-        let place = |position: usize| self.positions.partition_point(|&before| before < position);
-        let sees_such = |seen: &Sight, key_head: usize| {
+        let counts: Vec<Vec<usize>> =
+            v.chunks_exact((len * head_dim).max(1)).map(|v| count_non_finite(v, head_dim)).collect();
+        let index_of = |position: usize| self.positions.partition_point(|&before| before < position);
+        let sees_non_finite = |visible: &VisibleRange, key_head: usize| {
             let counts: &[usize] = &counts[key_head];
-            [0..seen.sinks, seen.recent.clone()].iter().any(|seen| counts[place(seen.start)] < counts[place(seen.end)])
+            [0..visible.sink_tokens, visible.recent.clone()]
+                .iter()
+                .any(|range| counts[index_of(range.start)] < counts[index_of(range.end)])
         };
-        self.in_f64(&mut out, sees_such)?;
+        self.in_f64(&mut out, sees_non_finite)?;
         Tensor::from_vec(out, self.q.shape(), self.q.device())
     }
 
-    /// Computes rows of `out (rows, heads, head_dim)` in f64: those that are not finite, and those for which `also` says so, by
-    /// what they see and their key head.
-    pub(crate) fn in_f64(&self, out: &mut [f32], also: impl Fn(&Sight, usize) -> bool) -> Result<()> {
+    /// Computes rows of `out (rows, heads, head_dim)` in f64: rows that are not finite, and rows for which `also`
+    /// returns true. `also` gets the positions that the row sees and its key head.
+    pub(crate) fn in_f64(&self, out: &mut [f32], also: impl Fn(&VisibleRange, usize) -> bool) -> Result<()> {
         let (_, heads, head_dim) = self.q.dims3()?;
         let (kv_heads, len, _) = self.k.dims3()?;
         let (q, k, v) = (numbers(&self.q)?, numbers(&self.k)?, numbers(&self.v)?);
         for (i, (q, out)) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)).enumerate() {
             let (row, head) = (i / heads, i % heads);
             let key_head = head / (heads / kv_heads);
-            let seen = self.span.sight(row, self.attention);
+            let seen = self.span.visible(row, self.attention);
             if out.iter().all(|x| x.is_finite()) && !also(&seen, key_head) {
                 continue;
             }
@@ -234,13 +240,14 @@ impl<'a> Sequence<'a> {
     }
 }
 
-/// All numbers of a tensor of f32.
+/// All numbers of an f32 tensor.
 fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.flatten_all()?.to_vec1()
 }
 
-/// How many of the tokens before each one, and of all, have a number that is not finite.
-fn count(v: &[f32], head_dim: usize) -> Vec<usize> {
+/// For each token, how many tokens before it have a number that is not finite; at the end, how many of all tokens have
+/// one.
+fn count_non_finite(v: &[f32], head_dim: usize) -> Vec<usize> {
     let mut before = 0;
     let mut counts = vec![0];
     for v in v.chunks_exact(head_dim) {
@@ -250,16 +257,17 @@ fn count(v: &[f32], head_dim: usize) -> Vec<usize> {
     counts
 }
 
-/// `cap * tanh(scores / cap)`, for every finite cap and scores of every size.
+/// `cap * tanh(scores / cap)`, exact for every finite cap and for scores of every size.
 fn capped(scores: &Tensor, cap: f32) -> Result<Tensor> {
-    /// Where `tanh x` is `x` within f32.
+    /// Below this, `tanh x` equals `x` in f32.
     const LINEAR: f32 = 1.0 / 4096.0;
-    // The inverse of a cap can lie beyond f32, its root not.
+    // The inverse of the cap can be out of the range of f32. The root of the inverse is not.
     let root = f64::from(cap).recip().sqrt();
-    let parts = ((scores * root)? * root)?;
-    let large = (parts.tanh()? * f64::from(cap))?;
-    // What is not finite, and may only not be so in f32, does not become the cap, but stays visible.
-    parts.abs()?.lt(LINEAR)?.where_cond(scores, &large)? + (scores * 0.0)?
+    let ratios = ((scores * root)? * root)?;
+    let large = (ratios.tanh()? * f64::from(cap))?;
+    // A score that is not finite must not become the cap: it stays not finite, and its row is computed again in f64,
+    // where the score may be finite.
+    ratios.abs()?.lt(LINEAR)?.where_cond(scores, &large)? + (scores * 0.0)?
 }
 
 #[cfg(test)]
@@ -269,7 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capped_scores_are_right_for_every_cap() -> Result<()> {
+    fn capped_scores_match_f64_for_every_cap() -> Result<()> {
         let sizes = (-40..=38).flat_map(|exponent| [1.0, -3.0].map(|x| (x * 10f64.powi(exponent)) as f32));
         let scores: Vec<f32> = sizes.filter(|x| x.is_finite()).collect();
         let tensor = Tensor::new(scores.as_slice(), &Device::Cpu)?;
@@ -278,7 +286,7 @@ mod tests {
             for (score, got) in scores.iter().zip(capped(&tensor, cap)?.to_vec1::<f32>()?) {
                 let (wide, got) = (f64::from(cap), f64::from(got));
                 let truth = wide * (f64::from(*score) / wide).tanh();
-                // Numbers below the normal ones have fewer digits.
+                // Subnormal numbers have fewer digits.
                 let off = (got - truth).abs() - f64::from(f32::from_bits(1));
                 assert!(off <= 1e-6 * truth.abs(), "cap {cap:e}, score {score:e}: {got:e} instead of {truth:e}");
             }

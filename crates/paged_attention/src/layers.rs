@@ -1,38 +1,39 @@
-//! A set of a cache's layers.
+//! A set of layers of a cache.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Layers per word.
 const WORD: usize = u64::BITS as usize;
 
-/// A set of the layers `0..layers`, which threads can add to at the same time. Up to 64 layers need no allocation.
+/// A set of layers out of `0..layers`. Several threads can insert at the same time. Up to 64 layers need no allocation.
 ///
-/// Nothing is read through it: who asks for what is missing has the set to itself, and with it everything that other
-/// threads did before. So relaxed operations suffice.
+/// Relaxed operations suffice, because the set orders no other memory accesses: it is checked for missing layers only
+/// when one thread has exclusive access to it, and the synchronisation that gave that access orders all earlier
+/// operations.
 #[derive(Debug)]
 pub(crate) struct Layers {
     layers: usize,
     /// The first 64 layers.
     first: AtomicU64,
-    /// 64 layers each.
+    /// The layers after the first 64, 64 in each word.
     rest: Box<[AtomicU64]>,
 }
 
 impl Layers {
-    /// None of so many layers.
+    /// The empty set, of `layers` possible layers.
     pub(crate) fn none_of(layers: usize) -> Self {
         let words = layers.div_ceil(WORD).saturating_sub(1);
         Self { layers, first: AtomicU64::new(0), rest: (0..words).map(|_| AtomicU64::new(0)).collect() }
     }
 
-    /// How many layers there are, in the set or not.
+    /// How many layers are possible, in the set or not.
     pub(crate) fn layers(&self) -> usize {
         self.layers
     }
 
-    /// Adds a layer, if there is such a layer, and says whether there is.
+    /// Adds a layer. Returns `false`, and changes nothing, if the layer does not exist.
     pub(crate) fn insert(&self, layer: usize) -> bool {
-        match self.place(layer) {
+        match self.word_and_bit(layer) {
             Some((word, bit)) => {
                 word.fetch_or(bit, Ordering::Relaxed);
                 true
@@ -41,16 +42,16 @@ impl Layers {
         }
     }
 
-    /// Takes a layer out; it seldom is there, and then this only reads.
+    /// Removes a layer. Usually it is not in the set, and then nothing is written.
     pub(crate) fn remove(&self, layer: usize) {
-        if let Some((word, bit)) = self.place(layer)
+        if let Some((word, bit)) = self.word_and_bit(layer)
             && word.load(Ordering::Relaxed) & bit != 0
         {
             word.fetch_and(!bit, Ordering::Relaxed);
         }
     }
 
-    /// Adds all layers of another set, which has as many.
+    /// Adds all layers of another set of the same number of possible layers.
     pub(crate) fn insert_all(&self, other: &Layers) {
         for (word, other) in self.words().zip(other.words()) {
             word.fetch_or(other.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -69,7 +70,8 @@ impl Layers {
         std::iter::once(&self.first).chain(&self.rest)
     }
 
-    fn place(&self, layer: usize) -> Option<(&AtomicU64, u64)> {
+    /// The word that has the layer, and the layer's bit in it; `None` if the layer does not exist.
+    fn word_and_bit(&self, layer: usize) -> Option<(&AtomicU64, u64)> {
         let word = match layer / WORD {
             _ if layer >= self.layers => return None,
             0 => &self.first,
@@ -86,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_a_set_of_any_number_of_layers() {
+    fn behaves_like_a_set_for_any_number_of_layers() {
         for layers in [0, 1, 2, 63, 64, 65, 127, 128, 129, 1000] {
             let set = Layers::none_of(layers);
             assert_eq!(set.rest.len(), layers.saturating_sub(1) / 64, "{layers} layers");

@@ -8,8 +8,8 @@ mod dense;
 mod error;
 mod gather;
 mod layers;
-mod parts;
 mod plan;
+mod segments;
 mod step;
 mod validate;
 mod wrap;
@@ -19,21 +19,21 @@ pub use builder::{Backend, KvCacheBuilder};
 pub use cache::KvCache;
 pub use cpu::Kernel;
 pub use error::{CacheError, CommitError, PushError};
-pub use parts::{Part, attend_parts};
+pub use segments::{Segment, attend_segments};
 pub use step::Step;
 pub use validate::AttendError;
 pub use wrap::{find_error, wrap_error};
 
 pub use block_pool::{
-    BlockId, BlockPool, BlockState, Found, KvDtype, KvShape, OutOfBlocks, PoolError, PoolEvent, PoolEvents, PrefixKey,
-    ReserveError, Salt, Snapshot, Stats, StorageError,
+    BlockId, BlockPool, BlockState, KvDtype, KvEvent, KvEvents, KvShape, OutOfBlocks, PoolError, PrefixKey,
+    PrefixMatch, ReserveError, Salt, Snapshot, Stats, StorageError,
 };
 pub use block_table::{
-    Admission, Admitted, BehindWindow, BlockTable, Need, NotReserved, Room, SequenceError, SequenceId, Sequences,
-    SwappedTable, TableOptions, Taken, Window,
+    Admission, Admitted, BlockTable, CheckedOut, Need, NotReserved, OutOfWindow, Room, SequenceError, SequenceId,
+    Sequences, SwappedTable, TableOptions, Window, preemption_victim,
 };
 
-/// The pages whose examples are compiled and run as tests.
+/// Pages whose examples are compiled and run as tests.
 #[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../../../README.md")]

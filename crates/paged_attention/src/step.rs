@@ -1,4 +1,4 @@
-//! One forward pass over a batch of sequences.
+//! The step: one forward pass over a batch of sequences.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,11 +12,11 @@ use crate::{AttendError, Attention, CommitError, KvCache, PushError, cpu, gather
 
 /// One forward pass over a batch of sequences, prefill and decode alike.
 ///
-/// Sequences join with [`push`](Self::push), each layer calls [`attend`](Self::attend) once, and
-/// [`commit`](Self::commit) makes the new tokens part of their sequences, if every layer has been written. A step that
-/// is dropped instead, by an early return or a panic, rolls every sequence back.
+/// [`push`](Self::push) adds a sequence, each layer calls [`attend`](Self::attend) once, and [`commit`](Self::commit)
+/// makes the new tokens part of their sequences, provided that every layer has been written. A step that is dropped
+/// instead, by an early return or a panic, rolls every sequence back.
 ///
-/// The step borrows its tables: pushing one twice, or dropping one in mid-step, does not compile.
+/// The step borrows its tables: code that pushes a table twice, or drops it during the step, does not compile.
 ///
 /// ```compile_fail
 /// # use paged_attention::{KvCache, KvShape};
@@ -35,9 +35,9 @@ pub struct Step<'t> {
     pushed: Vec<Pushed<'t>>,
     plan: Plan,
     token_ids: Vec<u32>,
-    /// Whether some layer has been written: from then on nobody may join.
+    /// Whether a layer has been written. From then on no sequence can join.
     started: AtomicBool,
-    /// Layers that have the new tokens' keys and values, or were declared to do without.
+    /// The layers that have the keys and values of the new tokens, or were declared to stay unwritten.
     written: Layers,
 }
 
@@ -58,18 +58,25 @@ impl<'t> Step<'t> {
         }
     }
 
-    /// Adds a sequence with its next tokens: a whole prompt, a part of one, or the token just sampled.
+    /// Adds a sequence with its next tokens: a whole prompt, a chunk of a prompt, or the token that was just sampled.
     ///
-    /// Takes the blocks that the tokens need, and copies the last block if others read it.
+    /// Reserves slots for the tokens: allocates the blocks that they need, and copies the last block if it has other
+    /// readers.
     ///
-    /// The tokens stand for what is computed: two sequences with the same salt and the same tokens end up sharing the
-    /// blocks of one of them. Where tokens do not say it all, give the table a [`Salt`](crate::Salt), or make it
-    /// [`private`](crate::TableOptions::private).
+    /// The tokens identify what is computed: two sequences with the same salt and the same tokens end up sharing the
+    /// blocks of one of them. If tokens alone do not identify the input, as with embeddings, give the table a
+    /// [`Salt`](crate::Salt), or make it [`private`](crate::TableOptions::private).
     ///
     /// # Errors
     ///
-    /// [`PushError::OutOfBlocks`] when the pool has too few free blocks. After any error the sequence, the step and the
-    /// pool are as before, and the step goes on with the sequences it has.
+    /// - [`PushError::OutOfBlocks`] when the pool has too few available blocks.
+    /// - [`PushError::Storage`] when the copy of the last block fails.
+    /// - [`PushError::NoTokens`] when `tokens` is empty.
+    /// - [`PushError::ForeignTable`] when the table belongs to another pool.
+    /// - [`PushError::Started`] when a layer of the step has been written.
+    ///
+    /// After any error the sequence, the step and the pool are unchanged, and the step can go on with the sequences it
+    /// has.
     pub fn push(&mut self, table: &'t mut BlockTable, tokens: &[u32]) -> std::result::Result<(), PushError> {
         if *self.started.get_mut() {
             return Err(PushError::Started);
@@ -87,47 +94,47 @@ impl<'t> Step<'t> {
         Ok(())
     }
 
-    /// How many sequences take part.
+    /// The number of sequences in the step.
     pub fn sequences(&self) -> usize {
         self.pushed.len()
     }
 
-    /// How many new tokens they have together: the rows of `q`, `k` and `v`.
+    /// The number of new tokens of all sequences together: the rows of `q`, `k` and `v`.
     pub fn tokens(&self) -> usize {
         self.plan.rows()
     }
 
-    /// The new tokens' ids, sequence after sequence: `(tokens)` of u32, what the embedding takes.
+    /// The ids of the new tokens, sequence after sequence: `(tokens)` of u32, the input of the embedding.
     ///
     /// # Errors
     ///
-    /// When the device refuses.
+    /// The error of the device.
     pub fn token_ids(&self) -> Result<Tensor> {
         Tensor::new(self.token_ids.as_slice(), self.cache.device())
     }
 
-    /// Each new token's position in its sequence: `(tokens)` of u32, what the rotary embedding takes.
+    /// The position of each new token in its sequence: `(tokens)` of u32, the input of the rotary embedding.
     ///
     /// # Errors
     ///
-    /// When the device refuses.
+    /// The error of the device.
     pub fn positions(&self) -> Result<Tensor> {
-        let positions = |span: &Span| (span.behind + span.start) as u32..(span.behind + span.len()) as u32;
+        let positions = |span: &Span| (span.dropped + span.start) as u32..(span.dropped + span.len()) as u32;
         let positions: Vec<u32> = self.plan.spans.iter().flat_map(positions).collect();
         Tensor::new(positions, self.cache.device())
     }
 
-    /// The row of each sequence's last token: `(sequences)` of u32, whose logits are sampled from.
+    /// The row of the last token of each sequence: `(sequences)` of u32. The logits of these rows are sampled from.
     ///
     /// # Errors
     ///
-    /// When the device refuses.
+    /// The error of the device.
     pub fn last_rows(&self) -> Result<Tensor> {
         let rows: Vec<u32> = self.plan.spans.iter().map(|span| span.rows.end as u32 - 1).collect();
         Tensor::new(rows, self.cache.device())
     }
 
-    /// Stores the new tokens' keys and values in one layer, and attends to all tokens of each sequence.
+    /// Writes the keys and values of the new tokens to one layer, and attends to all tokens of each sequence.
     ///
     /// | tensor | shape |
     /// |---|---|
@@ -135,17 +142,19 @@ impl<'t> Step<'t> {
     /// | `k`, `v` | `(tokens, kv_heads, head_dim)` |
     ///
     /// `heads` is a multiple of `kv_heads`: query head `h` reads key head `h / (heads / kv_heads)` (grouped-query
-    /// attention, Ainslie et al. 2023). The three are f32, f16 or bf16, all the same; the cache may store another type.
-    /// Arithmetic is in f32. Positions are the caller's: apply the rotary embedding to `q` and `k` before.
+    /// attention, Ainslie et al. 2023). `q`, `k` and `v` have the same type: f32, f16 or bf16. The cache may store
+    /// another type. The arithmetic is in f32. Attention does not apply positions: apply the rotary embedding to `q`
+    /// and `k` before.
     ///
-    /// On a CPU the threads of the current rayon pool ([`rayon::ThreadPool::install`], or the global one) share the work with
-    /// the caller. Sequences of one cache can be stepped by several threads, and by several tasks of one pool.
+    /// With the fused backend, the threads of the current rayon pool ([`rayon::ThreadPool::install`], or the global
+    /// pool) share the work with the caller. Several threads, or several tasks of one rayon pool, can step different
+    /// sequences of one cache at the same time.
     ///
     /// # Errors
     ///
-    /// [`AttendError`], wrapped, when the layer does not exist or a shape, dtype or device is wrong; nothing was
-    /// written then. Otherwise what the device reports; the layer then counts as not written, until a later call
-    /// succeeds.
+    /// [`AttendError`], wrapped, when the layer does not exist, a shape, dtype or device is wrong, or `attention` does
+    /// not fit the query heads; nothing was written then. Otherwise the error of the device; the layer then counts as
+    /// not written until a later call succeeds.
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
         let _span =
             tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();
@@ -153,18 +162,18 @@ impl<'t> Step<'t> {
         self.fill(layer, k, v)?;
         let tensor = validate::layer(self.cache.tensors(), layer)?;
         let attended = match self.cache.layout().order {
-            Order::HeadMajor | Order::Int8 => {
+            Order::Panels | Order::QuadPanels => {
                 let (layout, kernel) = (self.cache.layout(), self.cache.kernel());
                 cpu::attend(tensor, q, &cpu::Call { layout, plan: &self.plan, heads, attention, kernel })?
             }
-            Order::TokenMajor => gather::attend(tensor, self.cache.layout(), &self.plan, q, attention)?,
+            Order::Nhd => gather::attend(tensor, self.cache.layout(), &self.plan, q, attention)?,
         };
         self.written.insert(layer);
         Ok(attended)
     }
 
-    /// Stores the new tokens' keys and values in one layer without attending, both `(tokens, kv_heads, head_dim)`: for
-    /// layers whose attention is computed elsewhere.
+    /// Writes the keys and values of the new tokens to one layer, both `(tokens, kv_heads, head_dim)`, without
+    /// attention: for layers whose attention is computed elsewhere.
     ///
     /// # Errors
     ///
@@ -175,26 +184,26 @@ impl<'t> Step<'t> {
         Ok(())
     }
 
-    /// Stores keys and values. The layer counts as not written from the first change on, for the caller to decide when
-    /// it is.
+    /// Writes keys and values to a layer. The layer counts as not written from the first change on; the caller marks it
+    /// as written when all its work has succeeded.
     fn fill(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let tensor = validate::layer(self.cache.tensors(), layer)?;
         validate::keys_and_values(&self.cache, self.plan.rows(), k, v)?;
         self.started.store(true, Ordering::Relaxed);
         self.written.remove(layer);
         match self.cache.layout().order {
-            Order::HeadMajor | Order::Int8 => cpu::write(tensor, k, v, self.cache.layout(), &self.plan),
-            Order::TokenMajor => gather::write(tensor, self.cache.layout(), &self.plan, k, v),
+            Order::Panels | Order::QuadPanels => cpu::write(tensor, k, v, self.cache.layout(), &self.plan),
+            Order::Nhd => gather::write(tensor, self.cache.layout(), &self.plan, k, v),
         }
     }
 
-    /// Declares that these layers get no keys and values in this step, so that it can be committed without: for a model
-    /// that leaves early, or that skips layers. Can be said at any time before the commit, in the model's loop over its
-    /// layers too.
+    /// Declares that these layers get no keys and values in this step, so that it can be committed without them: for a
+    /// model that exits early or skips layers. It can be called at any time before the commit, also from inside the
+    /// model's loop over its layers.
     ///
-    /// Nobody may attend to the step's tokens in these layers: not this sequence later, not one that shares its prefix.
-    /// There they hold anything. If some passes of a model write a layer and others do not, give their tables different
-    /// [salts](crate::Salt).
+    /// The content of the step's tokens in these layers is arbitrary. No later step may attend to them there: not of
+    /// the same sequence, and not of a sequence that shares its prefix. If some passes of a model write a layer and
+    /// others do not, give their tables different [salts](crate::Salt).
     ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
@@ -214,7 +223,7 @@ impl<'t> Step<'t> {
     ///
     /// # Errors
     ///
-    /// [`AttendError::NoLayer`], wrapped, for the first layer that does not exist; none is declared then.
+    /// [`AttendError::NoLayer`], wrapped, for the first layer that does not exist. No layer is declared then.
     pub fn leave_unwritten(&self, layers: impl IntoIterator<Item = usize>) -> Result<()> {
         let declared = Layers::none_of(self.written.layers());
         for layer in layers {
@@ -226,31 +235,35 @@ impl<'t> Step<'t> {
         Ok(())
     }
 
-    /// Makes the new tokens part of their sequences. Blocks that are full now can be found by others.
+    /// Makes the new tokens part of their sequences. Blocks that became full are cached: other sequences can match them
+    /// as a prefix.
     ///
     /// # Errors
     ///
     /// [`CommitError::Unwritten`] when a layer has neither been written nor [declared to stay
     /// unwritten](Self::leave_unwritten). Every sequence is rolled back then. A step without sequences has nothing to
-    /// write.
+    /// write, so its commit succeeds.
     pub fn commit(mut self) -> std::result::Result<(), CommitError> {
         self.check_written()?;
         let all = std::mem::take(&mut self.pushed);
         for (Pushed { table }, span) in all.into_iter().zip(&self.plan.spans) {
             let committed = table.commit_tokens(&self.token_ids[span.rows.clone()]);
-            debug_assert!(committed.is_ok(), "`push` has reserved them");
+            debug_assert!(committed.is_ok(), "`push` has reserved the slots");
         }
         Ok(())
     }
 
-    /// Makes only the first few of each sequence's new tokens part of it, and rolls the rest back: for speculative
-    /// decoding, where the model accepts a part of what was drafted. `accepted` has one number for each sequence, in the
-    /// order in which they were pushed.
+    /// Makes only the first `accepted[i]` new tokens of sequence `i` part of it, and rolls the rest back: for
+    /// speculative decoding, where the model accepts some of the drafted tokens. `accepted` has one number for each
+    /// sequence, in the order in which the sequences were pushed.
     ///
     /// # Errors
     ///
-    /// [`CommitError`] when there are not as many numbers as sequences, or one is greater than the number of tokens
-    /// pushed; and as [`commit`](Self::commit), whatever was accepted. Every sequence is rolled back then.
+    /// - [`CommitError::Sequences`] when the number of counts differs from the number of sequences.
+    /// - [`CommitError::Tokens`] when more tokens of a sequence are accepted than were pushed.
+    /// - [`CommitError::Unwritten`] as for [`commit`](Self::commit), whatever was accepted.
+    ///
+    /// Every sequence is rolled back then.
     pub fn commit_accepted(mut self, accepted: &[usize]) -> std::result::Result<(), CommitError> {
         if accepted.len() != self.pushed.len() {
             return Err(CommitError::Sequences { accepted: accepted.len(), pushed: self.pushed.len() });
@@ -265,13 +278,13 @@ impl<'t> Step<'t> {
         for ((Pushed { table }, span), accepted) in self.pushed.iter_mut().zip(&self.plan.spans).zip(accepted) {
             let tokens = &self.token_ids[span.rows.clone()][..*accepted];
             let committed = table.commit_tokens(tokens);
-            debug_assert!(committed.is_ok(), "`push` has reserved them");
+            debug_assert!(committed.is_ok(), "`push` has reserved the slots");
         }
-        // What was not accepted is rolled back as the step is dropped.
+        // Dropping the step rolls back the tokens that were not accepted.
         Ok(())
     }
 
-    /// Others will read every layer of what is committed.
+    /// Checks that every layer was written: other sequences can read every layer of committed tokens.
     fn check_written(&self) -> std::result::Result<(), CommitError> {
         match self.written.first_missing() {
             Some(layer) if !self.pushed.is_empty() => {
@@ -287,7 +300,7 @@ impl Drop for Step<'_> {
         for Pushed { table } in &mut self.pushed {
             table.roll_back();
         }
-        // A recorder is somebody else's code: if it panicked while a panic unwinds, the process would be aborted.
+        // The recorder is the host's code. If it panicked while another panic unwinds, the process would abort.
         if !std::thread::panicking() {
             self.cache.record_metrics();
         }

@@ -1,4 +1,4 @@
-//! Whether the tensors given to attention fit the step, before anything is written.
+//! Checks of the arguments of attention, made before anything is written.
 
 use block_pool::{BlockPool, KvShape, KvTensors};
 use block_table::BlockTable;
@@ -6,17 +6,18 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::{Attention, KvCache, wrap_error};
 
-/// What is wrong with the arguments of [`Step::attend`](crate::Step::attend). It arrives inside a
-/// `candle_core::Error`, so that `?` works in a model; [`find_error`](crate::find_error) takes it out again.
+/// The arguments of [`Step::attend`](crate::Step::attend), or of another function that reads or writes a layer, are
+/// invalid. The error is wrapped in a `candle_core::Error`, so that `?` works in a model;
+/// [`find_error`](crate::find_error) finds it there.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttendError {
     /// The layer does not exist.
-    #[error("there is no layer {layer}: the cache has {layers}")]
+    #[error("there is no layer {layer}: the cache has {layers} layers")]
     NoLayer {
-        /// The layer asked for.
+        /// The layer that was asked for.
         layer: usize,
-        /// The layers there are.
+        /// How many layers the cache has.
         layers: usize,
     },
     /// A tensor has the wrong shape.
@@ -24,59 +25,60 @@ pub enum AttendError {
     Shape {
         /// `q`, `k` or `v`.
         tensor: &'static str,
-        /// Its shape.
+        /// The shape it has.
         got: Vec<usize>,
         /// The shape it should have.
         expected: String,
     },
-    /// The query heads do not form equal groups, one for each key head.
+    /// The number of query heads is not a multiple of the number of key heads.
     #[error("{heads} query heads are not a multiple of {kv_heads} key heads")]
     Groups {
-        /// Query heads.
+        /// The number of query heads.
         heads: usize,
-        /// Key and value heads.
+        /// The number of key and value heads.
         kv_heads: usize,
     },
-    /// There is not one slope for each query head.
-    #[error("{slopes} slopes for {heads} query heads")]
+    /// The number of ALiBi slopes differs from the number of query heads.
+    #[error("{slopes} ALiBi slopes were given for {heads} query heads")]
     Slopes {
-        /// The slopes given.
+        /// How many slopes were given.
         slopes: usize,
-        /// Query heads.
+        /// The number of query heads.
         heads: usize,
     },
-    /// Scores cannot be kept between these bounds.
+    /// The soft cap is zero, negative or NaN.
     #[error("a soft cap of {0} is not greater than 0")]
     SoftCap(f32),
-    /// A tensor has a type that attention does not read, or another than `q`.
+    /// A tensor has a type that attention does not read, or `k` or `v` differs in type from the others.
     #[error("{tensor} is {got}, expected {expected}")]
     DType {
         /// `q`, `k` or `v`.
         tensor: &'static str,
-        /// Its type.
+        /// The type it has.
         got: &'static str,
         /// The type it should have.
         expected: &'static str,
     },
-    /// A tensor lies on another device than the cache.
+    /// A tensor is on another device than the cache.
     #[error("{tensor} is on {got}, the cache is on {expected}")]
     Device {
         /// `q`, `k` or `v`.
         tensor: &'static str,
-        /// Where it lies.
+        /// The tensor's device.
         got: String,
-        /// Where the cache lies.
+        /// The cache's device.
         expected: String,
     },
-    /// No sequence takes part in the step.
+    /// The step has no sequences, or the tensors have no rows.
     #[error("no sequence was pushed to the step")]
     EmptyStep,
     /// The table's blocks belong to another cache's pool.
     #[error("the table belongs to another pool")]
     ForeignTable,
-    /// The parts of [`attend_parts`](crate::attend_parts), or the positions written or read without a step, do not fit.
+    /// The segments of [`attend_segments`](crate::attend_segments), or the positions of [`KvCache::write`] or
+    /// [`KvCache::read`], are invalid. The text says why.
     #[error("{0}")]
-    Parts(String),
+    Segments(String),
 }
 
 pub(crate) fn layer(tensors: &KvTensors, layer: usize) -> Result<&Tensor> {
@@ -92,14 +94,14 @@ pub(crate) fn keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tens
     check_keys_and_values(cache, rows, k, v).map_err(wrap_error)
 }
 
-/// Checks q beside k, and what the layer asks for; returns the number of query heads.
+/// Checks q, its type against that of k, and the attention parameters. Returns the number of query heads.
 pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, attention: &Attention) -> Result<usize> {
     let heads = queries_alone(cache, rows, q, attention)?;
     same_dtype(k, "k", q).map_err(wrap_error)?;
     Ok(heads)
 }
 
-/// Checks q, and what the layer asks for; returns the number of query heads.
+/// Checks q and the attention parameters. Returns the number of query heads.
 pub(crate) fn queries_alone(cache: &KvCache, rows: usize, q: &Tensor, attention: &Attention) -> Result<usize> {
     check_queries(cache, rows, q)
         .and_then(|heads| check_attention(attention, heads).map(|()| heads))
@@ -126,7 +128,7 @@ fn check_keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -
             let expected = format!("({rows} tokens, {kv_heads} kv_heads, {head_dim} head_dim)");
             return Err(AttendError::Shape { tensor: name, got: tensor.dims().to_vec(), expected });
         }
-        check_number(cache, tensor, name)?;
+        check_dtype_and_device(cache, tensor, name)?;
     }
     same_dtype(v, "v", k)
 }
@@ -146,12 +148,16 @@ fn check_queries(cache: &KvCache, rows: usize, q: &Tensor) -> std::result::Resul
     if heads % kv_heads != 0 {
         return Err(AttendError::Groups { heads, kv_heads });
     }
-    check_number(cache, q, "q")?;
+    check_dtype_and_device(cache, q, "q")?;
     Ok(heads)
 }
 
-/// Whether attention can read a tensor's numbers: their type, and where they lie.
-fn check_number(cache: &KvCache, tensor: &Tensor, name: &'static str) -> std::result::Result<(), AttendError> {
+/// Checks that a tensor has a type that attention reads, and is on the cache's device.
+fn check_dtype_and_device(
+    cache: &KvCache,
+    tensor: &Tensor,
+    name: &'static str,
+) -> std::result::Result<(), AttendError> {
     if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {
         return Err(AttendError::DType { tensor: name, got: tensor.dtype().as_str(), expected: "f32, f16 or bf16" });
     }

@@ -1,21 +1,22 @@
-//! Errors inside candle's, and how they are found there again.
+//! Errors wrapped in candle's error type, and how to find them there.
 //!
-//! A model's functions return `candle_core::Error`, so what goes wrong in a cache comes out of them as one. Candle's own
-//! `Error::wrap` keeps no more of an error than its text. An I/O error keeps the error itself, and a candle error keeps an I/O
-//! error as it is: so that is the way in.
+//! A model's functions return `candle_core::Error`, so an error of the cache has to be wrapped in one. Candle's own
+//! `Error::wrap` keeps only the text of an error. An `io::Error` keeps the error itself, and a candle error keeps an
+//! `io::Error` unchanged, so errors are wrapped as I/O errors.
 
 use std::error::Error as StdError;
 use std::io;
 
 use candle_core::Error;
 
-/// Makes an error one of candle's, out of which [`find_error`] takes it again. It reads as before.
+/// Wraps an error in candle's error type. The text stays the same, and [`find_error`] finds the error again.
 pub fn wrap_error(error: impl StdError + Send + Sync + 'static) -> Error {
     Error::Io(io::Error::other(error)).bt()
 }
 
-/// Looks for an error of type `E` in another one: in all that it was caused by, and in what candle has put around it. So a
-/// scheduler sees what it acts on, behind any number of layers of a model:
+/// Finds an error of type `E` in `error`: the error itself, any of its causes, and any error that candle has wrapped or
+/// added context to. A scheduler uses it to tell, for example, a full pool from a fault, through any number of layers
+/// of a model:
 ///
 /// ```
 /// use paged_attention::{AttendError, find_error, wrap_error};
@@ -38,7 +39,7 @@ pub fn find_error<'e, E: StdError + 'static>(error: &'e (dyn StdError + 'static)
     None
 }
 
-/// What an error was made of, also where `source` leaves it out.
+/// The error inside an error, also where `source` does not return it.
 fn inside<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e (dyn StdError + 'static)> {
     if let Some(error) = error.downcast_ref::<io::Error>() {
         return Some(error.get_ref()?);

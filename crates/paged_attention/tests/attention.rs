@@ -1,5 +1,5 @@
-//! Attention over blocks equals dense attention in f64 over the same tokens: for every backend and kernel by name,
-//! every storage type, block size and head geometry, whatever blocks the tokens lie in.
+//! Attention over blocks equals dense attention in f64 over the same tokens: for every backend and kernel, every
+//! storage type, block size and head geometry, and whatever blocks hold the tokens.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -7,10 +7,10 @@ mod common;
 
 use block_pool::Blocks;
 use candle_core::{DType, Device};
-use common::{Random, Way, dense, difference, poison, rounded, stored_as, tensor, ways};
+use common::{Configure, Random, backends, dense, difference, poison, rounded, stored_as, tensor};
 use paged_attention::{Attention, BlockTable, Kernel, KvCache, KvDtype, KvShape, TableOptions, Window};
 
-/// One sequence and, beside it, all its keys and values in one piece.
+/// One sequence, and a contiguous copy of all its keys and values as they are stored.
 struct Sequence {
     table: BlockTable,
     k: Vec<f32>,
@@ -23,8 +23,9 @@ struct Case {
     shape: KvShape,
     dtype: KvDtype,
     causal: bool,
-    /// The tables' window, and the layer's.
+    /// The window of the tables.
     window: Option<Window>,
+    /// The window of the layer.
     layer_window: Option<Window>,
     soft_cap: Option<f32>,
     slopes: Option<Vec<f32>>,
@@ -44,7 +45,8 @@ impl Case {
         }
     }
 
-    /// What is promised: f32 arithmetic; for bytes, queries and weights of 13 bits and more.
+    /// The promised accuracy: that of f32 arithmetic; for 8-bit storage, that of queries and weights of at least 13
+    /// bits.
     fn bound(&self) -> f64 {
         if self.dtype == KvDtype::Int8 { 1e-3 } else { 1e-5 }
     }
@@ -66,19 +68,19 @@ impl Case {
     /// Whether the token at `position` sees the one at `at`.
     fn sees(&self, at: usize, position: usize) -> bool {
         let windows = [self.window, self.layer_window].into_iter().flatten();
-        let sees = |window: Window| at < window.sinks() || at + window.tokens() > position;
+        let sees = |window: Window| at < window.sink_tokens() || at + window.tokens() > position;
         (!self.causal || at <= position) && windows.into_iter().all(sees)
     }
 
-    fn cache(&self, build: &Way, block_size: usize, tokens: usize) -> KvCache {
+    fn cache(&self, configure: &Configure, block_size: usize, tokens: usize) -> KvCache {
         let blocks = tokens.div_ceil(block_size) + 8;
-        let cache = build(KvCache::builder(self.shape).blocks(blocks).block_size(block_size).dtype(self.dtype));
+        let cache = configure(KvCache::builder(self.shape).blocks(blocks).block_size(block_size).dtype(self.dtype));
         let cache = cache.build().unwrap();
         poison(&cache);
         cache
     }
 
-    /// One step in which sequence `i` gets `new[i]` tokens; returns the largest difference to dense attention.
+    /// Runs one step in which sequence `i` gets `new[i]` tokens. Returns the largest difference from dense attention.
     fn step(&self, free: &mut Scattered<'_>, sequences: &mut [Sequence], new: &[usize], random: &mut Random) -> f64 {
         let KvShape { kv_heads, head_dim, layers } = self.shape;
         let cache = free.cache;
@@ -90,7 +92,7 @@ impl Case {
         let v = random.numbers(tokens * kv_heads * head_dim);
         let mut at = 0;
         for (sequence, &n) in sequences.iter_mut().zip(new).filter(|(_, n)| **n > 0) {
-            // Every token another one: the keys and values are, too.
+            // Every token is different, as their keys and values are.
             let ids: Vec<u32> = (0..n).map(|_| random.below(1 << 30) as u32).collect();
             free.reserve(&mut sequence.table, n);
             step.push(&mut sequence.table, &ids).unwrap();
@@ -132,10 +134,10 @@ impl Case {
         difference(&got, &reference)
     }
 
-    /// Steps with these numbers of new tokens, each compared.
-    fn run(&self, name: &str, build: &Way, block_size: usize, steps: &[Vec<usize>]) {
+    /// Runs steps with these numbers of new tokens, and compares each with dense attention.
+    fn run(&self, name: &str, configure: &Configure, block_size: usize, steps: &[Vec<usize>]) {
         let tokens = steps.iter().flatten().sum::<usize>() + steps[0].len() * block_size;
-        let cache = self.cache(build, block_size, tokens);
+        let cache = self.cache(configure, block_size, tokens);
         let table = || match self.window {
             Some(window) => cache.table_with(&TableOptions::default().window(window)),
             None => cache.table(),
@@ -155,42 +157,43 @@ impl Case {
     }
 }
 
-/// A cache whose free blocks are all held by somebody else, who gives them back one at a time, in random order: a table that
-/// grows takes the one that there is. (Which free block comes next is the allocator's business: the lowest, mostly.)
+/// Scatters the blocks of tables over the pool. It allocates all free blocks itself, and frees one of them at random
+/// for each block that a table needs, so that the table gets that one. (The allocator would mostly return the lowest
+/// free block.)
 struct Scattered<'c> {
     cache: &'c KvCache,
-    held: Vec<Blocks>,
+    allocated: Vec<Blocks>,
     random: Random,
 }
 
 impl<'c> Scattered<'c> {
     fn new(cache: &'c KvCache) -> Self {
-        Self { cache, held: Vec::new(), random: Random::new(11) }
+        Self { cache, allocated: Vec::new(), random: Random::new(11) }
     }
 
-    /// Makes room for `n` tokens in a table.
+    /// Reserves slots for `n` tokens in a table.
     fn reserve(&mut self, table: &mut BlockTable, n: usize) {
         let end = table.len() + n;
         while table.capacity() < end {
-            self.held.extend(std::iter::from_fn(|| self.cache.pool().take(1).ok()));
-            drop(self.held.swap_remove(self.random.below(self.held.len())));
+            self.allocated.extend(std::iter::from_fn(|| self.cache.pool().allocate(1).ok()));
+            drop(self.allocated.swap_remove(self.random.below(self.allocated.len())));
             let next = table.capacity() + 1;
             table.reserve(next - table.len()).unwrap();
         }
         let blocks = table.blocks();
-        assert!(blocks.len() < 10 || !blocks.is_sorted(), "blocks that are in order test no order");
+        assert!(blocks.len() < 10 || !blocks.is_sorted(), "the blocks are in order, but should be scattered");
     }
 }
 
-/// Every storage that a way can read.
-fn dtypes(way: &str) -> impl Iterator<Item = KvDtype> {
-    let fused = way != "gather";
+/// Every storage type that the backend of this name can read.
+fn dtypes(name: &str) -> impl Iterator<Item = KvDtype> {
+    let fused = name != "gather";
     KvDtype::ALL.into_iter().filter(move |dtype| fused || *dtype != KvDtype::Int8)
 }
 
 #[test]
 fn every_kernel_geometry_and_storage() {
-    for (name, build) in ways() {
+    for (name, configure) in backends() {
         for (heads, kv_heads, head_dim) in [
             (1, 1, 8),
             (4, 2, 32),
@@ -206,10 +209,10 @@ fn every_kernel_geometry_and_storage() {
             for block_size in [1, 7, 16, 24, 32] {
                 for dtype in dtypes(name) {
                     let b = block_size;
-                    // Prefill, mixed with decode, chunks around the borders of blocks and tiles.
+                    // Prefill and decode mixed, with chunks that end near the boundaries of blocks and tiles.
                     let steps = [[b, 1, 0, 3], [1, b, 2 * b + 1, 0], [1, 1, 1, 1], [b + 1, 0, 1, 70], [1, 1, 1, 1]];
                     let case = Case { dtype, ..Case::new(heads, kv_heads, head_dim) };
-                    case.run(name, &build, block_size, &steps.map(Vec::from));
+                    case.run(name, &configure, block_size, &steps.map(Vec::from));
                 }
             }
         }
@@ -217,14 +220,14 @@ fn every_kernel_geometry_and_storage() {
 }
 
 #[test]
-fn every_length_around_the_borders_of_blocks() {
-    for (name, build) in ways() {
+fn every_length_around_block_boundaries() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             for block_size in [1, 7, 16, 32] {
                 for blocks in 1..=3 {
                     for len in [blocks * block_size - 1, blocks * block_size, blocks * block_size + 1] {
                         let case = Case { dtype, ..Case::new(4, 1, 32) };
-                        case.run(name, &build, block_size, &[vec![len.max(1)], vec![1], vec![1]]);
+                        case.run(name, &configure, block_size, &[vec![len.max(1)], vec![1], vec![1]]);
                     }
                 }
             }
@@ -234,35 +237,40 @@ fn every_length_around_the_borders_of_blocks() {
 
 #[test]
 fn long_sequences_and_no_mask() {
-    for (name, build) in ways() {
+    for (name, configure) in backends() {
         for (causal, dtype) in dtypes(name).flat_map(|dtype| [(true, dtype), (false, dtype)]) {
             let case = Case { causal, dtype, ..Case::new(6, 2, 64) };
-            // Several chunks, whose borders are met in prefill and in decode.
-            case.run(name, &build, 16, &[vec![300], vec![1], vec![209], vec![1], vec![1], vec![1], vec![600], vec![1]]);
+            // Several chunks, whose boundaries are crossed in prefill and in decode.
+            case.run(
+                name,
+                &configure,
+                16,
+                &[vec![300], vec![1], vec![209], vec![1], vec![1], vec![1], vec![600], vec![1]],
+            );
         }
     }
 }
 
 #[test]
 fn windows_that_leave_out_whole_chunks() {
-    for (name, build) in ways() {
-        for (window, sinks) in [(100, 0), (100, 5), (700, 513)] {
-            let layer_window = Some(Window::new(window).with_sinks(sinks));
+    for (name, configure) in backends() {
+        for (window, sink_tokens) in [(100, 0), (100, 5), (700, 513)] {
+            let layer_window = Some(Window::new(window).with_sink_tokens(sink_tokens));
             let case = Case { layer_window, ..Case::new(4, 2, 32) };
-            case.run(name, &build, 16, &[vec![1500], vec![1], vec![40], vec![2], vec![1]]);
+            case.run(name, &configure, 16, &[vec![1500], vec![1], vec![40], vec![2], vec![1]]);
         }
     }
 }
 
 #[test]
 fn every_option_alone_and_all_together() {
-    for (name, build) in ways() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             let plain = Case { dtype, ..Case::new(6, 2, 32) };
             let soft_cap = Some(2.5);
             let slopes = Some(Attention::alibi_slopes(6));
-            let layer_window = Some(Window::new(50).with_sinks(3));
-            let window = Some(Window::new(80).with_sinks(5));
+            let layer_window = Some(Window::new(50).with_sink_tokens(3));
+            let window = Some(Window::new(80).with_sink_tokens(5));
             for case in [
                 Case { soft_cap, ..plain.clone() },
                 Case { slopes: slopes.clone(), ..plain.clone() },
@@ -270,26 +278,28 @@ fn every_option_alone_and_all_together() {
                 Case { soft_cap, slopes: slopes.clone(), layer_window, ..plain.clone() },
                 Case { soft_cap, slopes, layer_window, window, ..plain.clone() },
             ] {
-                case.run(name, &build, 16, &[vec![130, 3], vec![1, 1], vec![33, 70], vec![1, 600], vec![1, 1]]);
+                case.run(name, &configure, 16, &[vec![130, 3], vec![1, 1], vec![33, 70], vec![1, 600], vec![1, 1]]);
             }
         }
     }
 }
 
 #[test]
-fn windows_and_sinks() {
-    for (name, build) in ways() {
-        for (block_size, window, sinks) in [(1, 5, 2), (4, 9, 3), (16, 40, 4), (16, 1, 0), (7, 200, 20), (64, 70, 65)] {
+fn windows_and_sink_tokens() {
+    for (name, configure) in backends() {
+        for (block_size, window, sink_tokens) in
+            [(1, 5, 2), (4, 9, 3), (16, 40, 4), (16, 1, 0), (7, 200, 20), (64, 70, 65)]
+        {
             for causal in [true, false] {
-                let window = Window::new(window).with_sinks(sinks);
+                let window = Window::new(window).with_sink_tokens(sink_tokens);
                 let case = Case { causal, window: Some(window), ..Case::new(4, 2, 32) };
-                let cache = case.cache(&build, block_size, 1000);
+                let cache = case.cache(&configure, block_size, 1000);
                 let options = TableOptions::default().window(window);
                 let mut free = Scattered::new(&cache);
                 let sequence = || Sequence { table: cache.table_with(&options), k: vec![], v: vec![] };
                 let mut sequences: Vec<_> = (0..2).map(|_| sequence()).collect();
                 let mut random = Random::new(5);
-                // Longer than the window in one piece, in pieces, and token by token across the borders of blocks.
+                // A prefill longer than the window, then chunks, then single tokens across block boundaries.
                 for new in [[150, 3], [1, 1], [33, 70], [1, 64], [90, 1]].into_iter().chain([[1, 1]; 40]) {
                     let worst = case.step(&mut free, &mut sequences, &new, &mut random);
                     assert!(
@@ -298,7 +308,7 @@ fn windows_and_sinks() {
                     );
                 }
                 let blocks = |tokens: usize| tokens.div_ceil(block_size);
-                let most = blocks(window.tokens()) + 1 + blocks(sinks);
+                let most = blocks(window.tokens()) + 1 + blocks(sink_tokens);
                 assert!(sequences[0].table.blocks().len() <= most, "{} > {most}", sequences[0].table.blocks().len());
             }
         }
@@ -307,9 +317,9 @@ fn windows_and_sinks() {
 
 #[test]
 fn huge_numbers_give_no_nan() {
-    for (name, build) in ways() {
+    for (name, configure) in backends() {
         let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16 };
-        let cache = build(KvCache::builder(shape).blocks(8)).build().unwrap();
+        let cache = configure(KvCache::builder(shape).blocks(8)).build().unwrap();
         poison(&cache);
         let mut table = cache.table();
         let mut step = cache.step();
@@ -323,12 +333,13 @@ fn huge_numbers_give_no_nan() {
     }
 }
 
-/// Tokens that no other sequence has.
+/// Token ids that no other sequence has.
 fn tokens_of(sequence: usize, at: usize, n: usize) -> Vec<u32> {
     (at..at + n).map(|position| (sequence * 1000 + position) as u32).collect()
 }
 
-/// The result of one sequence's prefill and one decode step, to the last bit, with `others` beside it in the pool.
+/// The bits of one sequence's results, computed in steps of `chunks` tokens, together with neighbours that get `others`
+/// tokens in each step.
 fn bits(
     kernel: Kernel,
     dtype: KvDtype,
@@ -343,7 +354,7 @@ fn bits(
     let cache = KvCache::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype).kernel(kernel);
     let cache = cache.build().unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-    // Blocks in order where the sequence is alone, and in random order where it is not.
+    // The blocks are in order if the sequence is alone, and scattered if it has neighbours.
     let mut free = Scattered::new(&cache);
     let tokens: usize = chunks.iter().sum();
     let mut numbers = Random::new(99);
@@ -403,22 +414,25 @@ fn fused_results_do_not_depend_on_blocks_neighbours_chunks_or_threads() {
     }
 }
 
-/// Windows leave out chunks, in a prefill those that none of its tokens sees.
+/// With a window, chunks of tokens are skipped; in a prefill, those that none of its tokens sees.
 #[test]
-fn nor_do_they_with_a_window() {
+fn nor_do_fused_results_with_a_window() {
     for dtype in [KvDtype::F32, KvDtype::Int8] {
-        for (window, sinks) in [(700, 0), (700, 5), (100, 5), (700, 513)] {
-            let attention = Attention::new(0.2).window(Window::new(window).with_sinks(sinks));
+        for (window, sink_tokens) in [(700, 0), (700, 5), (100, 5), (700, 513)] {
+            let attention = Attention::new(0.2).window(Window::new(window).with_sink_tokens(sink_tokens));
             let bits = |chunks, threads| bits(Kernel::best(), dtype, 16, chunks, &[], threads, &attention);
             let alone = bits(&[1150, 1], 1);
             for (chunks, threads) in [(&[1149, 1, 1][..], 1), (&[1134, 16, 1], 2), (&[7, 600, 543, 1], 3)] {
-                assert!(alone == bits(chunks, threads), "{dtype} window {window}, sinks {sinks}, {chunks:?}");
+                assert!(
+                    alone == bits(chunks, threads),
+                    "{dtype} window {window}, {sink_tokens} sink tokens, {chunks:?}"
+                );
             }
         }
     }
 }
 
-/// Sums of integers are exact, and all else is computed in one order: kernels that multiply and add in one rounding agree.
+/// Integer sums are exact, and everything else is computed in one order, so all kernels with fused multiply-add agree.
 #[test]
 fn kernels_agree_to_the_last_bit() {
     let fused = |kernel: &Kernel| kernel.is_available() && *kernel != Kernel::Portable;
@@ -432,11 +446,11 @@ fn kernels_agree_to_the_last_bit() {
 }
 
 #[test]
-fn reads_and_returns_the_caller_s_type() {
-    for (name, build) in ways() {
+fn inputs_and_the_result_have_the_type_of_the_caller() {
+    for (name, configure) in backends() {
         for dtype in [DType::F16, DType::BF16] {
             let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16 };
-            let cache = build(KvCache::builder(shape).blocks(4)).build().unwrap();
+            let cache = configure(KvCache::builder(shape).blocks(4)).build().unwrap();
             let (mut a, mut b) = (cache.table(), cache.table());
             let numbers = Random::new(2).numbers(20 * 16);
             let run = |table, dtype| {
@@ -459,20 +473,20 @@ fn reads_and_returns_the_caller_s_type() {
 }
 
 #[test]
-fn strided_views_of_one_projection_are_fine() {
-    for (name, build) in ways() {
+fn strided_views_of_one_projection_are_accepted() {
+    for (name, configure) in backends() {
         let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 8 };
-        let run = |fused: bool| {
-            let cache = build(KvCache::builder(shape).blocks(4)).build().unwrap();
+        let run = |strided: bool| {
+            let cache = configure(KvCache::builder(shape).blocks(4)).build().unwrap();
             let mut table = cache.table();
             let mut step = cache.step();
             step.push(&mut table, &[1; 5]).unwrap();
             let all = tensor(&Random::new(8).numbers(5 * 8 * 8), 8, 8, DType::F32);
-            let part = |at, n| {
-                let part = all.narrow(1, at, n).unwrap();
-                if fused { part } else { part.force_contiguous().unwrap() }
+            let heads = |at, n| {
+                let view = all.narrow(1, at, n).unwrap();
+                if strided { view } else { view.force_contiguous().unwrap() }
             };
-            let y = step.attend(0, &part(0, 4), &part(4, 2), &part(6, 2), &Attention::new(1.0)).unwrap();
+            let y = step.attend(0, &heads(0, 4), &heads(4, 2), &heads(6, 2), &Attention::new(1.0)).unwrap();
             y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         assert_eq!(run(true), run(false), "{name}");
@@ -481,12 +495,12 @@ fn strided_views_of_one_projection_are_fine() {
 
 #[test]
 fn what_is_stored_can_be_read_back() {
-    for (name, build) in ways() {
+    for (name, configure) in backends() {
         let shape = KvShape { layers: 2, kv_heads: 2, head_dim: 5 };
-        let cache = build(KvCache::builder(shape).blocks(6).block_size(4)).build().unwrap();
+        let cache = configure(KvCache::builder(shape).blocks(6).block_size(4)).build().unwrap();
         poison(&cache);
         let mut table = cache.table();
-        let (k, v) = cache.keys_and_values(&table, 0).unwrap();
+        let (k, v) = cache.read(0, &table, 0..table.len()).unwrap();
         assert_eq!((k.dims(), v.dims()), (&[0, 2, 5][..], &[0, 2, 5][..]), "{name}");
         let mut random = Random::new(4);
         let (k, v) = (random.numbers(90), random.numbers(90));
@@ -498,13 +512,13 @@ fn what_is_stored_can_be_read_back() {
         step.commit().unwrap();
         let fork = table.fork_at(7).unwrap();
         for (table, len) in [(&table, 9), (&fork, 7)] {
-            let (stored_k, stored_v) = cache.keys_and_values(table, 1).unwrap();
+            let (stored_k, stored_v) = cache.read(1, table, 0..table.len()).unwrap();
             for (stored, given) in [(stored_k, &k), (stored_v, &v)] {
                 let given = given.narrow(0, 0, len).unwrap();
                 assert_eq!(stored.to_vec3::<f32>().unwrap(), given.to_vec3::<f32>().unwrap(), "{name}");
             }
         }
-        assert!(cache.keys_and_values(&table, 2).is_err());
+        assert!(cache.read(2, &table, 0..table.len()).is_err());
         assert!(matches!(cache.device(), Device::Cpu));
     }
 }

@@ -1,5 +1,5 @@
-//! A caller that could do the work alone does not wait for threads that do something else. A test binary of its own: it
-//! keeps the threads of the global rayon pool.
+//! Attention does not wait for threads that are busy with other work, because the caller can do all of the work itself.
+//! This is a test binary of its own, because it blocks the threads of the global rayon pool.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -17,7 +17,7 @@ const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 4, head_dim: 64 };
 const THREADS: usize = 4;
 const TOKENS: usize = 400;
 
-/// A prefill and a decode step, each of them work for several threads; returns all that was attended to.
+/// Runs a prefill and a decode step, each large enough for several threads. Returns the results of both.
 fn attend() -> Vec<f32> {
     let cache = KvCache::builder(SHAPE).blocks(64).build().unwrap();
     let mut table = cache.table();
@@ -34,8 +34,9 @@ fn attend() -> Vec<f32> {
     out
 }
 
-/// Calls `attend` on a thread of its own, which is left behind if it does not end.
-fn watched(call: impl FnOnce() -> Vec<f32> + Send + 'static) -> Result<Vec<f32>, mpsc::RecvTimeoutError> {
+/// Runs `call` on a thread of its own. If it does not end within 60 seconds, returns an error and leaves the thread
+/// running.
+fn with_timeout(call: impl FnOnce() -> Vec<f32> + Send + 'static) -> Result<Vec<f32>, mpsc::RecvTimeoutError> {
     let (done, is_done) = mpsc::channel();
     thread::spawn(move || done.send(call()));
     is_done.recv_timeout(Duration::from_secs(60))
@@ -44,35 +45,35 @@ fn watched(call: impl FnOnce() -> Vec<f32> + Send + 'static) -> Result<Vec<f32>,
 #[test]
 fn attention_does_not_wait_for_busy_threads() {
     rayon::ThreadPoolBuilder::new().num_threads(THREADS).build_global().unwrap();
-    let free = watched(attend).expect("attention ends when all threads are free");
+    let expected = with_timeout(attend).expect("attention does not end although all threads are idle");
     let local = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap());
 
-    // From now on every thread of the global pool is busy, and all of the other pool's but one.
+    // From now on all threads of the global pool are busy, and all but one of the local pool.
     let (busy, is_busy) = mpsc::channel();
     let (release, released) = mpsc::channel::<()>();
     let released = Arc::new(Mutex::new(released));
     let block = move || {
         busy.send(()).unwrap();
-        // Ends when the sender is gone.
+        // Returns when the sender is dropped.
         let _ = released.lock().unwrap().recv();
     };
     (0..THREADS).for_each(|_| rayon::spawn(block.clone()));
     (0..THREADS - 1).for_each(|_| local.spawn(block.clone()));
     (0..2 * THREADS - 1).for_each(|_| is_busy.recv_timeout(Duration::from_secs(60)).unwrap());
 
-    let from_outside = watched(attend);
-    let again = watched(|| (0..300).map(|_| attend()).next_back().unwrap());
-    let from_inside = watched({
+    let from_outside = with_timeout(attend);
+    let again = with_timeout(|| (0..300).map(|_| attend()).next_back().unwrap());
+    let from_inside = with_timeout({
         let local = local.clone();
         move || local.install(attend)
     });
-    // Not before: whoever waited for the busy threads is seen by now.
+    // The busy threads are released only now, after all calls have ended or timed out.
     drop(release);
-    let waited = "attention waits for threads that have something else to do";
-    assert_eq!(from_outside.expect(waited), free);
-    assert_eq!(again.expect(waited), free);
-    assert_eq!(from_inside.expect(waited), free);
-    // And with the threads free again, as many as there are.
-    assert_eq!(watched(attend).unwrap(), free);
-    assert_eq!(watched(move || local.install(attend)).unwrap(), free);
+    let waited = "attention waits for busy threads";
+    assert_eq!(from_outside.expect(waited), expected);
+    assert_eq!(again.expect(waited), expected);
+    assert_eq!(from_inside.expect(waited), expected);
+    // The results are the same when all threads are idle again.
+    assert_eq!(with_timeout(attend).unwrap(), expected);
+    assert_eq!(with_timeout(move || local.install(attend)).unwrap(), expected);
 }

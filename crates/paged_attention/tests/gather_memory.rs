@@ -1,4 +1,5 @@
-//! The gather backend's scores and masks are made in pieces: a long prompt takes a bounded amount of memory.
+//! The gather backend computes scores and masks for a limited number of rows at a time, so a long prompt takes a
+//! bounded amount of memory.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -11,24 +12,25 @@ use candle_core::DType;
 use common::{Random, dense, difference, tensor};
 use paged_attention::{Attention, Backend, KvCache, KvShape, Window};
 
+/// An allocator that counts the allocated bytes.
 struct Counting;
 
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
+static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call is passed on to the system's allocator as it is; counting touches no memory of it.
+// SAFETY: every call is passed on unchanged to the system's allocator; counting does not touch the allocated memory.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        MOST.fetch_max(held, Ordering::Relaxed);
-        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        let allocated = ALLOCATED.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(allocated, Ordering::Relaxed);
+        // SAFETY: the caller meets the requirements of `alloc`, and those of the system's allocator are the same.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as above, and the memory is from there.
+        ALLOCATED.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as above, and the memory was allocated by the system's allocator.
         unsafe { System.dealloc(ptr, layout) }
     }
 }
@@ -37,7 +39,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 #[test]
-fn a_long_prompt_s_mask_is_never_there_as_a_whole() {
+fn the_whole_mask_of_a_long_prompt_is_never_in_memory() {
     const TOKENS: usize = 6000;
     const HEADS: usize = 4;
     let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 4 };
@@ -47,21 +49,21 @@ fn a_long_prompt_s_mask_is_never_there_as_a_whole() {
     let (qt, kt) = (tensor(&q, HEADS, 4, DType::F32), tensor(&k, 2, 4, DType::F32));
     let slopes: [f32; HEADS] = Attention::alibi_slopes(HEADS).try_into().unwrap();
     let plain = Attention::new(0.5);
-    let (windowed, biased) = (plain.clone().window(Window::new(700).with_sinks(4)), plain.clone().alibi(&slopes));
+    let (windowed, biased) = (plain.clone().window(Window::new(700).with_sink_tokens(4)), plain.clone().alibi(&slopes));
     for (attention, window, slopes) in
         [(plain, TOKENS, [0.0; HEADS]), (windowed, 700, [0.0; HEADS]), (biased, TOKENS, slopes)]
     {
         let mut table = cache.table();
         let mut step = cache.step();
         step.push(&mut table, &[1; TOKENS]).unwrap();
-        let before = HELD.load(Ordering::Relaxed);
-        MOST.store(before, Ordering::Relaxed);
+        let before = ALLOCATED.load(Ordering::Relaxed);
+        PEAK.store(before, Ordering::Relaxed);
         let y = step.attend(0, &qt, &kt, &kt, &attention).unwrap();
-        // A mask of four bytes for every pair would take 137 MB, and scores four times as much.
-        let most = (MOST.load(Ordering::Relaxed) - before) >> 20;
-        assert!(most < 100, "{attention:?}: {most} MB");
+        // A whole mask of four bytes per pair of tokens would take 137 MB, and whole scores four times as much.
+        let peak = (PEAK.load(Ordering::Relaxed) - before) >> 20;
+        assert!(peak < 100, "{attention:?}: {peak} MB");
 
-        // Rows on both sides of the borders of pieces.
+        // Rows on both sides of the boundaries between the computed groups of rows.
         let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();
         for row in [0, 1, 173, 174, 175, 349, 350, 4000, TOKENS - 1] {
             let seen: Vec<usize> = (0..=row).filter(|&at| at < 4 || at + window > row).collect();

@@ -1,4 +1,4 @@
-//! 8-bit storage of numbers of every size: what is not finite stays visible, what is tiny keeps its digits.
+//! 8-bit storage of numbers of every size: numbers that are not finite stay visible, tiny numbers keep their digits.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -17,7 +17,7 @@ fn cache(kernel: Kernel, head_dim: usize) -> KvCache {
     KvCache::builder(shape).blocks(16).dtype(KvDtype::Int8).kernel(kernel).build().unwrap()
 }
 
-/// The last of some tokens attends to all of them; the result, and what has been stored.
+/// Returns the result of the last token, which attends to all tokens, and the stored keys and values.
 fn attend(cache: &KvCache, q: &[f32], k: &[f32], v: &[f32]) -> [Vec<f32>; 3] {
     let head_dim = cache.shape().head_dim;
     let tokens = k.len() / head_dim;
@@ -29,12 +29,12 @@ fn attend(cache: &KvCache, q: &[f32], k: &[f32], v: &[f32]) -> [Vec<f32>; 3] {
     let y = step.attend(0, &q, &of(k), &of(v), &Attention::new(1.0)).unwrap();
     step.commit().unwrap();
     let floats = |tensor: Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let (k, v) = cache.keys_and_values(&table, 0).unwrap();
+    let (k, v) = cache.read(0, &table, 0..table.len()).unwrap();
     [floats(y.narrow(0, tokens - 1, 1).unwrap()), floats(k), floats(v)]
 }
 
 #[test]
-fn what_is_not_finite_stays_visible() {
+fn numbers_that_are_not_finite_stay_visible() {
     for kernel in kernels() {
         for tokens in [1, 2, 20, 70] {
             for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -52,7 +52,7 @@ fn what_is_not_finite_stays_visible() {
                     }
                     assert!(got[3 - stored].iter().all(|x| x.is_finite()), "{at}");
                 }
-                // And in a query.
+                // The same in a query.
                 let mut q = ordinary[..16].to_vec();
                 q[5] = x;
                 let got = attend(&cache, &q, &ordinary, &ordinary);
@@ -62,7 +62,8 @@ fn what_is_not_finite_stays_visible() {
     }
 }
 
-/// A number is stored as the nearest multiple of the scale, and the largest of a row is within reach of it.
+/// A number is stored as the nearest multiple of the scale, and the scale is large enough for the largest number of the
+/// row.
 #[test]
 fn tiny_numbers_are_off_by_half_a_step_at_most() {
     let smallest = f64::from(f32::from_bits(1));
@@ -76,7 +77,7 @@ fn tiny_numbers_are_off_by_half_a_step_at_most() {
             for stored in [k, v] {
                 for (row, stored) in numbers.chunks(16).zip(stored.chunks(16)) {
                     let largest = row.iter().fold(0f64, |m, x| m.max(f64::from(x.abs())));
-                    // A scale is at least the smallest number there is, and a multiple of it.
+                    // A scale is a positive multiple of the smallest subnormal number.
                     let step = (largest / 127.0 / smallest).ceil() * smallest;
                     for (x, stored) in row.iter().zip(stored) {
                         let off = (f64::from(*x) - f64::from(*stored)).abs();
@@ -88,7 +89,7 @@ fn tiny_numbers_are_off_by_half_a_step_at_most() {
     }
 }
 
-/// Of tiny values the mean is as exact as of others, and tiny queries and keys weigh all alike.
+/// The mean of tiny values is as exact as that of others, and tiny queries or keys give all tokens the same weight.
 #[test]
 fn tiny_values_are_weighed_like_others() {
     for kernel in kernels() {
@@ -106,7 +107,7 @@ fn tiny_values_are_weighed_like_others() {
                 let expected = f64::from(*ordinary) * f64::from(size);
                 assert!((f64::from(*got) - expected).abs() < least, "{at}: {got:e} instead of {expected:e}");
             }
-            // All scores are zero, or as good as.
+            // All scores are zero, or close to zero.
             let tiny_q = Random::new(9).numbers(16).iter().map(|x| x * size).collect::<Vec<_>>();
             for (q, k) in [(&q, &tiny), (&tiny_q, &plain)] {
                 let [got, ..] = attend(&cache, q, k, &tiny);
@@ -119,9 +120,9 @@ fn tiny_values_are_weighed_like_others() {
     }
 }
 
-/// Tiny queries against huge keys: their product is a score like any other.
+/// The products of tiny queries and huge keys, or of huge queries and tiny keys, are ordinary scores.
 #[test]
-fn a_score_of_tiny_and_huge_is_a_score() {
+fn tiny_times_huge_is_an_ordinary_score() {
     for kernel in kernels() {
         for exponent in [-36, -35, -34, -30, 30, 35, 36] {
             let cache = cache(kernel, 16);
@@ -138,7 +139,7 @@ fn a_score_of_tiny_and_huge_is_a_score() {
     }
 }
 
-/// The largest number there is comes back as a number.
+/// Numbers up to the largest f32 are read back as finite numbers.
 #[test]
 fn huge_numbers_stay_finite() {
     for kernel in kernels() {

@@ -1,4 +1,4 @@
-//! What a recorder of metrics is told, and that it can do no harm.
+//! What is reported to a metrics recorder, and that a recorder that panics does no harm.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -11,7 +11,8 @@ use paged_attention::{BlockTable, KvCache, KvCacheBuilder, KvShape};
 
 const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
 
-/// The caches that report `kv_cache_blocks` when each of these makes a step, and how many blocks each has.
+/// The name and the number of free blocks of each cache that reports `kv_cache_blocks` when a step of each of `caches`
+/// is dropped.
 fn reported(caches: &[KvCache]) -> Vec<(String, f64)> {
     let recorder = DebuggingRecorder::new();
     metrics::with_local_recorder(&recorder, || caches.iter().for_each(|cache| drop(cache.step())));
@@ -36,12 +37,12 @@ fn caches_without_a_name_do_not_overwrite_each_other() {
     let mut reported = reported(&caches);
     let names: BTreeSet<_> = reported.iter().map(|(name, _)| name.clone()).collect();
     assert_eq!(names.len(), 4, "{reported:?}");
-    // `kv`, then `kv-2` and so on; other tests of this process may have built some in between.
+    // `kv`, `kv-2` and so on. Other tests of this process may have used some of the numbers.
     assert!(names.iter().all(|name| name == "kv" || name.strip_prefix("kv-").unwrap().parse::<u64>().unwrap() > 1));
     reported.sort_by(|a, b| a.1.total_cmp(&b.1));
     assert_eq!(reported.iter().map(|(_, blocks)| *blocks).collect::<Vec<_>>(), [4.0, 5.0, 6.0, 6.0]);
 
-    // A handle to the same cache has its name. A name that is given is taken as it is, and costs no number.
+    // A clone has the same name. A given name is used unchanged, and uses up no number.
     let same = caches[0].clone();
     assert_eq!(self::reported(&[caches[0].clone(), same]).len(), 1);
     assert_eq!(
@@ -51,7 +52,7 @@ fn caches_without_a_name_do_not_overwrite_each_other() {
     assert!(KvCache::builder(SHAPE).blocks(0).build().is_err());
 }
 
-/// A recorder with a defect.
+/// A recorder that panics.
 struct Panics;
 
 impl Recorder for Panics {
@@ -74,28 +75,28 @@ impl Recorder for Panics {
     }
 }
 
-/// Two panics at once abort the process, so that nobody can catch the first one.
+/// A second panic during a panic would abort the process, and the first one could not be caught.
 #[test]
-fn a_panic_in_mid_step_does_not_call_the_recorder() {
+fn a_panic_during_a_step_does_not_call_the_recorder() {
     let cache = build(4, |b| b);
     let mut table = cache.table();
-    let mid_step = |table: &mut BlockTable| {
+    let panics = |table: &mut BlockTable| {
         let mut step = cache.step();
         step.push(table, &[1, 2]).unwrap();
         resume_unwind(Box::new("layer 0 fails"))
     };
-    let panicked = catch_unwind(AssertUnwindSafe(|| metrics::with_local_recorder(&Panics, || mid_step(&mut table))));
+    let panicked = catch_unwind(AssertUnwindSafe(|| metrics::with_local_recorder(&Panics, || panics(&mut table))));
     assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"layer 0 fails"));
     assert_eq!((table.len(), cache.pool().available()), (0, 4));
-    cache.pool().check_held([table.blocks()]).unwrap();
+    cache.pool().check_ref_counts([table.blocks()]).unwrap();
 
-    // Without a panic the recorder is called, and can only fail after the sequences have been rolled back.
+    // Without a panic the recorder is called, but only after the sequences have been rolled back.
     let drops = |table: &mut BlockTable| {
         let mut step = cache.step();
         step.push(table, &[1, 2]).unwrap();
     };
     let panicked = catch_unwind(AssertUnwindSafe(|| metrics::with_local_recorder(&Panics, || drops(&mut table))));
     assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"the recorder's panic"));
-    cache.pool().check_held([table.blocks()]).unwrap();
+    cache.pool().check_ref_counts([table.blocks()]).unwrap();
     assert_eq!(cache.pool().available(), 4);
 }

@@ -1,6 +1,6 @@
-//! Numbers that are not finite, or too large for sums in f32: a row that does not see them is the same to the last bit as
-//! beside ordinary numbers; a row that sees them is what dense attention in f64 makes of them. For every backend and kernel
-//! by name and every storage type.
+//! Numbers that are not finite, or too large for sums in f32, called poisons. The result of a row that does not see a
+//! poison is the same, to the last bit, as without it. The result of a row that sees one is that of dense attention in
+//! f64. For every backend and kernel, and every storage type.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -9,8 +9,10 @@ mod common;
 use std::ops::Range;
 
 use candle_core::{DType, Tensor};
-use common::{Random, Way, agrees, dense, poison, stored_as, tensor, ways};
-use paged_attention::{Attention, BlockTable, KvCache, KvDtype, KvShape, Part, TableOptions, Window, attend_parts};
+use common::{Configure, Random, agrees, backends, dense, poison, stored_as, tensor};
+use paged_attention::{
+    Attention, BlockTable, KvCache, KvDtype, KvShape, Segment, TableOptions, Window, attend_segments,
+};
 
 const POISONS: [f32; 5] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38, -1e30];
 const SCALE: f32 = 0.3;
@@ -23,7 +25,7 @@ struct Numbers {
     v: Vec<f32>,
 }
 
-/// Where a poison is put.
+/// What is poisoned.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Place {
     Keys,
@@ -39,11 +41,13 @@ struct Case {
     dtype: KvDtype,
     block_size: usize,
     causal: bool,
-    /// The table's window, and the layer's.
+    /// The window of the table.
     window: Option<Window>,
+    /// The window of the layer.
     layer_window: Option<Window>,
+    /// Whether the layer has a soft cap and ALiBi slopes.
     options: bool,
-    /// New tokens of each step.
+    /// The number of new tokens of each step.
     steps: Vec<usize>,
 }
 
@@ -74,11 +78,11 @@ impl Case {
         Numbers { q, k: random.numbers(own), v: random.numbers(own) }
     }
 
-    /// The same numbers, with `x` in some dimensions of the tokens at `positions`, in the last key head and the first.
+    /// The same numbers, with `x` in some dimensions of the tokens at `positions`, in the first and the last key head.
     fn poisoned(&self, numbers: &Numbers, positions: &[usize], place: Place, x: f32) -> Numbers {
         let mut numbers = numbers.clone();
         for (i, position) in positions.iter().enumerate() {
-            // Where scores are huge, no two are so close that f32 cannot tell them apart.
+            // The poisons differ, so that no two huge scores are too close to be told apart in f32.
             let x = x * (1.0 - i as f32 / 8.0);
             for (head, dim) in [(self.kv_heads - 1, 1), (0, self.head_dim - 1), (0, 2)] {
                 let at = (position * self.kv_heads + head) * self.head_dim + dim;
@@ -106,22 +110,22 @@ impl Case {
 
     fn sees(&self, position: usize, at: usize, len: usize) -> bool {
         let windows = [self.window, self.layer_window].into_iter().flatten();
-        let sees = |window: Window| at < window.sinks() || at + window.tokens() > position;
+        let sees = |window: Window| at < window.sink_tokens() || at + window.tokens() > position;
         at < len && (!self.causal || at <= position) && windows.into_iter().all(sees)
     }
 
-    fn cache(&self, way: &Way) -> KvCache {
+    fn cache(&self, configure: &Configure) -> KvCache {
         let shape = KvShape { layers: 1, kv_heads: self.kv_heads, head_dim: self.head_dim };
         let blocks = self.tokens().div_ceil(self.block_size) + 8;
-        let cache = way(KvCache::builder(shape).blocks(blocks).block_size(self.block_size).dtype(self.dtype));
+        let cache = configure(KvCache::builder(shape).blocks(blocks).block_size(self.block_size).dtype(self.dtype));
         let cache = cache.build().unwrap();
         poison(&cache);
         cache
     }
 
-    /// All rows of one sequence, step after step.
-    fn run(&self, way: &Way, numbers: &Numbers) -> Vec<f32> {
-        let cache = self.cache(way);
+    /// The results of all rows of one sequence, step after step.
+    fn run(&self, configure: &Configure, numbers: &Numbers) -> Vec<f32> {
+        let cache = self.cache(configure);
         let options = TableOptions::default();
         let mut table = cache.table_with(&self.window.map_or(options.clone(), |window| options.window(window)));
         let mut out = Vec::new();
@@ -129,12 +133,12 @@ impl Case {
         for &n in &self.steps {
             let mut step = cache.step();
             step.push(&mut table, &(at as u32..(at + n) as u32).collect::<Vec<_>>()).unwrap();
-            let part = |numbers: &[f32], heads: usize| {
+            let rows = |numbers: &[f32], heads: usize| {
                 let width = heads * self.head_dim;
                 tensor(&numbers[at * width..(at + n) * width], heads, self.head_dim, DType::F32)
             };
             let (q, k, v) =
-                (part(&numbers.q, self.heads), part(&numbers.k, self.kv_heads), part(&numbers.v, self.kv_heads));
+                (rows(&numbers.q, self.heads), rows(&numbers.k, self.kv_heads), rows(&numbers.v, self.kv_heads));
             out.extend(floats(&step.attend(0, &q, &k, &v, &self.attention()).unwrap()));
             step.commit().unwrap();
             at += n;
@@ -142,7 +146,7 @@ impl Case {
         out
     }
 
-    /// What row `position` should be in a step that ends with token `len - 1`.
+    /// Dense attention of row `position` in a step that ends with token `len - 1`.
     fn expected(&self, stored: &Numbers, position: usize, len: usize) -> Vec<f64> {
         let seen: Vec<usize> = (0..len).filter(|&at| self.sees(position, at, len)).collect();
         let q = &stored.q[position * self.heads * self.head_dim..][..self.heads * self.head_dim];
@@ -161,12 +165,13 @@ impl Case {
         Numbers { q: numbers.q.clone(), k: stored(&numbers.k), v: stored(&numbers.v) }
     }
 
-    /// Compares each row with what it is beside ordinary numbers, or with dense attention if it sees one of `positions`.
-    fn check(&self, name: &str, way: &Way, positions: &[usize], place: Place, x: f32) {
+    /// Compares the result of each row with dense attention if the row sees one of `positions`, otherwise with its
+    /// result without the poison.
+    fn check(&self, name: &str, configure: &Configure, positions: &[usize], place: Place, x: f32) {
         let numbers = self.numbers(5);
-        let ordinary = self.run(way, &numbers);
+        let ordinary = self.run(configure, &numbers);
         let poisoned = self.poisoned(&numbers, positions, place, x);
-        let got = self.run(way, &poisoned);
+        let got = self.run(configure, &poisoned);
         let stored = self.stored(&poisoned);
         let width = self.heads * self.head_dim;
         let bound = if self.dtype == KvDtype::Int8 { 1e-3 } else { 1e-5 };
@@ -177,12 +182,12 @@ impl Case {
                 let row = |of: &[f32]| of[position * width..][..width].to_vec();
                 let at = format!("{name} {self:?}, {x} in {place:?} of {positions:?}, row {position}");
                 if positions.iter().any(|&at| self.sees(position, at, len)) {
-                    // Dense attention of every row would take most of the time.
+                    // Most rows are skipped: dense attention of every row would take most of the time.
                     if position % 8 != 0 && positions.iter().all(|&at| position < at || position > at + 1) {
                         continue;
                     }
                     let expected = self.expected(&stored, position, len);
-                    // Heads for themselves: what is not finite is in some of them.
+                    // Each head is compared alone, because only some heads are poisoned.
                     for (head, expected) in expected.chunks(self.head_dim).enumerate() {
                         let got = &row(&got)[head * self.head_dim..][..self.head_dim];
                         assert!(agrees(got, expected, bound), "{at}, head {head}: {got:?} instead of {expected:?}");
@@ -203,19 +208,19 @@ fn bits(numbers: &[f32]) -> Vec<u32> {
     numbers.iter().map(|x| x.to_bits()).collect()
 }
 
-fn dtypes(way: &str) -> impl Iterator<Item = KvDtype> {
-    let fused = way != "gather";
+fn dtypes(name: &str) -> impl Iterator<Item = KvDtype> {
+    let fused = name != "gather";
     KvDtype::ALL.into_iter().filter(move |dtype| fused || *dtype != KvDtype::Int8)
 }
 
-/// The smallest case: the value of token 1 is inf, and row 0 sees only itself.
+/// The smallest case: the value of token 1 is a poison, and row 0 sees only itself.
 #[test]
-fn a_prefill_s_first_row_does_not_see_the_second_token() {
-    for (name, way) in ways() {
+fn the_first_row_of_a_prefill_does_not_see_the_second_token() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             for x in POISONS {
                 let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
-                let cache = way(KvCache::builder(shape).blocks(4).dtype(dtype)).build().unwrap();
+                let cache = configure(KvCache::builder(shape).blocks(4).dtype(dtype)).build().unwrap();
                 let mut table = cache.table();
                 let mut step = cache.step();
                 step.push(&mut table, &[1, 2]).unwrap();
@@ -230,29 +235,29 @@ fn a_prefill_s_first_row_does_not_see_the_second_token() {
 
 #[test]
 fn future_tokens_are_not_seen_in_a_prefill() {
-    for (name, way) in ways() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             for (x, place) in
                 POISONS.into_iter().flat_map(|x| [Place::Keys, Place::Values, Place::Both].map(|p| (x, p)))
             {
-                Case::new(dtype).check(name, &way, &[3, 70], place, x);
+                Case::new(dtype).check(name, &configure, &[3, 70], place, x);
             }
         }
     }
 }
 
 #[test]
-fn what_a_window_leaves_out_is_not_seen() {
-    for (name, way) in ways() {
+fn tokens_outside_a_window_are_not_seen() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
-            for (tokens, sinks) in [(2, 0), (20, 0), (20, 3)] {
-                let window = Some(Window::new(tokens).with_sinks(sinks));
+            for (tokens, sink_tokens) in [(2, 0), (20, 0), (20, 3)] {
+                let window = Some(Window::new(tokens).with_sink_tokens(sink_tokens));
                 for x in [f32::NAN, f32::INFINITY, 3e38] {
                     let case = Case { steps: vec![70, 1, 5, 1], ..Case::new(dtype) };
-                    Case { window, ..case.clone() }.check(name, &way, &[1, 44], Place::Both, x);
-                    Case { layer_window: window, ..case.clone() }.check(name, &way, &[1, 44], Place::Both, x);
+                    Case { window, ..case.clone() }.check(name, &configure, &[1, 44], Place::Both, x);
+                    Case { layer_window: window, ..case.clone() }.check(name, &configure, &[1, 44], Place::Both, x);
                     let options = Case { layer_window: window, options: true, causal: false, ..case };
-                    options.check(name, &way, &[4, 44], Place::Values, x);
+                    options.check(name, &configure, &[4, 44], Place::Values, x);
                 }
             }
         }
@@ -261,67 +266,70 @@ fn what_a_window_leaves_out_is_not_seen() {
 
 #[test]
 fn every_block_size_and_geometry() {
-    for (name, way) in ways() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             for block_size in [1, 7, 16, 32] {
                 for (heads, kv_heads, head_dim) in [(1, 1, 8), (3, 1, 33), (6, 2, 80), (5, 5, 16)] {
-                    let layer_window = Some(Window::new(9).with_sinks(2));
+                    let layer_window = Some(Window::new(9).with_sink_tokens(2));
                     let case = Case { heads, kv_heads, head_dim, block_size, layer_window, ..Case::new(dtype) };
                     let case = Case { steps: vec![40, 30, 1, 1], ..case };
-                    case.check(name, &way, &[3, 35, 69], Place::Both, f32::INFINITY);
-                    case.check(name, &way, &[3, 35, 69], Place::Values, f32::NAN);
+                    case.check(name, &configure, &[3, 35, 69], Place::Both, f32::INFINITY);
+                    case.check(name, &configure, &[3, 35, 69], Place::Values, f32::NAN);
                 }
             }
         }
     }
 }
 
-/// Several chunks, of which a row sees some, and as many threads as are asked for.
+/// Several chunks of tokens, of which a row sees some, with one thread and with three.
 #[test]
-fn long_sequences_whatever_the_threads() {
-    for (name, way) in ways() {
+fn long_sequences_with_any_number_of_threads() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             let case = Case {
                 heads: 1,
                 kv_heads: 1,
                 head_dim: 16,
-                layer_window: Some(Window::new(530).with_sinks(2)),
+                layer_window: Some(Window::new(530).with_sink_tokens(2)),
                 steps: vec![1100, 1, 1],
                 ..Case::new(dtype)
             };
             let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool(1).install(|| case.check(name, &way, &[5, 700], Place::Both, f32::NAN));
-            pool(3).install(|| case.check(name, &way, &[700, 1050], Place::Values, f32::INFINITY));
+            pool(1).install(|| case.check(name, &configure, &[5, 700], Place::Both, f32::NAN));
+            pool(3).install(|| case.check(name, &configure, &[700, 1050], Place::Values, f32::INFINITY));
         }
     }
 }
 
-/// All that a row sees of a chunk weighs nothing, or is not a number: its sums go into those of the next chunk.
+/// All tokens that a row sees in a chunk have a weight of zero or NaN. The sums of the chunk are merged with those of
+/// the next chunk.
 #[test]
 fn a_chunk_of_which_a_single_token_is_seen() {
-    for (name, way) in ways() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
-            // Token 1,024 begins the third chunk, and sees the first token of the first and the last of the second.
-            let layer_window = Some(Window::new(2).with_sinks(1));
+            // Token 1,024 begins the third chunk. It sees the first token of the first chunk and the last of the
+            // second.
+            let layer_window = Some(Window::new(2).with_sink_tokens(1));
             let case = Case { heads: 2, head_dim: 16, layer_window, steps: vec![1024, 1], ..Case::new(dtype) };
             for (place, x) in [(Place::Keys, f32::NAN), (Place::Both, f32::NEG_INFINITY)] {
-                case.check(name, &way, &[0], place, x);
-                case.check(name, &way, &[1023], place, x);
+                case.check(name, &configure, &[0], place, x);
+                case.check(name, &configure, &[1023], place, x);
             }
         }
     }
 }
 
-/// What a row gets does not depend on what it is computed beside, when it sees what is not finite either.
+/// The result of a row does not depend on the rows that it is computed with, also when it sees numbers that are not
+/// finite.
 #[test]
 fn rows_alone_and_together_are_the_same() {
-    for (name, way) in ways().into_iter().filter(|(name, _)| *name != "gather") {
+    for (name, configure) in backends().into_iter().filter(|(name, _)| *name != "gather") {
         for dtype in KvDtype::ALL {
             for x in POISONS {
                 let together = Case { steps: vec![70, 1, 1], ..Case::new(dtype) };
                 let alone = Case { steps: vec![1; 72], ..together.clone() };
                 let numbers = together.poisoned(&together.numbers(8), &[2, 50], Place::Both, x);
-                let (a, b) = (together.run(&way, &numbers), alone.run(&way, &numbers));
+                let (a, b) = (together.run(&configure, &numbers), alone.run(&configure, &numbers));
                 let same = a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()));
                 assert!(same, "{name} {dtype} {x}");
             }
@@ -329,19 +337,19 @@ fn rows_alone_and_together_are_the_same() {
     }
 }
 
-/// A query is its own row's and head's business.
+/// A query that is not finite changes the result of its own row and head only.
 #[test]
 fn queries_that_are_not_finite() {
-    for (name, way) in ways() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             for x in POISONS {
                 let case = Case { steps: vec![70], ..Case::new(dtype) };
                 let numbers = case.numbers(9);
-                let ordinary = case.run(&way, &numbers);
+                let ordinary = case.run(&configure, &numbers);
                 let mut poisoned = numbers.clone();
                 let (row, head) = (20, 2);
                 poisoned.q[(row * 4 + head) * 32 + 5] = x;
-                let got = case.run(&way, &poisoned);
+                let got = case.run(&configure, &poisoned);
                 let expected = case.expected(&case.stored(&poisoned), row, 70);
                 for (i, (got, ordinary)) in got.chunks(32).zip(ordinary.chunks(32)).enumerate() {
                     if i == row * 4 + head {
@@ -357,13 +365,15 @@ fn queries_that_are_not_finite() {
     }
 }
 
-/// The sign of what weighs nothing is nothing, even where all that is seen is as small as a number can be.
+/// The sign of an unseen value does not change the sign of a zero result, even if all values that are seen are zero or
+/// the smallest possible number.
 #[test]
-fn not_even_the_sign_of_a_zero() {
-    for (name, way) in ways() {
+fn unseen_values_do_not_change_the_sign_of_a_zero() {
+    for (name, configure) in backends() {
         let case = Case { steps: vec![40], heads: 2, kv_heads: 1, head_dim: 16, ..Case::new(KvDtype::F32) };
         let mut numbers = case.numbers(3);
-        // Token 0 weighs most, by far, and its value is zero; what the others weigh of theirs is below the smallest number.
+        // Token 0 has by far the largest weight, and its value is zero. The weighted values of the others are below the
+        // smallest number.
         numbers.q.fill(1.0);
         numbers.k.fill(0.0);
         numbers.k[..16].fill(1.0);
@@ -372,39 +382,39 @@ fn not_even_the_sign_of_a_zero() {
         let [up, down] = [1.0, -1.0].map(|x| {
             let mut numbers = numbers.clone();
             numbers.v[20 * 16..].fill(x);
-            case.run(&way, &numbers)[..20 * 32].to_vec()
+            case.run(&configure, &numbers)[..20 * 32].to_vec()
         });
         assert_eq!(bits(&up), bits(&down), "{name}");
     }
 }
 
-/// Another request finds a prefix whose first tokens it does not look back to.
+/// Another sequence matches a prefix whose first tokens are outside its window.
 #[test]
-fn through_a_shared_prefix_nothing_comes_that_is_not_seen() {
-    for (name, way) in ways() {
+fn unseen_tokens_of_a_shared_prefix_change_nothing() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             let case = Case { layer_window: Some(Window::new(8)), steps: vec![48, 9], ..Case::new(dtype) };
             let numbers = case.numbers(4);
             let run = |numbers: &Numbers| {
-                let cache = case.cache(&way);
+                let cache = case.cache(&configure);
                 let tokens: Vec<u32> = (0..57).collect();
-                let part = |of: &[f32], heads: usize, at: Range<usize>| {
+                let rows = |of: &[f32], heads: usize, at: Range<usize>| {
                     tensor(&of[at.start * heads * 32..at.end * heads * 32], heads, 32, DType::F32)
                 };
                 let attend = |table: &mut BlockTable, at: Range<usize>| {
                     let mut step = cache.step();
                     step.push(table, &tokens[at.clone()]).unwrap();
-                    let (q, k) = (part(&numbers.q, 4, at.clone()), part(&numbers.k, 2, at.clone()));
-                    let y = step.attend(0, &q, &k, &part(&numbers.v, 2, at), &case.attention()).unwrap();
+                    let (q, k) = (rows(&numbers.q, 4, at.clone()), rows(&numbers.k, 2, at.clone()));
+                    let y = step.attend(0, &q, &k, &rows(&numbers.v, 2, at), &case.attention()).unwrap();
                     step.commit().unwrap();
                     floats(&y)
                 };
                 let mut first = cache.table();
                 attend(&mut first, 0..48);
                 let mut other = cache.table();
-                assert_eq!(other.reuse(&tokens), 48, "{name}");
+                assert_eq!(other.match_prefix(&tokens), 48, "{name}");
                 let mut out = attend(&mut other, 48..57);
-                // And one that shares a half of a block with what comes after.
+                // A fork that shares a block of which it uses the first tokens only.
                 let mut third = first.fork_at(20).unwrap();
                 out.extend(attend(&mut third, 20..21));
                 out
@@ -417,10 +427,11 @@ fn through_a_shared_prefix_nothing_comes_that_is_not_seen() {
     }
 }
 
-/// Sequences in several caches: unseen in one of them, seen in one of them, and weightless as a whole.
+/// Sequences in two caches: poisons that are not seen, poisons that are seen, and a segment whose weight is zero as a
+/// whole.
 #[test]
-fn parts_are_as_one() {
-    for (name, way) in ways() {
+fn segments_equal_one_cache() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name) {
             let case = Case { steps: vec![60], ..Case::new(dtype) };
             let numbers = case.numbers(6);
@@ -431,21 +442,21 @@ fn parts_are_as_one() {
                 let case = Case { layer_window, ..case.clone() };
                 let run = |numbers: &Numbers| {
                     let rows = rows.min(60 - cut);
-                    let part = |range: Range<usize>| {
-                        let cache = case.cache(&way);
+                    let segment = |range: Range<usize>| {
+                        let cache = case.cache(&configure);
                         let of = |of: &[f32]| tensor(&of[range.start * 64..range.end * 64], 2, 32, DType::F32);
                         let mut tables = [cache.table()];
                         tables[0].reserve(range.len()).unwrap();
-                        cache.write_at(0, &mut tables, 0, &of(&numbers.k), &of(&numbers.v)).unwrap();
+                        cache.write(0, &mut tables, 0, &of(&numbers.k), &of(&numbers.v)).unwrap();
                         (cache, tables, range)
                     };
-                    let parts = [part(0..cut), part(cut..60)];
-                    let parts: Vec<_> = parts
+                    let caches = [segment(0..cut), segment(cut..60)];
+                    let segments: Vec<_> = caches
                         .iter()
-                        .map(|(cache, tables, range)| Part { cache, tables, start: range.start, end: range.end })
+                        .map(|(cache, tables, range)| Segment { cache, tables, start: range.start, end: range.end })
                         .collect();
                     let q = tensor(&numbers.q[(60 - rows) * 128..], 4, 32, DType::F32);
-                    floats(&attend_parts(&parts, 0, 60 - rows, &q, &case.attention()).unwrap())
+                    floats(&attend_segments(&segments, 0, 60 - rows, &q, &case.attention()).unwrap())
                 };
                 let ordinary = run(&numbers);
                 for (positions, x) in [[1, 35], [8, 59], [59, 59]].into_iter().flat_map(|p| POISONS.map(|x| (p, x))) {
@@ -453,7 +464,7 @@ fn parts_are_as_one() {
                         let poisoned = case.poisoned(&numbers, &positions, place, x);
                         let (got, stored) = (run(&poisoned), case.stored(&poisoned));
                         for (i, (got, ordinary)) in got.chunks(128).zip(ordinary.chunks(128)).enumerate() {
-                            let position = 60 - ordinary_rows(cut, rows) + i;
+                            let position = 60 - queries_after(cut, rows) + i;
                             let at = format!(
                                 "{name} {case:?} cut at {cut}, {x} in {place:?} of {positions:?}, row {position}"
                             );
@@ -474,40 +485,40 @@ fn parts_are_as_one() {
     }
 }
 
-fn ordinary_rows(cut: usize, rows: usize) -> usize {
+fn queries_after(cut: usize, rows: usize) -> usize {
     rows.min(60 - cut)
 }
 
-/// A part of which a row sees nothing is no number at all, in every backend.
+/// A row that sees no token of a segment gets zeros, with every backend.
 #[test]
 fn rows_that_see_nothing_are_zeros() {
-    for (name, way) in ways() {
+    for (name, configure) in backends() {
         let case = Case { block_size: 4, steps: vec![40], ..Case::new(KvDtype::F32) };
-        let cache = case.cache(&way);
+        let cache = case.cache(&configure);
         let mut table = cache.table_with(&TableOptions::default().private());
         table.append(40).unwrap();
         let tables = [table];
         let q = tensor(&Random::new(6).numbers(4 * 32), 4, 32, DType::F32);
         let attention = Attention::new(SCALE).window(Window::new(3));
-        let part = [Part { cache: &cache, tables: &tables, start: 0, end: 20 }];
-        let got = floats(&attend_parts(&part, 0, 39, &q, &attention).unwrap());
+        let segments = [Segment { cache: &cache, tables: &tables, start: 0, end: 20 }];
+        let got = floats(&attend_segments(&segments, 0, 39, &q, &attention).unwrap());
         assert!(got.iter().all(|x| *x == 0.0), "{name}: {got:?}");
     }
 }
 
-/// Sums that end within f32 and go beyond it on the way.
+/// Sums whose result is within the range of f32, but whose intermediate sums are not.
 #[test]
-fn what_f32_cannot_sum_is_summed_in_f64() {
-    for (name, way) in ways() {
+fn sums_out_of_the_range_of_f32_are_computed_in_f64() {
+    for (name, configure) in backends() {
         for dtype in dtypes(name).filter(|dtype| *dtype != KvDtype::F16) {
             let case = Case { steps: vec![8], heads: 1, kv_heads: 1, head_dim: 16, ..Case::new(dtype) };
             let mut numbers = case.numbers(7);
             for x in [1e38, 3.38e38, f32::MAX] {
                 numbers.v.fill(x);
-                // All scores within f32, then one beyond it.
+                // First all scores are within the range of f32, then one is not.
                 for q in [0.5, 1e20] {
                     (numbers.q[7 * 16], numbers.k[2 * 16]) = (q, q);
-                    let last = case.run(&way, &numbers)[7 * 16..].to_vec();
+                    let last = case.run(&configure, &numbers)[7 * 16..].to_vec();
                     let expected = case.expected(&case.stored(&numbers), 7, 8);
                     assert!(agrees(&last, &expected, 1e-3), "{name} {dtype} {x}: {last:?} instead of {expected:?}");
                 }

@@ -1,4 +1,4 @@
-//! Prefix reuse, partial commits, swapping and poison, through the cache and its steps.
+//! Prefix matching, partial commits, swapping, metrics and poisoning, through a cache and its steps.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -7,13 +7,13 @@ mod common;
 use std::collections::HashMap;
 
 use candle_core::{DType, Tensor};
-use common::{tensor, ways};
+use common::{backends, tensor};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 use paged_attention::{BlockTable, CommitError, KvCache, KvDtype, KvShape, Step};
 
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
 
-/// Writes keys and values that depend on the tokens alone.
+/// Writes keys and values that depend on the tokens only.
 fn write(step: &Step<'_>) -> candle_core::Result<()> {
     let tokens: Vec<u32> = step.token_ids()?.to_vec1()?;
     let numbers: Vec<f32> = tokens.iter().flat_map(|&token| (0..16).map(move |i| (token * 16 + i) as f32)).collect();
@@ -31,12 +31,12 @@ fn append(cache: &KvCache, table: &mut BlockTable, tokens: &[u32]) {
     step.commit().unwrap();
 }
 
-/// What `write` has left for these tokens is what the table holds.
+/// Asserts that the table has the keys and values that `write` writes for these tokens.
 fn assert_holds(cache: &KvCache, table: &BlockTable, tokens: &[u32]) {
     let numbers: Vec<f32> = tokens.iter().flat_map(|&token| (0..16).map(move |i| (token * 16 + i) as f32)).collect();
     let expected = tensor(&numbers, 2, 8, cache.dtype().tensor_dtype());
     for layer in 0..SHAPE.layers {
-        let (k, v) = cache.keys_and_values(table, layer).unwrap();
+        let (k, v) = cache.read(layer, table, 0..table.len()).unwrap();
         let same = |a: &Tensor, b: &Tensor| {
             let bits = |t: &Tensor| t.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(bits(a), bits(b));
@@ -54,48 +54,48 @@ fn assert_holds(cache: &KvCache, table: &BlockTable, tokens: &[u32]) {
 }
 
 #[test]
-fn only_what_is_committed_can_be_found() {
+fn only_committed_tokens_can_be_matched() {
     let cache = KvCache::builder(SHAPE).blocks(16).block_size(4).build().unwrap();
     let prompt: Vec<u32> = (1..10).collect();
-    let found = || cache.table().reuse(&prompt);
+    let matched = || cache.table().match_prefix(&prompt);
     let mut table = cache.table();
     let mut step = cache.step();
     step.push(&mut table, &prompt).unwrap();
-    assert_eq!(found(), 0, "pushed, not written");
+    assert_eq!(matched(), 0, "pushed, not written");
     write(&step).unwrap();
-    assert_eq!(found(), 0, "written, not committed");
+    assert_eq!(matched(), 0, "written, not committed");
     drop(step);
-    assert_eq!((found(), cache.pool().remembered()), (0, 0), "rolled back");
+    assert_eq!((matched(), cache.pool().evictable()), (0, 0), "rolled back");
     let mut step = cache.step();
     step.push(&mut table, &prompt).unwrap();
     let failing = Tensor::zeros((9, 2, 8), DType::F32, cache.device()).unwrap();
     assert!(step.write(7, &failing, &failing).is_err());
     drop(step);
-    assert_eq!(found(), 0, "failed");
+    assert_eq!(matched(), 0, "failed");
     append(&cache, &mut table, &prompt);
-    assert_eq!(found(), 8);
+    assert_eq!(matched(), 8);
     drop(table);
-    assert_eq!((found(), cache.pool().remembered()), (8, 2));
+    assert_eq!((matched(), cache.pool().evictable()), (8, 2));
 }
 
 #[test]
-fn a_reused_prefix_is_what_would_have_been_computed() {
-    for (name, build) in ways() {
-        let cache = build(KvCache::builder(SHAPE).blocks(16).block_size(4)).build().unwrap();
+fn a_matched_prefix_equals_what_would_have_been_computed() {
+    for (name, configure) in backends() {
+        let cache = configure(KvCache::builder(SHAPE).blocks(16).block_size(4)).build().unwrap();
         append(&cache, &mut cache.table(), &[1, 2, 3, 4, 5, 6, 7, 8]);
         let mut table = cache.table();
         let prompt = [1, 2, 3, 4, 5, 6, 70, 80, 90];
-        assert_eq!(table.reuse(&prompt), 6, "{name}");
+        assert_eq!(table.match_prefix(&prompt), 6, "{name}");
         append(&cache, &mut table, &prompt[6..]);
         assert_holds(&cache, &table, &prompt);
         let mut table = cache.table();
-        assert_eq!(table.reuse(&[1, 2, 3, 4, 5, 6, 7, 8, 9]), 8);
+        assert_eq!(table.match_prefix(&[1, 2, 3, 4, 5, 6, 7, 8, 9]), 8);
         assert_holds(&cache, &table, &[1, 2, 3, 4, 5, 6, 7, 8]);
     }
 }
 
 #[test]
-fn a_part_of_what_was_drafted_can_be_accepted() {
+fn some_of_the_drafted_tokens_can_be_accepted() {
     let cache = KvCache::builder(SHAPE).blocks(16).block_size(4).build().unwrap();
     let (mut a, mut b) = (cache.table(), cache.table());
     let mut step = cache.step();
@@ -103,7 +103,7 @@ fn a_part_of_what_was_drafted_can_be_accepted() {
     step.push(&mut b, &[7, 8, 9]).unwrap();
     write(&step).unwrap();
     step.commit_accepted(&[5, 0]).unwrap();
-    assert_eq!((a.len(), b.len(), cache.pool().held()), (5, 0, 2));
+    assert_eq!((a.len(), b.len(), cache.pool().in_use()), (5, 0, 2));
     assert_holds(&cache, &a, &[1, 2, 3, 4, 5]);
     append(&cache, &mut a, &[60]);
     assert_holds(&cache, &a, &[1, 2, 3, 4, 5, 60]);
@@ -117,21 +117,21 @@ fn a_part_of_what_was_drafted_can_be_accepted() {
     step.push(&mut b, &[7]).unwrap();
     let error = step.commit_accepted(&[1, 2]).unwrap_err();
     assert_eq!(error, CommitError::Tokens { sequence: 1, accepted: 2, pushed: 1 });
-    assert_eq!((a.len(), b.len(), cache.pool().held()), (6, 0, 2));
+    assert_eq!((a.len(), b.len(), cache.pool().in_use()), (6, 0, 2));
 }
 
 #[test]
 fn a_sequence_is_swapped_out_and_in_byte_for_byte() {
-    for (name, build) in ways() {
+    for (name, configure) in backends() {
         for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16] {
             let builder = KvCache::builder(SHAPE).blocks(4).block_size(4).dtype(dtype);
-            let cache = build(builder).build().unwrap();
+            let cache = configure(builder).build().unwrap();
             let mut table = cache.table();
             let tokens: Vec<u32> = (1..11).collect();
             append(&cache, &mut table, &tokens);
             let swapped = table.swap_out().unwrap();
-            assert_eq!((cache.pool().held(), swapped.bytes()), (0, 3 * cache.bytes_per_block()), "{name}");
-            append(&cache, &mut cache.table(), &[99; 16]); // over everything
+            assert_eq!((cache.pool().in_use(), swapped.bytes()), (0, 3 * cache.bytes_per_block()), "{name}");
+            append(&cache, &mut cache.table(), &[99; 16]); // overwrites all blocks
             let mut back = swapped.swap_in().unwrap();
             assert_holds(&cache, &back, &tokens);
             append(&cache, &mut back, &[11]);
@@ -141,10 +141,10 @@ fn a_sequence_is_swapped_out_and_in_byte_for_byte() {
 }
 
 #[test]
-fn bytes_are_copied_and_swapped_with_their_scales() {
+fn int8_blocks_are_copied_and_swapped_with_their_scales() {
     let cache = KvCache::builder(SHAPE).blocks(5).block_size(4).dtype(KvDtype::Int8).build().unwrap();
     let read = |table: &BlockTable| {
-        let (k, v) = cache.keys_and_values(table, 1).unwrap();
+        let (k, v) = cache.read(1, table, 0..table.len()).unwrap();
         [k, v].map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap())
     };
     let mut table = cache.table();
@@ -155,20 +155,20 @@ fn bytes_are_copied_and_swapped_with_their_scales() {
     assert_eq!(read(&fork).map(|numbers| numbers[..before[0].len()].to_vec()), before);
     drop(fork);
     let swapped = table.swap_out().unwrap();
-    append(&cache, &mut cache.table(), &[99; 20]); // over everything
+    append(&cache, &mut cache.table(), &[99; 20]); // overwrites all blocks
     assert_eq!(read(&swapped.swap_in().unwrap()), before);
 }
 
 #[test]
-fn whoever_collects_metrics_gets_the_pool_s() {
+fn a_metrics_recorder_gets_the_numbers_of_the_pool() {
     let recorder = DebuggingRecorder::new();
     metrics::with_local_recorder(&recorder, || {
         let cache = KvCache::builder(SHAPE).blocks(4).block_size(4).name("draft").build().unwrap();
         append(&cache, &mut cache.table(), &[1, 2, 3, 4, 5]);
         let mut table = cache.table();
-        assert_eq!(table.reuse(&[1, 2, 3, 9]), 3);
+        assert_eq!(table.match_prefix(&[1, 2, 3, 9]), 3);
         append(&cache, &mut table, &[9]); // in a copy
-        drop(cache.pool().take(3).unwrap()); // the original gives way
+        drop(cache.pool().allocate(3).unwrap()); // the original is evicted
         let mut other = cache.table();
         append(&cache, &mut other, &[7]);
     });
@@ -182,7 +182,7 @@ fn whoever_collects_metrics_gets_the_pool_s() {
             (format!("{} {}", key.key().name(), labels.join(" ")), value)
         })
         .collect();
-    for (state, blocks) in [("free", 2.0), ("held", 2.0), ("remembered", 0.0)] {
+    for (state, blocks) in [("free", 2.0), ("in_use", 2.0), ("evictable", 0.0)] {
         let gauge = &found[&format!("kv_cache_blocks cache=draft state={state}")];
         assert_eq!(*gauge, DebugValue::Gauge(blocks.into()), "{state}");
     }
@@ -194,14 +194,14 @@ fn whoever_collects_metrics_gets_the_pool_s() {
 
 #[test]
 fn free_blocks_are_poisoned_on_request() {
-    for (name, build) in ways() {
+    for (name, configure) in backends() {
         for poison in [true, false] {
-            let cache = build(KvCache::builder(SHAPE).blocks(2).block_size(4).poison(poison)).build().unwrap();
+            let cache = configure(KvCache::builder(SHAPE).blocks(2).block_size(4).poison(poison)).build().unwrap();
             append(&cache, &mut cache.table(), &[1, 2, 3]);
-            // Reserved and never written: whoever reads it reads what was left there.
+            // Reserved and never written, so a read returns what was left in the block.
             let mut reader = cache.table();
             reader.append(3).unwrap();
-            let (k, _) = cache.keys_and_values(&reader, 1).unwrap();
+            let (k, _) = cache.read(1, &reader, 0..reader.len()).unwrap();
             let k: Vec<f32> = k.flatten_all().unwrap().to_vec1().unwrap();
             assert_eq!(k.iter().all(|x| x.is_nan()), poison, "{name}");
         }

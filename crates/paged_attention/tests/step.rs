@@ -1,4 +1,4 @@
-//! Steps: what a commit keeps, what a failure leaves behind, and what bad input is told.
+//! Steps: what a commit keeps, what a failure leaves unchanged, and the errors for invalid input.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use candle_core::{DType, Device, Tensor};
-use common::{Random, tensor, ways};
+use common::{Random, backends, tensor};
 use paged_attention::{
     Attention, Backend, BlockTable, CacheError, KvCache, KvDtype, KvShape, OutOfBlocks, PoolError, PushError, Step,
 };
@@ -23,7 +23,7 @@ fn rows(n: usize, seed: u64) -> Tensor {
     tensor(&Random::new(seed).numbers(n * 4), 1, 4, DType::F32)
 }
 
-/// All layers of one step over one sequence.
+/// Runs one step with all layers over one sequence.
 fn forward(cache: &KvCache, table: &mut BlockTable, n: usize, seed: u64) {
     let mut step = cache.step();
     step.push(table, &vec![0; n]).unwrap();
@@ -31,7 +31,7 @@ fn forward(cache: &KvCache, table: &mut BlockTable, n: usize, seed: u64) {
     step.commit().unwrap();
 }
 
-/// Some layers of a step.
+/// Attends in some layers of a step.
 fn attend(step: &Step<'_>, layers: Range<usize>, seed: u64) {
     for layer in layers {
         let x = rows(step.tokens(), seed + layer as u64);
@@ -39,12 +39,13 @@ fn attend(step: &Step<'_>, layers: Range<usize>, seed: u64) {
     }
 }
 
+/// The values of layer 1, as they are stored.
 fn stored(cache: &KvCache, table: &BlockTable) -> Vec<Vec<Vec<f32>>> {
-    cache.keys_and_values(table, 1).unwrap().1.to_vec3().unwrap()
+    cache.read(1, table, 0..table.len()).unwrap().1.to_vec3().unwrap()
 }
 
 #[test]
-fn what_threads_share_can_be_shared() {
+fn types_are_send_and_sync() {
     fn shared<T: Send + Sync>() {}
     shared::<paged_attention::BlockPool>();
     shared::<paged_attention::Sequences>();
@@ -87,11 +88,11 @@ fn a_dropped_step_rolls_every_sequence_back() {
     drop(step);
     assert_eq!((a.len(), b.len(), cache.pool().available()), (5, 0, free));
     assert_eq!(stored(&cache, &a), before);
-    cache.pool().check_held([a.blocks(), b.blocks()]).unwrap();
+    cache.pool().check_ref_counts([a.blocks(), b.blocks()]).unwrap();
 }
 
 #[test]
-fn a_panic_in_mid_step_leaves_every_block_accounted_for() {
+fn a_panic_during_a_step_leaks_no_block() {
     let cache = cache(8);
     let mut a = cache.table();
     forward(&cache, &mut a, 5, 1);
@@ -106,7 +107,7 @@ fn a_panic_in_mid_step_leaves_every_block_accounted_for() {
     }));
     assert!(panicked.is_err());
     assert_eq!((a.len(), fork.len()), (5, 5));
-    cache.pool().check_held([a.blocks(), fork.blocks()]).unwrap();
+    cache.pool().check_ref_counts([a.blocks(), fork.blocks()]).unwrap();
     forward(&cache, &mut a, 4, 2);
     drop((a, fork));
     assert_eq!(cache.pool().available(), 8);
@@ -125,17 +126,17 @@ fn a_full_pool_refuses_one_sequence_and_keeps_the_others() {
     assert_eq!(step.tokens(), 8);
     attend(&step, 0..SHAPE.layers, 3);
     step.commit().unwrap();
-    assert_eq!((a.len(), b.len(), cache.pool().held()), (8, 0, 2));
+    assert_eq!((a.len(), b.len(), cache.pool().in_use()), (8, 0, 2));
 }
 
 #[test]
 fn forks_share_until_one_of_them_writes() {
-    for (name, build) in ways() {
-        let cache = build(KvCache::builder(SHAPE).blocks(8).block_size(4)).build().unwrap();
+    for (name, configure) in backends() {
+        let cache = configure(KvCache::builder(SHAPE).blocks(8).block_size(4)).build().unwrap();
         let mut a = cache.table();
         forward(&cache, &mut a, 6, 1);
         let mut b = a.fork();
-        assert_eq!(cache.pool().held(), 2, "{name}");
+        assert_eq!(cache.pool().in_use(), 2, "{name}");
         let before = stored(&cache, &a);
         forward(&cache, &mut b, 3, 5);
         assert_eq!(stored(&cache, &a), before, "{name}: the original is not written");
@@ -154,9 +155,10 @@ fn attend_error(step: &paged_attention::Step<'_>, layer: usize, q: &Tensor, k: &
 }
 
 #[test]
-fn wrong_tensors_are_told_what_is_wrong_and_write_nothing() {
-    for (name, build) in ways() {
-        let cache = build(KvCache::builder(KvShape { layers: 2, kv_heads: 2, head_dim: 4 }).blocks(4)).build().unwrap();
+fn invalid_tensors_are_errors_that_say_why() {
+    for (name, configure) in backends() {
+        let cache =
+            configure(KvCache::builder(KvShape { layers: 2, kv_heads: 2, head_dim: 4 }).blocks(4)).build().unwrap();
         let mut table = cache.table();
         let mut step = cache.step();
         let t = |tokens: usize, heads: usize, dim: usize| {
@@ -166,7 +168,7 @@ fn wrong_tensors_are_told_what_is_wrong_and_write_nothing() {
         assert_eq!(attend_error(&step, 0, &q, &k, &k), "no sequence was pushed to the step");
         step.push(&mut table, &[1, 2, 3]).unwrap();
         let error = |layer, q: &Tensor, k: &Tensor, v: &Tensor| attend_error(&step, layer, q, k, v);
-        assert_eq!(error(2, &q, &k, &k), "there is no layer 2: the cache has 2", "{name}");
+        assert_eq!(error(2, &q, &k, &k), "there is no layer 2: the cache has 2 layers", "{name}");
         assert_eq!(error(0, &t(2, 4, 4), &k, &k), "q has shape [2, 4, 4], expected (3 tokens, heads, 4 head_dim)");
         assert_eq!(error(0, &t(3, 0, 4), &k, &k), "q has shape [3, 0, 4], expected (3 tokens, heads, 4 head_dim)");
         assert_eq!(error(0, &t(3, 3, 4), &k, &k), "3 query heads are not a multiple of 2 key heads");
@@ -183,7 +185,7 @@ fn wrong_tensors_are_told_what_is_wrong_and_write_nothing() {
 }
 
 #[test]
-fn sequences_that_cannot_join_are_told_why() {
+fn sequences_that_cannot_join_are_errors_that_say_why() {
     let (ours, theirs) = (cache(4), cache(4));
     let (mut empty, mut late, mut stranger) = (ours.table(), ours.table(), theirs.table());
     let mut a = ours.table();
@@ -198,7 +200,9 @@ fn sequences_that_cannot_join_are_told_why() {
 
 #[test]
 fn impossible_caches_are_refused_with_the_numbers() {
-    let build = |shape, blocks, block_size, dtype| KvCache::new(shape, blocks, block_size, dtype, &Device::Cpu);
+    let build = |shape, blocks, block_size, dtype| {
+        KvCache::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype).build()
+    };
     let message = |result: Result<KvCache, CacheError>| result.unwrap_err().to_string();
     assert!(matches!(build(SHAPE, 0, 4, KvDtype::F32), Err(CacheError::Pool(PoolError::NoBlocks))));
     assert!(matches!(build(SHAPE, 4, 0, KvDtype::F32), Err(CacheError::Pool(PoolError::EmptyBlocks))));
@@ -220,7 +224,7 @@ fn impossible_caches_are_refused_with_the_numbers() {
     assert!(int8(2048, Backend::Fused).is_ok());
     assert_eq!(
         message(int8(2049, Backend::Fused)),
-        "heads of 2049 dimensions are too large for 8-bit storage, which takes up to 2048"
+        "heads of 2049 dimensions are too large for 8-bit storage, which takes at most 2048"
     );
     assert!(matches!(int8(64, Backend::Gather), Err(CacheError::Pool(PoolError::UnsupportedDType(_)))));
     let wide = KvShape { layers: 64, kv_heads: 64, head_dim: 1024 };
@@ -229,7 +233,7 @@ fn impossible_caches_are_refused_with_the_numbers() {
         "16777216 blocks of 536870912 bytes do not fit into this machine's memory"
     );
     let by_memory = |bytes| KvCache::builder(SHAPE).block_size(4).memory(bytes).build();
-    assert_eq!(message(by_memory(255)), "255 bytes do not hold one block, which takes 256");
+    assert_eq!(message(by_memory(255)), "255 bytes do not hold one block, which takes 256 bytes");
     assert_eq!(by_memory(1000).unwrap().pool().blocks(), 3);
     assert_eq!(by_memory(1000).unwrap().bytes_per_block(), 256);
     assert!(KvCache::builder(SHAPE).backend(Backend::Gather).build().is_ok());
@@ -261,9 +265,10 @@ fn threads_step_their_own_sequences_on_one_cache() {
     assert_eq!(cache.pool().available(), 64);
 }
 
-/// candle's guards wait for a writer that waits for them: a layer's may be taken once only.
+/// A thread must take candle's read lock on a layer only once: a second one would wait for a writer that waits for the
+/// first.
 #[test]
-fn queries_may_lie_in_the_layer_itself_while_others_write() {
+fn queries_may_be_a_view_of_the_layer_while_other_threads_write() {
     let cache = cache(16);
     let (mut a, mut b) = (cache.table(), cache.table());
     forward(&cache, &mut a, 9, 1);

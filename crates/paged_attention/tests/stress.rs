@@ -1,5 +1,6 @@
-//! More threads than cores on one cache, thousands of actions: joining, stepping, forking, truncating, swapping, leaving,
-//! and panicking in mid-step. At the end every block is accounted for, and all along every sequence holds its own tokens.
+//! Threads on one cache, usually more than cores, with thousands of random actions: inserting, stepping, forking,
+//! truncating, swapping and removing sequences, and panicking during a step. At all times every sequence has its own
+//! keys, and at the end every block is accounted for.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -15,19 +16,20 @@ use common::Random;
 use paged_attention::{Attention, BlockTable, KvCache, KvShape, PushError, SequenceError, SequenceId, Sequences};
 
 const THREADS: usize = 8;
-/// What each thread does, and goes on to do at most while something has not happened yet.
+/// The number of actions of each thread.
 const ACTIONS: usize = 20_000;
+/// The maximum, for a thread that goes on because some event has not happened yet.
 const MOST_ACTIONS: usize = 1_000_000;
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: 4 };
 
-/// What a worker throws on purpose.
+/// The payload of the panics that a worker causes on purpose.
 struct OnPurpose;
 
-/// What has to happen for the test to prove something.
+/// Events that must all happen for the test to prove something.
 #[derive(Debug, Clone, Copy)]
 enum Event {
     Joined,
-    FoundAPrefix,
+    MatchedPrefix,
     Left,
     Forked,
     Truncated,
@@ -44,7 +46,7 @@ use Event::*;
 
 const EVENTS: [Event; 12] = [
     Joined,
-    FoundAPrefix,
+    MatchedPrefix,
     Left,
     Forked,
     Truncated,
@@ -57,7 +59,7 @@ const EVENTS: [Event; 12] = [
     Busy,
 ];
 
-/// How often each of them has happened.
+/// How often each event has happened.
 #[derive(Default)]
 struct Counts([AtomicUsize; EVENTS.len()]);
 
@@ -75,23 +77,23 @@ impl Counts {
     }
 }
 
-/// The keys that a sequence's tokens leave behind, and its tokens, which are few different ones so that prefixes meet.
+/// The keys of tokens: each number is the token id.
 fn keys(tokens: &[u32]) -> Tensor {
     let numbers: Vec<f32> = tokens.iter().flat_map(|&token| [token as f32; 4]).collect();
     Tensor::from_vec(numbers, (tokens.len(), 1, 4), &Device::Cpu).unwrap()
 }
 
-/// The table holds these tokens, as far as it says.
+/// Asserts that the table has the keys of the first `table.len()` of these tokens.
 fn assert_holds(cache: &KvCache, table: &BlockTable, tokens: &[u32]) {
     for layer in 0..SHAPE.layers {
-        let (k, _) = cache.keys_and_values(table, layer).unwrap();
-        let held: Vec<f32> = k.narrow(2, 0, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let (k, _) = cache.read(layer, table, 0..table.len()).unwrap();
+        let stored: Vec<f32> = k.narrow(2, 0, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         let expected: Vec<f32> = tokens[..table.len()].iter().map(|&token| token as f32).collect();
-        assert_eq!(held, expected);
+        assert_eq!(stored, expected);
     }
 }
 
-/// One step with a few of the sequences. Panics in the middle of it now and then.
+/// Runs one step with these sequences. It sometimes drops the step uncommitted, and sometimes panics during it.
 fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random: &mut Random, counts: &Counts) {
     let mut step = cache.step();
     let mut new = vec![];
@@ -99,6 +101,7 @@ fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random
     for (table, tokens) in tables.iter_mut() {
         tokens.truncate(table.len());
         let n = 1 + random.below(7);
+        // Only two different tokens, so that sequences often share prefixes.
         let more: Vec<u32> = (0..n).map(|_| random.below(2) as u32).collect();
         match step.push(table, &more) {
             Ok(()) => {}
@@ -132,10 +135,10 @@ fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random
 }
 
 #[test]
-fn threads_that_panic_in_mid_step_lose_nothing() {
+fn threads_that_panic_during_a_step_leak_nothing() {
     let cache = KvCache::builder(SHAPE).blocks(60).block_size(4).build().unwrap();
     let sequences = Sequences::new(cache.pool());
-    // The tokens of each sequence, known beside the cache.
+    // The tokens that each sequence should have.
     let known: Mutex<Vec<(SequenceId, Vec<u32>)>> = Mutex::new(vec![]);
     let counts = Counts::default();
     thread::scope(|scope| {
@@ -147,18 +150,18 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                     if action >= ACTIONS && counts.missing().is_none() {
                         break;
                     }
-                    // As many sequences as fill the pool, but not more.
+                    // About as many sequences as fill the pool.
                     let pick = {
                         let known = known.lock().unwrap();
                         let many = known.len() > random.below(24);
                         many.then(|| known[random.below(known.len())].0)
                     };
                     let Some(id) = pick else {
-                        // A new sequence with a prompt that others may have computed.
+                        // A new sequence, whose prompt another sequence may have computed.
                         let prompt: Vec<u32> = (0..random.below(20) + 1).map(|i| (i / 9) as u32 % 2).collect();
                         let mut table = cache.table();
-                        if table.reuse(&prompt) > 0 {
-                            counts.add(FoundAPrefix);
+                        if table.match_prefix(&prompt) > 0 {
+                            counts.add(MatchedPrefix);
                         }
                         counts.add(Joined);
                         assert_holds(cache, &table, &prompt);
@@ -168,18 +171,18 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                     };
                     match random.below(12) {
                         0 | 1 => {
-                            // Whoever removes it forgets it; others find it unknown.
+                            // The thread that removes the sequence removes its tokens; for other threads it is unknown.
                             if sequences.remove(id).is_ok() {
                                 known.lock().unwrap().retain(|(other, _)| *other != id);
                                 counts.add(Left);
                             }
                         }
                         2 => {
-                            // A fork at any length, under a name of its own.
-                            if let Ok(taken) = sequences.take(id) {
+                            // A fork at a random length, with an id of its own.
+                            if let Ok(table) = sequences.check_out(id) {
                                 let tokens = current(known, id);
-                                let fork = taken.fork_at(random.below(taken.len() + 1)).unwrap();
-                                drop(taken);
+                                let fork = table.fork_at(random.below(table.len() + 1)).unwrap();
+                                drop(table);
                                 if let Some(tokens) = tokens {
                                     let tokens = tokens[..fork.len()].to_vec();
                                     known.lock().unwrap().push((sequences.insert(fork), tokens));
@@ -187,22 +190,22 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                                 }
                             }
                         }
-                        _ => match sequences.take(id) {
-                            Ok(mut taken) => {
-                                // Nobody else writes this sequence's tokens while it is taken.
+                        _ => match sequences.check_out(id) {
+                            Ok(mut table) => {
+                                // No other thread changes this sequence's tokens while it is checked out.
                                 let Some(mut tokens) = current(known, id) else { continue };
-                                assert_holds(cache, &taken, &tokens);
+                                assert_holds(cache, &table, &tokens);
                                 match random.below(6) {
                                     0 => {
-                                        taken.truncate(random.below(30)).unwrap();
+                                        table.truncate(random.below(30)).unwrap();
                                         counts.add(Truncated);
                                     }
                                     1 => {
-                                        let swapped = taken.swap_out().unwrap();
+                                        let swapped = table.swap_out().unwrap();
                                         counts.add(SwappedOut);
                                         match swapped.swap_in() {
-                                            Ok(table) => {
-                                                *taken = table;
+                                            Ok(swapped_in) => {
+                                                *table = swapped_in;
                                                 counts.add(SwappedIn);
                                             }
                                             Err(_) => tokens.clear(),
@@ -211,16 +214,16 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
                                     _ => {
                                         let mut other = cache.table();
                                         let mut others = vec![];
-                                        let mut tables = [(&mut *taken, &mut tokens), (&mut other, &mut others)];
+                                        let mut tables = [(&mut *table, &mut tokens), (&mut other, &mut others)];
                                         let work = || step(cache, &mut tables, &mut random, counts);
                                         if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
-                                            assert!(panic.is::<OnPurpose>(), "a panic that nobody ordered");
+                                            assert!(panic.is::<OnPurpose>(), "an unexpected panic");
                                             counts.add(Panicked);
                                         }
                                     }
                                 }
-                                tokens.truncate(taken.len());
-                                assert_holds(cache, &taken, &tokens);
+                                tokens.truncate(table.len());
+                                assert_holds(cache, &table, &tokens);
                                 set(known, id, tokens);
                             }
                             Err(SequenceError::Busy(_)) => counts.add(Busy),
@@ -237,11 +240,11 @@ fn threads_that_panic_in_mid_step_lose_nothing() {
     assert!(counts.missing().is_none(), "{happened:?}");
     assert_eq!(sequences.len(), known.len());
     let ids: Vec<SequenceId> = known.iter().map(|(id, _)| *id).collect();
-    let tables = sequences.take_all(ids).unwrap();
-    cache.pool().check_held(tables.iter().map(|table| table.blocks())).unwrap();
+    let tables = sequences.check_out_all(ids).unwrap();
+    cache.pool().check_ref_counts(tables.iter().map(|table| table.blocks())).unwrap();
     drop(tables);
     drop(sequences);
-    cache.pool().check_held([]).unwrap();
+    cache.pool().check_ref_counts([]).unwrap();
     assert_eq!(cache.pool().available(), 60);
 }
 
@@ -250,7 +253,7 @@ fn current(known: &Mutex<Vec<(SequenceId, Vec<u32>)>>, id: SequenceId) -> Option
 }
 
 fn set(known: &Mutex<Vec<(SequenceId, Vec<u32>)>>, id: SequenceId, tokens: Vec<u32>) {
-    if let Some(place) = known.lock().unwrap().iter_mut().find(|(other, _)| *other == id) {
-        place.1 = tokens;
+    if let Some(entry) = known.lock().unwrap().iter_mut().find(|(other, _)| *other == id) {
+        entry.1 = tokens;
     }
 }

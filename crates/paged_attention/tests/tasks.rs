@@ -1,5 +1,6 @@
-//! Sequences that are stepped by tasks of one thread pool: a thread that waits for others in one step takes up another task,
-//! which may write where the first one reads.
+//! Sequences that are stepped by tasks of one rayon pool. A thread that waited inside rayon for the other threads of
+//! its step would run another task meanwhile, which may write to the layer that the first task reads, and so wait for
+//! itself.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -17,7 +18,7 @@ use rayon::prelude::*;
 const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 4, head_dim: 32 };
 const HEADS: usize = 8;
 const THREADS: usize = 8;
-/// Groups of sequences, which are stepped beside each other.
+/// The number of groups of sequences. Groups are stepped concurrently.
 const GROUPS: usize = 6;
 const SEQUENCES: usize = 4;
 const STEPS: usize = 30;
@@ -26,7 +27,7 @@ struct Sequence {
     id: usize,
     table: BlockTable,
     random: Random,
-    /// What all its steps have attended to.
+    /// The results of all its steps.
     attended: Vec<f32>,
 }
 
@@ -35,11 +36,11 @@ impl Sequence {
         Self { id, table: cache.table(), random: Random::new(id as u64 + 1), attended: vec![] }
     }
 
-    /// A step that is long enough to be shared out among threads, and copies a block that a fork holds, too.
+    /// Runs a step that is long enough to be divided among threads, and that copies a block because a fork uses it.
     fn step(&mut self, cache: &KvCache, tokens: usize) {
         let fork = self.table.fork();
         let mut step = cache.step();
-        // Tokens of its own, or it would share its blocks with others.
+        // The tokens differ from those of other sequences, so that no blocks are shared.
         step.push(&mut self.table, &vec![self.id as u32; tokens]).unwrap();
         let [q, k, v] = [HEADS, SHAPE.kv_heads, SHAPE.kv_heads].map(|heads| {
             let numbers = self.random.numbers(tokens * heads * SHAPE.head_dim);
@@ -52,13 +53,13 @@ impl Sequence {
     }
 }
 
-/// How many tokens each of the steps has.
+/// The number of tokens of each step.
 fn steps() -> impl Iterator<Item = usize> {
     std::iter::once(500).chain([9; STEPS])
 }
 
 #[test]
-fn they_do_not_wait_for_themselves() {
+fn tasks_do_not_wait_for_themselves() {
     let cache = || KvCache::builder(SHAPE).blocks(2000).block_size(16).build().unwrap();
     let (done, results) = mpsc::channel();
     let own = cache();
@@ -75,8 +76,9 @@ fn they_do_not_wait_for_themselves() {
         });
         let _ = done.send(groups);
     });
-    // Threads that wait for each other are left behind.
-    let together = results.recv_timeout(Duration::from_secs(300)).expect("no thread waits for itself");
+    // Threads that wait for each other are left running.
+    let together =
+        results.recv_timeout(Duration::from_secs(300)).expect("the tasks do not end: a thread waits for itself");
     let cache = cache();
     for (id, together) in together.iter().flatten().enumerate() {
         let mut alone = Sequence::new(&cache, id);

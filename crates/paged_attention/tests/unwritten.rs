@@ -1,11 +1,11 @@
-//! What a commit publishes has been written: in every layer, or the caller has said which ones do without.
+//! A commit succeeds only if every layer has been written or was declared to stay unwritten.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use common::ways;
+use common::backends;
 use paged_attention::{Attention, BlockTable, CommitError, KvCache, KvShape, Step};
 
 const SHAPE: KvShape = KvShape { layers: 3, kv_heads: 1, head_dim: 4 };
@@ -31,8 +31,8 @@ fn unwritten(layer: usize) -> Result<(), CommitError> {
     Err(CommitError::Unwritten { layer, layers: SHAPE.layers })
 }
 
-/// A step with `table` and a neighbour is refused, whatever it has written: both sequences are as they were, and others
-/// find nothing.
+/// Asserts that the commit of a step with `table` and a neighbour fails because `layer` was not written, after `with`
+/// has written other layers. Both sequences are unchanged then, and their tokens cannot be matched.
 fn refused(cache: &KvCache, table: &mut BlockTable, with: impl Fn(&Step<'_>), layer: usize) {
     let free = cache.pool().available();
     let mut neighbour = cache.table();
@@ -42,12 +42,12 @@ fn refused(cache: &KvCache, table: &mut BlockTable, with: impl Fn(&Step<'_>), la
     with(&step);
     assert_eq!(step.commit(), unwritten(layer));
     assert_eq!((table.len(), neighbour.len(), cache.pool().available()), (0, 0, free));
-    assert_eq!((cache.table().reuse(&prompt()), cache.table().reuse(&[9, 9, 9, 9, 9])), (0, 0));
-    cache.pool().check_held([table.blocks(), neighbour.blocks()]).unwrap();
+    assert_eq!((cache.table().match_prefix(&prompt()), cache.table().match_prefix(&[9, 9, 9, 9, 9])), (0, 0));
+    cache.pool().check_ref_counts([table.blocks(), neighbour.blocks()]).unwrap();
 }
 
 #[test]
-fn others_do_not_find_what_no_layer_has() {
+fn tokens_that_no_layer_has_are_not_matched() {
     let cache = cache(SHAPE.layers);
     let mut table = cache.table();
     refused(&cache, &mut table, |_| {}, 0);
@@ -56,27 +56,27 @@ fn others_do_not_find_what_no_layer_has() {
 }
 
 #[test]
-fn others_do_not_find_what_a_layer_lacks() {
+fn tokens_that_one_layer_lacks_are_not_matched() {
     let cache = cache(SHAPE.layers);
     let mut table = cache.table();
-    for forgotten in 0..SHAPE.layers {
-        // In any order; the first one that is missing is named.
-        let others = |step: &Step<'_>| (0..SHAPE.layers).rev().filter(|&l| l != forgotten).for_each(|l| write(step, l));
-        refused(&cache, &mut table, others, forgotten);
+    for missing in 0..SHAPE.layers {
+        // The layers are written in reverse order. The error names the first one that is missing.
+        let others = |step: &Step<'_>| (0..SHAPE.layers).rev().filter(|&l| l != missing).for_each(|l| write(step, l));
+        refused(&cache, &mut table, others, missing);
     }
     refused(&cache, &mut table, |step| write(step, 0), 1);
-    // The same sequence, in a step that has them all.
+    // The same sequence, in a step that writes all layers.
     let mut step = cache.step();
     step.push(&mut table, &prompt()).unwrap();
     (0..SHAPE.layers).for_each(|layer| write(&step, layer));
     step.commit().unwrap();
-    assert_eq!((table.len(), cache.table().reuse(&prompt())), (32, 31));
+    assert_eq!((table.len(), cache.table().match_prefix(&prompt())), (32, 31));
 }
 
 #[test]
-fn a_layer_that_failed_is_not_written() {
-    for (name, build) in ways() {
-        let cache = build(KvCache::builder(SHAPE).blocks(16).block_size(4)).build().unwrap();
+fn a_layer_whose_write_failed_is_not_written() {
+    for (name, configure) in backends() {
+        let cache = configure(KvCache::builder(SHAPE).blocks(16).block_size(4)).build().unwrap();
         let mut table = cache.table();
         let failing = |step: &Step<'_>| {
             write(step, 0);
@@ -89,7 +89,7 @@ fn a_layer_that_failed_is_not_written() {
             assert!(step.attend(1, &x, &x, &x, &attention.clone().soft_cap(-1.0)).is_err(), "{name}");
         };
         refused(&cache, &mut table, failing, 1);
-        // Nothing was written over what is there.
+        // A write with invalid arguments changes nothing: the layer still counts as written.
         let mut step = cache.step();
         step.push(&mut table, &prompt()).unwrap();
         (0..SHAPE.layers).for_each(|layer| write(&step, layer));
@@ -99,7 +99,7 @@ fn a_layer_that_failed_is_not_written() {
 }
 
 #[test]
-fn accepted_tokens_are_written_too() {
+fn accepted_tokens_must_be_written_too() {
     let cache = cache(SHAPE.layers);
     let mut table = cache.table();
     for accepted in [32, 5, 0] {
@@ -108,13 +108,13 @@ fn accepted_tokens_are_written_too() {
         write(&step, 0);
         write(&step, 2);
         assert_eq!(step.commit_accepted(&[accepted]), unwritten(1));
-        assert_eq!((table.len(), cache.pool().held(), cache.table().reuse(&prompt())), (0, 0, 0));
+        assert_eq!((table.len(), cache.pool().in_use(), cache.table().match_prefix(&prompt())), (0, 0, 0));
     }
     let mut step = cache.step();
     step.push(&mut table, &prompt()).unwrap();
     (0..SHAPE.layers).for_each(|layer| write(&step, layer));
     assert_eq!(step.commit_accepted(&[9]), Ok(()));
-    assert_eq!((table.len(), cache.table().reuse(&prompt())), (9, 8));
+    assert_eq!((table.len(), cache.table().match_prefix(&prompt())), (9, 8));
 }
 
 #[test]
@@ -124,9 +124,9 @@ fn layers_can_be_declared_to_stay_unwritten() {
     refused(&cache, &mut table, |step| step.leave_unwritten([1, 2]).unwrap(), 0);
     let beyond = |step: &Step<'_>| {
         let error = step.leave_unwritten(0..9).unwrap_err().to_string();
-        assert_eq!(error.lines().next(), Some("there is no layer 3: the cache has 3"));
+        assert_eq!(error.lines().next(), Some("there is no layer 3: the cache has 3 layers"));
     };
-    // None of the nine is declared.
+    // None of the nine layers was declared.
     refused(&cache, &mut table, beyond, 0);
     refused(&cache, &mut table, |step| step.leave_unwritten([]).unwrap(), 0);
 
@@ -136,7 +136,7 @@ fn layers_can_be_declared_to_stay_unwritten() {
     write(&step, 0);
     step.leave_unwritten(1..SHAPE.layers).unwrap();
     step.commit().unwrap();
-    assert_eq!((table.len(), cache.table().reuse(&prompt())), (32, 31));
+    assert_eq!((table.len(), cache.table().match_prefix(&prompt())), (32, 31));
 
     // A declaration holds for one step.
     let mut step = cache.step();
@@ -144,7 +144,7 @@ fn layers_can_be_declared_to_stay_unwritten() {
     write(&step, 0);
     assert_eq!(step.commit(), unwritten(1));
     assert_eq!(table.len(), 32);
-    // What is declared may be written all the same.
+    // A declared layer may still be written.
     let mut step = cache.step();
     step.push(&mut table, &[7]).unwrap();
     step.leave_unwritten(0..3).unwrap();
@@ -161,22 +161,22 @@ fn a_step_without_sequences_has_nothing_to_write() {
 }
 
 #[test]
-fn there_may_be_more_layers_than_a_word_has_bits() {
+fn more_layers_than_a_word_has_bits() {
     for layers in [63, 64, 65, 130] {
         let cache = cache(layers);
-        for forgotten in [None, Some(0), Some(62), Some(layers - 1), Some(layers / 2)] {
+        for missing in [None, Some(0), Some(62), Some(layers - 1), Some(layers / 2)] {
             let mut table = cache.table();
             let mut step = cache.step();
             step.push(&mut table, &[1, 2]).unwrap();
-            (0..layers).filter(|&layer| Some(layer) != forgotten).for_each(|layer| write(&step, layer));
-            let expected = forgotten.map_or(Ok(()), |layer| Err(CommitError::Unwritten { layer, layers }));
+            (0..layers).filter(|&layer| Some(layer) != missing).for_each(|layer| write(&step, layer));
+            let expected = missing.map_or(Ok(()), |layer| Err(CommitError::Unwritten { layer, layers }));
             assert_eq!(step.commit(), expected);
         }
     }
 }
 
 #[test]
-fn threads_may_write_layers_of_one_step() {
+fn several_threads_may_write_layers_of_one_step() {
     let cache = cache(40);
     for _ in 0..50 {
         let mut table = cache.table();

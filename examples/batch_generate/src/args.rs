@@ -1,4 +1,4 @@
-//! What the command line says.
+//! The command-line arguments.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use clap::{Parser, ValueEnum};
 use crate::prompts::Format;
 use crate::weights::Weights;
 
-/// Answers many prompts at once with a real language model, out of one paged KV cache.
+/// Answers many prompts at once with a real language model, from one paged KV cache.
 #[derive(Debug, Parser)]
 #[command(version, allow_negative_numbers = true)]
 pub struct Args {
@@ -15,64 +15,64 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
 
-    /// How the model's weights are held
+    /// How the model's weights are stored in memory
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Weights::F32)]
     pub weights: Weights,
 
-    /// A prompt a line, or JSON lines: {"prompt": "..", "max_tokens": 32}, or a JSON array of them; - is the standard
-    /// input [default: eight built-in prompts]
+    /// A file with one prompt per line, or JSON lines like {"prompt": "..", "max_tokens": 32}, or a JSON array of such
+    /// objects; - is the standard input [default: eight built-in prompts]
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
 
-    /// What the file of prompts is
+    /// The format of the file of prompts
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Auto, requires = "prompts")]
     pub prompts_format: Format,
 
-    /// What every conversation begins with; computed once, whatever the number of prompts
+    /// The system message of every prompt; computed once, however many prompts there are
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
 
-    /// Tokens to generate for each prompt, at most
+    /// Maximum number of tokens to generate for each prompt
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_tokens: usize,
 
-    /// Blocks in the pool
+    /// Number of blocks in the pool
     #[arg(long, value_name = "N", default_value_t = 256, conflicts_with = "memory")]
     pub blocks: usize,
 
-    /// As many blocks as fit into this much memory: 64MiB, 1.5GiB, 100000000
+    /// Make as many blocks as fit into this much memory: 64MiB, 1.5GiB, 100000000
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub memory: Option<usize>,
 
-    /// Tokens in a block
+    /// Tokens per block
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub block_size: usize,
 
-    /// The type in which keys and values are stored
+    /// The type of the stored keys and values
     #[arg(long, value_name = "TYPE", value_enum, default_value_t = KvDtype::F32)]
     pub kv_dtype: KvDtype,
 
-    /// Sequences that run together, at most
+    /// Maximum number of sequences that run together
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub max_batch: usize,
 
-    /// 0 always takes the most likely token; 1 draws as the model says
+    /// 0 always takes the most likely token; 1 samples with the model's own probabilities
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub temperature: f32,
 
-    /// Draw from the most likely tokens that together have this probability
+    /// Sample from the most likely tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub top_p: f32,
 
-    /// Sample i of a prompt draws with seed SEED + i
+    /// Sample i of a prompt uses the seed SEED + i
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     pub seed: u64,
 
-    /// Answers for each prompt; the prompt is computed and stored once
+    /// Answers per prompt; the prompt is computed and stored once
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub samples: usize,
 
-    /// Also show the pool's blocks when it was fullest
+    /// Also show the blocks of the pool in the step that used most of them
     #[arg(long)]
     pub show_pool: bool,
 
@@ -84,11 +84,11 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["prompts", "json"])]
     pub measure: bool,
 
-    /// Sequences that decode together, for --measure
+    /// Batch sizes for --measure: numbers of sequences that decode together
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [8], requires = "measure")]
     pub batch: Vec<usize>,
 
-    /// Tokens that each sequence has in the cache, for --measure
+    /// Contexts for --measure: numbers of tokens that each sequence has in the cache
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [128, 1024, 4096], requires = "measure")]
     pub context: Vec<usize>,
 
@@ -97,7 +97,7 @@ pub struct Args {
     #[arg(long)]
     pub verify: bool,
 
-    /// Measure decoding in batches of 1 and 8 beside candle's own loop, and nothing else
+    /// Measure decoding in batches of 1 and 8 and in candle's own loop, and nothing else
     #[cfg(feature = "verify")]
     #[arg(long, conflicts_with_all = ["verify", "measure", "prompts", "json"])]
     pub compare: bool,

@@ -1,5 +1,5 @@
-//! The same model in candle's own code, with its contiguous cache, one sequence at a time: what the paged answers are
-//! compared with, and how fast it is.
+//! The same model in candle's own code, with its contiguous cache, one sequence at a time. Verifies the paged answers
+//! against it, and compares the speed.
 
 use std::fs::File;
 use std::io::{self, Cursor, Write as _};
@@ -19,7 +19,7 @@ use crate::sampling::{Random, Sampling};
 use crate::shown::say;
 use crate::weights::Weights;
 
-/// candle's model, with its weights held in the same way as ours.
+/// Loads candle's model, with its weights stored in memory in the same way as ours.
 ///
 /// # Errors
 ///
@@ -32,12 +32,12 @@ pub fn load(path: &Path, weights: Weights) -> Result<ModelWeights> {
         Weights::F32 => GgmlDType::F32,
         Weights::Int8 => GgmlDType::Q8_0,
     };
-    // candle's model takes its weights from a file only.
+    // candle's model reads its weights only from a file.
     let mut file = Cursor::new(converted(&content, &mut file, dtype)?);
     Ok(ModelWeights::from_gguf(Content::read(&mut file)?, &mut file, &Device::Cpu)?)
 }
 
-/// The same model as a GGUF file with matrices of another type.
+/// The same model as a GGUF file with matrices of type `matrices`.
 fn converted(content: &Content, file: &mut File, matrices: GgmlDType) -> Result<Vec<u8>> {
     let metadata: Vec<(&str, &Value)> = content
         .metadata
@@ -60,7 +60,7 @@ fn converted(content: &Content, file: &mut File, matrices: GgmlDType) -> Result<
     Ok(bytes.into_inner())
 }
 
-/// The most likely tokens after `prompt`, one by one, and the time of each step.
+/// The most likely tokens after the prompt, one by one, and the time of each step.
 pub(crate) fn generate(
     model: &mut ModelWeights,
     request: &Request,
@@ -83,28 +83,28 @@ pub(crate) fn generate(
     Ok((tokens, times))
 }
 
-/// Makes sure that candle's model can hold every sequence.
+/// Checks that every sequence fits into candle's model.
 ///
 /// # Errors
 ///
-/// If one may become too long.
+/// If a prompt and its longest possible answer do not.
 pub fn check(requests: &[Request]) -> Result<()> {
     for (i, request) in requests.iter().enumerate() {
         let total = request.prompt.len().saturating_add(request.max_tokens);
         ensure!(
             total <= MAX_SEQ_LEN,
-            "prompt {} with its answer may have {total} tokens, candle's own model holds {MAX_SEQ_LEN}",
+            "prompt {} with its answer may have {total} tokens, candle's own model can have {MAX_SEQ_LEN}",
             i + 1
         );
     }
     Ok(())
 }
 
-/// Computes every answer again and compares token for token.
+/// Computes every answer again with candle's model, and compares token for token.
 ///
 /// # Errors
 ///
-/// If a token differs, or candle's model cannot hold a sequence: see [`check`].
+/// If a token differs, or a sequence does not fit into candle's model: see [`check`].
 pub fn verify(
     model: &mut ModelWeights,
     requests: &[Request],
@@ -117,7 +117,7 @@ pub fn verify(
         let (expected, _) = generate(model, request, is_end)?;
         if answer.tokens != expected {
             let same = answer.tokens.iter().zip(&expected).take_while(|(a, b)| a == b).count();
-            say(&format!("sequence {}: {same} tokens are the same, then they differ", i + 1));
+            say(&format!("sequence {}: the first {same} tokens are the same, then they differ", i + 1));
             wrong += 1;
         }
     }
@@ -134,7 +134,8 @@ pub fn verify(
     Ok(())
 }
 
-/// Measures decoding at a context of 128 tokens, in turn: candle's loop, a batch of 1, a batch of 8.
+/// Measures decoding at a context of 128 tokens. Each round measures, one after the other, candle's loop with the
+/// weights as stored and as ours, a batch of 1, and a batch of 8.
 ///
 /// # Errors
 ///
@@ -143,7 +144,7 @@ pub fn compare(path: &Path, paged: &Model, dtype: KvDtype, weights: Weights) -> 
     const CONTEXT: usize = 128;
     const TOKENS: usize = 32;
     const ROUNDS: usize = 5;
-    // Any tokens will do; no end, so that every run has the same length.
+    // Arbitrary tokens, and no end token, so that every run has the same length.
     let request = |max_tokens| Request { prompt: (0..CONTEXT as u32).map(|i| 1000 + 7 * i).collect(), max_tokens };
     let mut contiguous = load(path, weights)?;
     let mut stored = load(path, Weights::Stored)?;
@@ -161,18 +162,18 @@ pub fn compare(path: &Path, paged: &Model, dtype: KvDtype, weights: Weights) -> 
     };
     let mut rates: Vec<[f64; 4]> = Vec::new();
     for _ in 0..ROUNDS {
-        // The stored weights can be ten times slower: fewer tokens of them.
+        // The weights as stored can be ten times slower, so they decode fewer tokens.
         rates.push([candle(&mut stored, TOKENS / 4)?, candle(&mut contiguous, TOKENS)?, paged(1)?, paged(8)?]);
     }
     let rate = |i: usize| median(rates.iter().map(|round| round[i]).collect());
     let ratio = |a: usize, b: usize| median(rates.iter().map(|round| round[a] / round[b]).collect());
-    // A reader that has seen enough is no failure.
+    // A closed pipe is not an error.
     let _ = write!(
         io::stdout(),
         "decode at context {CONTEXT}, tokens/s, median of {ROUNDS} rounds in turn\n\
          candle's own loop, weights as stored    {:>7.1}\n\
          candle's own loop, weights as ours      {:>7.1}\n\
-         paged, batch 1   {:>30.1}   {:.2}x and {:.2}x of these\n\
+         paged, batch 1   {:>30.1}   {:.2}x and {:.2}x the two above\n\
          paged, batch 8   {:>30.1}   {:.2}x batch 1\n",
         rate(0),
         rate(1),

@@ -1,5 +1,4 @@
-//! The chat template that a GGUF file carries: how a question is put so that the model answers it
-//! instead of going on with it.
+//! The chat template of a GGUF file: it formats a prompt so that the model answers it instead of continuing it.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::Content;
@@ -10,17 +9,17 @@ use crate::metadata::Metadata;
 
 const NAME: &str = "chat template";
 
-/// Puts a prompt into the words in which a model was taught to expect it.
+/// Formats a prompt as a model was trained to expect it.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    /// `None` if the model was taught no such words.
+    /// `None` if the model file has no template.
     template: Option<Environment<'static>>,
     bos: String,
     eos: String,
 }
 
 impl ChatTemplate {
-    /// Takes the template from `content`. A model without one gets its prompts as they are.
+    /// Reads the template from `content`. Without a template, prompts stay unchanged.
     ///
     /// # Errors
     ///
@@ -44,14 +43,14 @@ impl ChatTemplate {
         })
     }
 
-    /// The template's own words; none without one.
+    /// The source of the template; empty if there is none.
     pub(crate) fn source(&self) -> String {
         let template = self.template.as_ref().and_then(|environment| environment.get_template(NAME).ok());
         template.map(|template| template.source().to_owned()).unwrap_or_default()
     }
 
-    /// The text after which the model answers `prompt`, with `system` to tell it who it is. Without
-    /// `system`, the template may have a word of its own to say there.
+    /// The text after which the model answers `prompt`, with the system message `system`. If `system` is `None`, the
+    /// template may insert a system message of its own.
     ///
     /// # Errors
     ///
@@ -111,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_sees_messages_tokens_and_that_it_is_the_models_turn() -> Result<()> {
+    fn a_template_sees_messages_tokens_and_the_generation_prompt() -> Result<()> {
         let chat = chat(
             "{{ bos_token }}{% for message in messages %}\n\
              [{{ message['role'] }}] {{ message.content.strip() + eos_token }}\n\
@@ -134,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_template_the_prompt_stays_as_it_is() -> Result<()> {
+    fn without_a_template_the_prompt_is_unchanged() -> Result<()> {
         let chat = ChatTemplate::from_gguf(&content([]))?;
         assert_eq!(chat.render_user("Once upon", None)?, "Once upon");
         let error = chat.render_user("Once upon", Some("Be brief.")).expect_err("no place for it");

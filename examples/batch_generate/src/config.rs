@@ -1,4 +1,4 @@
-//! The numbers of a model: what its file says, and whether that makes sense.
+//! The dimensions and constants of a model, as read from its file and checked.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::Content;
@@ -7,10 +7,10 @@ use paged_attention::KvShape;
 use crate::metadata::Metadata;
 use crate::used;
 
-/// f32 holds every whole number below this, so positions from here on are not exact.
+/// f32 represents every whole number up to this one, so positions below it are exact.
 const MOST_POSITIONS: usize = 1 << 24;
 
-/// The numbers of a model.
+/// The dimensions and constants of a model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Config {
     pub(crate) layers: usize,
@@ -23,18 +23,18 @@ pub struct Config {
     pub(crate) context: usize,
     /// Added to the mean square in every norm.
     pub(crate) eps: f32,
-    /// Of the rotary embedding's frequencies.
+    /// The base of the rotary embedding's frequencies.
     pub(crate) base: f32,
-    /// Whether the embedding, read the other way round, is the output matrix.
+    /// Whether the embedding matrix is also the output matrix.
     pub(crate) tied: bool,
 }
 
 impl Config {
-    /// Reads `content`, and makes sure that nothing in it changes the model's numbers in a way that is not known here.
+    /// Reads `content`, and checks that nothing unsupported in it changes the model's numbers.
     ///
     /// # Errors
     ///
-    /// If something is missing, contradictory, impossible or unknown.
+    /// If something is missing, contradictory, impossible or not supported.
     pub fn of(content: &Content) -> Result<Self> {
         let metadata = Metadata::of(content);
         let count = |key: &str| -> Result<usize> {
@@ -57,7 +57,8 @@ impl Config {
         let context = count("llama.context_length")?;
         ensure!(
             context <= MOST_POSITIONS,
-            "`llama.context_length` in the model file is {context}, more than {MOST_POSITIONS}: positions would not be exact"
+            "`llama.context_length` in the model file is {context}, more than {MOST_POSITIONS}: positions would not be \
+             exact"
         );
         let eps = metadata.required("llama.attention.layer_norm_rms_epsilon", Metadata::float)?;
         ensure!(
@@ -91,12 +92,12 @@ impl Config {
         Ok(config)
     }
 
-    /// What each token leaves in the cache.
+    /// What the cache stores for each token: the number of layers and heads, and the size of a head.
     pub fn shape(&self) -> KvShape {
         KvShape { layers: self.layers, kv_heads: self.kv_heads, head_dim: self.head_dim }
     }
 
-    /// The most tokens a sequence can have.
+    /// The maximum number of tokens in a sequence.
     pub fn context(&self) -> usize {
         self.context
     }
@@ -106,7 +107,7 @@ fn rows(content: &Content, matrix: &str) -> Result<usize> {
     let info = content.tensor_infos.get(matrix).with_context(|| format!("the model file has no tensor `{matrix}`"))?;
     match *info.shape.dims() {
         [rows, _] if rows > 0 => Ok(rows),
-        ref dims => bail!("the tensor `{matrix}` of the model file has the shape {dims:?}, which is no matrix"),
+        ref dims => bail!("the tensor `{matrix}` of the model file has the shape {dims:?}, which is not a matrix"),
     }
 }
 
@@ -151,7 +152,7 @@ pub(crate) mod tests {
         content.tensor_infos.insert(name.to_owned(), info);
     }
 
-    /// What is wrong with the small model once `key` is `value`.
+    /// The error for the small model after `key` is set to `value`.
     pub(crate) fn complaint(key: &str, value: Value) -> String {
         let mut content = small();
         content.metadata.insert(key.to_owned(), value);
@@ -159,7 +160,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_model_s_numbers_are_read_whatever_their_type() -> Result<()> {
+    fn a_model_s_numbers_are_read_from_every_type() -> Result<()> {
         let mut content = small();
         assert_eq!(Config::of(&content)?, SMALL);
         for (key, value) in [
@@ -215,7 +216,8 @@ pub(crate) mod tests {
             assert_eq!(
                 complaint("llama.context_length", Value::U32(context)),
                 format!(
-                    "`llama.context_length` in the model file is {context}, more than 16777216: positions would not be exact"
+                    "`llama.context_length` in the model file is {context}, more than 16777216: positions would not \
+                     be exact"
                 )
             );
         }

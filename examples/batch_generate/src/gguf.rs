@@ -1,4 +1,4 @@
-//! A model's file, opened.
+//! An open model file.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,7 +17,7 @@ use crate::shown::line;
 use crate::used;
 use crate::weights::Weights;
 
-/// A GGUF file of the llama architecture, opened.
+/// An open GGUF file of the llama architecture.
 #[derive(Debug)]
 pub struct Gguf {
     /// Its metadata.
@@ -25,13 +25,13 @@ pub struct Gguf {
     pub(crate) config: Config,
     pub(crate) weights: Weights,
     reader: BufReader<File>,
-    /// The tensors that were read.
+    /// The names of the tensors that were read.
     read: BTreeSet<String>,
 }
 
 impl Gguf {
-    /// Opens `path` and reads what it says about the model, which nothing may contradict: after this, only its tensors'
-    /// numbers can be wrong.
+    /// Opens `path`, and reads and checks everything but the numbers in the tensors: after this, only those can be
+    /// wrong.
     ///
     /// # Errors
     ///
@@ -65,7 +65,7 @@ impl Gguf {
             .with_context(|| format!("cannot read `{name}` of the model file: it is truncated or damaged"))
     }
 
-    /// Makes sure that all tensors which count as used were read.
+    /// Checks that all tensors that count as used were read.
     pub(crate) fn all_read(&self) -> Result<()> {
         match used::tensors(&self.config).find(|(name, _)| !self.read.contains(name)) {
             Some((name, _)) => bail!("the tensor `{name}` of the model file was not used"),
@@ -74,17 +74,17 @@ impl Gguf {
     }
 }
 
-/// Makes sure that the model can be had at all: an allocation that fails would end the process.
+/// Checks that the model fits into `memory` bytes: an allocation that fails would end the process.
 fn fits(config: &Config, weights: Weights, memory: usize) -> Result<()> {
     let numbers: usize = used::tensors(config).map(|(_, shape)| shape.iter().product()).fold(0, usize::saturating_add);
-    // Those that are stored are no larger than the file; the embedding is always held in f32.
+    // Weights as stored are no larger than the file. The embedding is always converted to f32.
     let bytes = match weights {
         Weights::F32 => numbers.saturating_mul(4),
         Weights::Int8 => numbers,
         Weights::Stored => 0,
     };
     let embedding = config.vocabulary.saturating_mul(config.width).saturating_mul(4);
-    // Cosines and sines, each of half a head.
+    // Cosines and sines, each for half of the head size.
     let rotations = config.context.saturating_mul(config.head_dim).saturating_mul(4);
     let needed = bytes.max(embedding).saturating_add(rotations);
     ensure!(
@@ -112,8 +112,8 @@ mod tests {
         let long = Config { context: 1 << 24, head_dim: 32, ..SMALL };
         assert_eq!(
             fits(&long, Weights::F32, gib).unwrap_err().to_string(),
-            "the model would take 2.0 GiB, 2.0 GiB of them for the rotary tables of 16777216 tokens, this machine has 1.0 \
-             GiB"
+            "the model would take 2.0 GiB, 2.0 GiB of them for the rotary tables of 16777216 tokens, this machine has \
+             1.0 GiB"
         );
         let wide = Config { feed_forward: 10_000_000, ..SMALL };
         assert!(

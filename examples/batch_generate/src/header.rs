@@ -1,5 +1,5 @@
-//! What has to be known of a GGUF file before candle reads it: candle divides by the alignment that the file gives, and
-//! keeps the last of several things of one name.
+//! Checks the header of a GGUF file before candle reads it. Candle divides by the alignment in the file, and of several
+//! keys or tensors with the same name it keeps the last one.
 
 use std::collections::HashSet;
 use std::io::{BufRead, Seek, SeekFrom};
@@ -10,15 +10,15 @@ use crate::shown::line;
 
 /// The longest name: the format's own limit.
 const LONGEST_NAME: u64 = 1 << 16;
-/// How deep lists may lie in lists, as in candle.
+/// The deepest nesting of lists, the same as in candle.
 const DEEPEST: usize = 64;
 
-/// Looks through the header, and goes back to its beginning. What it cannot read it leaves to candle, which says what
-/// is wrong with it.
+/// Checks the header, and seeks back to its beginning. A header that cannot be parsed is not an error here: candle will
+/// report what is wrong with it.
 ///
 /// # Errors
 ///
-/// If the alignment is no power of two, or two keys or two tensors have the same name.
+/// If the alignment is not a power of two, or two keys or two tensors have the same name.
 pub(crate) fn check(reader: &mut (impl BufRead + Seek)) -> Result<()> {
     let wrong = Header { reader, wide: true }.wrong();
     reader.seek(SeekFrom::Start(0))?;
@@ -35,7 +35,7 @@ struct Header<'a, R> {
 }
 
 impl<R: BufRead + Seek> Header<'_, R> {
-    /// What is wrong; nothing if all is well, and where the header ends too early or is not understood.
+    /// What is wrong with the header. `None` if it is valid, and also if it is truncated or cannot be parsed.
     fn wrong(&mut self) -> Option<String> {
         self.skip(4)?; // the magic
         self.wide = self.u32()? > 1; // the version
@@ -45,10 +45,10 @@ impl<R: BufRead + Seek> Header<'_, R> {
             let key = self.name()?;
             let kind = self.u32()?;
             if key == "general.alignment" {
-                // The format wants a u32.
+                // The format requires a u32.
                 let alignment = if kind == 4 { self.u32()? } else { 0 };
                 if !alignment.is_power_of_two() {
-                    return Some("has a `general.alignment` which is no power of two".to_owned());
+                    return Some("has a `general.alignment` which is not a power of two".to_owned());
                 }
             } else {
                 self.skip_value(kind, 0)?;
@@ -92,7 +92,7 @@ impl<R: BufRead + Seek> Header<'_, R> {
         Some(String::from_utf8_lossy(&name).trim_end_matches('\0').to_owned())
     }
 
-    /// Beyond the end of the file, too: there the next thing that is read is missing.
+    /// Skips bytes. If that goes beyond the end of the file, the next read fails.
     fn skip(&mut self, bytes: u64) -> Option<()> {
         self.reader.seek_relative(i64::try_from(bytes).ok()?).ok()
     }
@@ -118,7 +118,7 @@ impl<R: BufRead + Seek> Header<'_, R> {
 const TEXT: u32 = 8;
 const LIST: u32 = 9;
 
-/// The bytes of a value, if that is all that has to be known.
+/// The size in bytes of a value of type `kind`; `None` if the type has no fixed size or is unknown.
 fn size(kind: u32) -> Option<u64> {
     match kind {
         0 | 1 | 7 => Some(1),
@@ -153,7 +153,7 @@ mod tests {
         check(&mut Cursor::new(bytes)).err().map(|error| error.to_string())
     }
 
-    /// One of each kind, so that what follows is found only if all are skipped.
+    /// One value of each type. What follows is found only if all of them are skipped correctly.
     fn all_kinds() -> Vec<(&'static str, Value)> {
         let text = |text: &str| Value::String(text.to_owned());
         vec![
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_header_is_left_to_be_read() {
+    fn a_good_header_can_be_read_after_the_check() {
         let mut metadata = all_kinds();
         metadata.push(("general.alignment", Value::U32(32)));
         let mut reader = Cursor::new(file(&metadata, &["x", "y"]));
@@ -186,11 +186,11 @@ mod tests {
     }
 
     #[test]
-    fn an_alignment_that_is_no_power_of_two_is_refused() {
+    fn an_alignment_that_is_not_a_power_of_two_is_refused() {
         for alignment in [Value::U32(0), Value::U32(24), Value::U8(0), Value::U64(32)] {
             let mut metadata = all_kinds();
             metadata.push(("general.alignment", alignment));
-            let said = "the model file has a `general.alignment` which is no power of two";
+            let said = "the model file has a `general.alignment` which is not a power of two";
             assert_eq!(wrong(&file(&metadata, &[])).as_deref(), Some(said));
         }
     }
@@ -204,7 +204,8 @@ mod tests {
         assert_eq!(wrong(&bytes).as_deref(), Some("the model file has two tensors `x`"));
     }
 
-    /// Every byte of a header changed or cut off: an error, or a header, but never a panic or an absurd allocation.
+    /// Changes each byte of a header, and truncates the header at each byte. The result is an error or a header, never
+    /// a panic or an absurd allocation.
     #[test]
     fn damaged_headers_do_no_harm() {
         let mut metadata = all_kinds();
@@ -221,7 +222,7 @@ mod tests {
                 bytes[i] ^= change;
                 read(&bytes);
             }
-            // Lengths that are absurd.
+            // Absurd lengths.
             let mut bytes = whole.clone();
             bytes[i..].iter_mut().take(8).for_each(|byte| *byte = 0x10);
             read(&bytes);

@@ -1,9 +1,9 @@
-//! Answers many prompts at once with a real language model, out of one paged KV cache.
+//! Answers many prompts at once with a real language model, from one paged KV cache.
 //!
-//! A prompt's way: [`model_file`] finds the model, [`config`] has its numbers, [`tokenizer`] and [`chat`] turn the prompt
-//! into tokens, the [`engine`] keeps as many sequences running as fit into the pool, [`model`] computes one step for all
-//! of them (its matrices as [`weights`] holds them), [`sampling`] picks their next tokens, and [`report`] shows what came
-//! of it. [`measure`] says how fast all that is.
+//! The path of a prompt: [`model_file`] obtains the model, [`config`] has its dimensions, [`tokenizer`] and [`chat`]
+//! turn the prompt into tokens, [`engine`] runs as many sequences as fit into the pool, [`model`] computes one step for
+//! all of them (with its matrices in memory as [`weights`] says), [`sampling`] draws their next tokens, and [`report`]
+//! shows the results. [`measure`] measures the speed.
 
 pub mod args;
 pub mod chat;

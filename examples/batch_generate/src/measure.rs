@@ -1,4 +1,4 @@
-//! How fast the model decodes and computes prompts, by batch and context.
+//! Measures decoding and prefill by batch and context.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -10,12 +10,12 @@ use crate::engine::{STEP_TOKENS, Work};
 use crate::model::Model;
 use crate::sampling::{Random, Sampling};
 
-/// Rounds that count.
+/// Measured rounds.
 const ROUNDS: usize = 7;
 /// Tokens that each sequence decodes in a round.
 const TOKENS: usize = 8;
 
-/// Sequences that all have the same number of tokens in a cache of their own, each in blocks of its own.
+/// Sequences with the same number of tokens each, in a cache of their own. They share no blocks.
 #[derive(Debug)]
 pub struct Filled<'m> {
     model: &'m Model,
@@ -28,12 +28,13 @@ pub struct Filled<'m> {
 }
 
 impl<'m> Filled<'m> {
-    /// Computes a prompt of `context` tokens, in the pieces in which the engine computes it, and gives each of `batch`
-    /// sequences a copy of its blocks, with room for `room` more tokens.
+    /// Computes a prompt of `context` tokens, in chunks of the engine's size, and gives each of `batch` sequences a
+    /// copy of its blocks. The cache has room for `room` more tokens of each.
     ///
     /// # Errors
     ///
-    /// If the batch or the context is 0, the model's context is smaller, the memory cannot be had, or a step fails.
+    /// If the batch or the context is 0, `context + room` is more than the model's context, the memory cannot be
+    /// allocated, or a step fails.
     pub fn new(model: &'m Model, dtype: KvDtype, batch: usize, context: usize, room: usize) -> Result<Self> {
         check_one(batch, context, room, model.context())?;
         let total = context + room;
@@ -41,35 +42,35 @@ impl<'m> Filled<'m> {
         let blocks = batch.saturating_mul(total.div_ceil(block_size));
         let cache = KvCache::builder(model.shape()).block_size(block_size).blocks(blocks).dtype(dtype).build()?;
 
-        // Private: equal tokens would share their blocks, and less memory would be read.
+        // Private: otherwise sequences with equal tokens would share blocks, and less memory would be read.
         let mut first = cache.table_with(&TableOptions::default().private());
         let prompt = prompt(context, model.vocabulary());
         let started = Instant::now();
         let mut next = 0;
-        for piece in prompt.chunks(STEP_TOKENS) {
+        for chunk in prompt.chunks(STEP_TOKENS) {
             let mut step = cache.step();
-            step.push(&mut first, piece)?;
+            step.push(&mut first, chunk)?;
             let logits = model.forward(&step)?.to_vec2::<f32>()?;
             next = likeliest(&logits[0])?;
             step.commit()?;
         }
         let prefill = Work { tokens: context, time: started.elapsed() };
 
-        // A copy to the host comes back any number of times, into other blocks each time.
+        // A copy in host memory can be swapped in any number of times, each time into other blocks.
         let copy = first.swap_out()?;
         let tables = (0..batch).map(|_| copy.swap_in()).collect::<Result<_, _>>()?;
         Ok(Self { model, cache, tables, context, next: vec![next; batch], prefill })
     }
 
-    /// Computes `tokens` tokens for each sequence, one step after the other, then forgets them again; each step ends with
-    /// the most likely next tokens.
+    /// Decodes `tokens` tokens of each sequence, one per step, each the most likely one. Then removes them again, so
+    /// that every call starts at the same context.
     ///
     /// # Errors
     ///
     /// If there is no room for them, or a step fails.
     pub fn decode(&mut self, tokens: usize) -> Result<Decoded> {
-        // What an error has left of the last time.
-        self.forget()?;
+        // An earlier call may have failed and left tokens.
+        self.truncate()?;
         let mut next = self.next.clone();
         let mut decoded = Decoded { tokens: vec![Vec::new(); self.batch()], time: Duration::ZERO };
         for _ in 0..tokens {
@@ -88,65 +89,65 @@ impl<'m> Filled<'m> {
                 tokens.push(*token);
             }
         }
-        self.forget()?;
+        self.truncate()?;
         Ok(decoded)
     }
 
-    /// Back to the context.
-    fn forget(&mut self) -> Result<()> {
+    /// Truncates all sequences to the context.
+    fn truncate(&mut self) -> Result<()> {
         for table in &mut self.tables {
             table.truncate(self.context)?;
         }
         Ok(())
     }
 
-    /// How many sequences there are.
+    /// The number of sequences.
     pub fn batch(&self) -> usize {
         self.tables.len()
     }
 
-    /// How many tokens each has.
+    /// The number of tokens of each sequence.
     pub fn context(&self) -> usize {
         self.context
     }
 
-    /// The tokens of the one prompt that was computed, and the time that it took.
+    /// The tokens of the one prompt that was computed, and the time it took.
     pub fn prefill(&self) -> Work {
         self.prefill
     }
 }
 
-/// What [`Filled::decode`] computed.
+/// The result of [`Filled::decode`].
 #[derive(Debug, Clone)]
 pub struct Decoded {
     /// Each sequence's new tokens.
     pub tokens: Vec<Vec<u32>>,
-    /// The time of the steps.
+    /// The total time of the steps.
     pub time: Duration,
 }
 
-/// What was measured of one batch at one context.
+/// The rates of one batch at one context.
 #[derive(Debug, Clone, Copy)]
 pub struct Rates {
-    /// Sequences.
+    /// The number of sequences.
     pub batch: usize,
-    /// Tokens of each.
+    /// The number of tokens of each.
     pub context: usize,
-    /// New tokens per second of all sequences together: the median round.
+    /// Decoded tokens per second of all sequences together, in the median round.
     pub decode: f64,
-    /// The median, over the rounds, of this rate divided by that of the same batch at the first context.
+    /// The median, over the rounds, of this decode rate divided by that of the same batch at the first context.
     pub of_first: f64,
-    /// Tokens per second of one prompt of as many tokens.
+    /// Tokens per second of the prefill of one prompt with `context` tokens.
     pub prefill: f64,
 }
 
-/// Decoding and prefill of every batch at every context.
+/// The rates of every batch at every context.
 #[derive(Debug)]
 pub struct Measured(Vec<Rates>);
 
 impl Measured {
-    /// Measures: the contexts of a batch take turns, round after round, so that whatever else the machine does in the
-    /// meantime meets all of them.
+    /// Measures every batch at every context. Each round measures all contexts of a batch, one after the other, so that
+    /// other load on the machine affects all of them.
     ///
     /// # Errors
     ///
@@ -172,7 +173,7 @@ impl Measured {
                     .iter_mut()
                     .map(|filled| Ok((batch * TOKENS) as f64 / filled.decode(TOKENS)?.time.as_secs_f64()))
                     .collect::<Result<Vec<_>>>()?;
-                // The first one warms up.
+                // The first round is a warm-up.
                 if round > 0 {
                     rounds.push(rates);
                 }
@@ -188,7 +189,7 @@ impl Measured {
         Ok(Self(all))
     }
 
-    /// The rates, batch after batch.
+    /// The rates, in the order of the batches, then of the contexts.
     pub fn rates(&self) -> &[Rates] {
         &self.0
     }
@@ -220,7 +221,7 @@ impl fmt::Display for Measured {
     }
 }
 
-/// Refuses batches and contexts that cannot be measured with a model that can have `limit` tokens in a sequence.
+/// Refuses batches and contexts that cannot be measured with a model whose context is `limit` tokens.
 ///
 /// # Errors
 ///
@@ -235,12 +236,12 @@ fn check_one(batch: usize, context: usize, room: usize, limit: usize) -> Result<
     ensure!(context > 0, "a context of 0 tokens has nothing to attend to");
     ensure!(
         context.saturating_add(room) <= limit,
-        "a context of {context} tokens and {room} more are measured, the model's context is {limit} tokens"
+        "a measured context of {context} tokens needs room for {room} more, the model's context is {limit} tokens"
     );
     Ok(())
 }
 
-/// The prompt that is measured with: any tokens will do, but not the same again and again.
+/// The prompt for a measurement: arbitrary tokens, but not one token repeated.
 pub fn prompt(context: usize, vocabulary: usize) -> Vec<u32> {
     let token = |i: u64| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % vocabulary.max(1) as u64;
     (0..context as u64).map(|i| token(i) as u32).collect()

@@ -1,11 +1,11 @@
-//! How much memory there is.
+//! How much memory the machine has.
 
 /// The machine's memory in bytes, or the container's share of it.
 pub(crate) fn memory() -> usize {
     let mut system = sysinfo::System::new();
     system.refresh_memory();
     let total = system.cgroup_limits().map_or(u64::MAX, |limits| limits.total_memory).min(system.total_memory());
-    // A system that does not say is not held against the user.
+    // 0: the system does not report its memory. Then nothing is refused.
     if total == 0 { usize::MAX } else { total as usize }
 }
 

@@ -1,11 +1,11 @@
-//! A GGUF file's metadata, read by type. Writers differ in which integer type they take for a number: all are read.
+//! A GGUF file's metadata, read by type. Files store the same number in different integer types: all of them are read.
 
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 use candle_core::quantized::gguf_file::{Content, Value};
 
-/// A GGUF's metadata, read by type. A missing key is `None`, a value of another type an error.
+/// A GGUF file's metadata, read by type. A missing key is `None`, a value of another type is an error.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Metadata<'a>(&'a HashMap<String, Value>);
 
@@ -15,11 +15,11 @@ impl<'a> Metadata<'a> {
     }
 
     pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>> {
-        self.read(key, "a text", text)
+        self.read(key, "a string", text)
     }
 
     pub(crate) fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
-        self.read(key, "a list of texts", |value| list(value, text))
+        self.read(key, "a list of strings", |value| list(value, text))
     }
 
     pub(crate) fn id(&self, key: &str) -> Result<Option<u32>> {
@@ -34,7 +34,7 @@ impl<'a> Metadata<'a> {
         self.read(key, "true or false", |value| value.to_bool().ok())
     }
 
-    /// A number of things.
+    /// A whole number, 0 or more.
     pub(crate) fn count(&self, key: &str) -> Result<Option<usize>> {
         self.read(key, "a whole number, 0 or more", |value| integer(value).and_then(|n| usize::try_from(n).ok()))
     }
@@ -51,7 +51,7 @@ impl<'a> Metadata<'a> {
         read(self, key)?.with_context(|| format!("the model file has no `{key}`"))
     }
 
-    /// The keys that begin with `prefix`, without it, in alphabetical order.
+    /// The keys that begin with `prefix`, in alphabetical order, and their values. The prefix is removed from the keys.
     pub(crate) fn below(&self, prefix: &str) -> Vec<(&'a str, &'a Value)> {
         let mut below: Vec<_> =
             self.0.iter().filter_map(|(key, value)| Some((key.strip_prefix(prefix)?, value))).collect();
@@ -95,7 +95,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A GGUF file with nothing but metadata.
+    /// The header of a GGUF file that has only metadata.
     pub(crate) fn content<const N: usize>(metadata: [(&str, Value); N]) -> Content {
         Content {
             magic: VersionedMagic::GgufV3,
@@ -106,7 +106,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn numbers_are_read_whatever_their_type() {
+    fn numbers_of_every_type_are_read() {
         let content = content([
             ("u8", Value::U8(7)),
             ("i32", Value::I32(7)),

@@ -1,4 +1,5 @@
-//! The llama architecture over packed rows: all sequences' tokens in one tensor, one `step.attend` a layer.
+//! The llama architecture over packed rows: the tokens of all sequences are in one tensor, and each layer calls
+//! `step.attend` once.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Module, Tensor};
@@ -54,7 +55,7 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// If they are damaged.
+    /// If a tensor cannot be read.
     pub fn load(gguf: &mut Gguf) -> Result<Self> {
         let config = gguf.config;
         let embedding = gguf.tensor("token_embd.weight")?;
@@ -70,17 +71,17 @@ impl Model {
         Ok(Self { embedding: Embedding::new(table, config.width), layers, norm, output, cos, sin, config })
     }
 
-    /// What each token leaves in the cache.
+    /// What the cache stores for each token: the number of layers and heads, and the size of a head.
     pub fn shape(&self) -> KvShape {
         self.config.shape()
     }
 
-    /// How many different tokens there are.
+    /// The number of tokens in the vocabulary.
     pub fn vocabulary(&self) -> usize {
         self.config.vocabulary
     }
 
-    /// The most tokens a sequence can have.
+    /// The maximum number of tokens in a sequence.
     pub fn context(&self) -> usize {
         self.config.context
     }
@@ -96,8 +97,8 @@ impl Model {
         self.logits(&step.token_ids()?, &step.positions()?, &step.last_rows()?, attend)
     }
 
-    /// The logits of some rows, `(rows, vocabulary)`, with any attention: `attend` gets the layer, q, k and v, each
-    /// `(tokens, heads, head_dim)`, and returns what q has.
+    /// The logits of the rows `wanted`, `(rows, vocabulary)`, with any attention: `attend` gets the layer, q, k and v,
+    /// each `(tokens, heads, head_dim)`, and returns a tensor of the shape of q.
     pub(crate) fn logits(
         &self,
         token_ids: &Tensor,
@@ -110,7 +111,7 @@ impl Model {
         let half = (rows, 1, head_dim / 2);
         let cos = self.cos.index_select(positions, 0)?.reshape(half)?;
         let sin = self.sin.index_select(positions, 0)?.reshape(half)?;
-        // Each row is a batch of its own of one token, so that each has its own position.
+        // Each row is an entry of the batch with one token, so that each row has its own position.
         let rotate = |x: &Tensor, heads: usize| {
             let x = x.reshape((rows, heads, 1, head_dim))?;
             rotary_emb::rope_i(&x, &cos, &sin)?.reshape((rows, heads, head_dim))
@@ -186,7 +187,8 @@ mod tests {
     use super::*;
     use crate::weights::Weights;
 
-    /// The small model of the integration tests has this too; here are thirty layers, whose rounding adds up.
+    /// The integration tests check the same with a small model. This one has thirty layers, whose rounding errors add
+    /// up.
     #[test]
     fn packed_logits_of_the_real_model_equal_those_of_each_sequence_alone() {
         let Some(path) = crate::model_file::for_test().unwrap() else { return };

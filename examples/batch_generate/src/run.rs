@@ -1,4 +1,4 @@
-//! From the command line to the table.
+//! The run of the program, from the arguments to the results.
 
 use std::io::Write as _;
 
@@ -21,12 +21,13 @@ use crate::shown::say;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
-/// Does what the command line says. What can be refused is refused before what takes longer: first what is wrong by
-/// itself, then a download, then what does not fit the model, then the model's weights.
+/// Does what the arguments ask for. Each check comes as early as possible: first the arguments and the prompts are
+/// checked by themselves, then the model is downloaded if necessary, then the requests are checked against the model,
+/// then the model's weights are loaded.
 ///
 /// # Errors
 ///
-/// If something is wrong with the arguments, the files, or the machine.
+/// If an argument or a file is wrong, the machine has too little memory, or the computation fails.
 pub fn run(args: &Args) -> Result<()> {
     let settings = settings(args)?;
     let json = args.json.as_deref().map(Output::prepare).transpose()?;
@@ -67,7 +68,7 @@ pub fn run(args: &Args) -> Result<()> {
         crate::scenarios::check(context)?;
     }
     if !tokenizer.has_end() {
-        say("the model file names no end token, so every answer takes all the tokens that it may have");
+        say("the model file names no end token, so every answer has its maximum number of tokens");
     }
     let model = Model::load(&mut gguf)?;
     let mut outcome = generate(&model, &cache, &requests, &settings, &tokenizer)?;
@@ -83,15 +84,15 @@ pub fn run(args: &Args) -> Result<()> {
     let texts = outcome.answers.iter().map(|answer| tokenizer.decode(&answer.tokens)).collect::<Result<Vec<_>>>()?;
     let prompts: Vec<String> = prompts.into_iter().map(|prompt| prompt.prompt).collect();
     let report = Report::new(outcome, &cache, model.context(), &prompts, texts);
-    // A reader that has seen enough and closed the pipe is no failure.
+    // A reader that closes the pipe early is not an error.
     let _ = write!(std::io::stdout(), "{}\n{}", report.answers(), report.table());
     if let (true, Some(fullest)) = (args.show_pool, fullest) {
-        let _ = write!(std::io::stdout(), "\nthe pool when it was fullest\n{fullest}");
+        let _ = write!(std::io::stdout(), "\nthe pool in the step that used most blocks\n{fullest}");
     }
     json.map_or(Ok(()), |json| json.write(|file| Ok(serde_json::to_writer_pretty(file, &report)?)))
 }
 
-/// How to answer, if the arguments make sense by themselves.
+/// The settings, after all checks of the arguments that do not need the model.
 fn settings(args: &Args) -> Result<Settings> {
     let sampling = Sampling::new(args.temperature, args.top_p)?;
     let (samples, step_tokens) = (args.samples, engine::STEP_TOKENS);
@@ -112,12 +113,12 @@ fn settings(args: &Args) -> Result<Settings> {
     #[cfg(feature = "verify")]
     ensure!(
         !args.verify || args.weights != Weights::Int8,
-        "candle's own model rounds activations in other pieces, so that tokens may differ: use --weights f32"
+        "candle's own model rounds activations in other groups, so tokens may differ: use --weights f32"
     );
     Ok(settings)
 }
 
-/// Measures, and prints what came of it.
+/// Measures, and prints the rates.
 fn measure(args: &Args, model: &Model) -> Result<()> {
     let bar = ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{elapsed_precise} {msg}")?);
     let progress = |line: &str| {
@@ -134,12 +135,16 @@ fn measure(args: &Args, model: &Model) -> Result<()> {
     };
     let threads = candle_core::utils::get_num_threads();
     let measured = measured?;
-    // A reader that has seen enough is no failure.
+    // A reader that closes the pipe early is not an error.
     let _ = write!(std::io::stdout(), "weights {weights}, keys and values {dtype}, {threads} threads\n{measured}");
     Ok(())
 }
 
-/// Makes the cache, or says why this machine cannot have it.
+/// Builds the cache.
+///
+/// # Errors
+///
+/// If it needs more memory than this machine has, or cannot be built.
 fn cache(args: &Args, shape: KvShape) -> Result<KvCache> {
     let dtype = args.kv_dtype.into();
     let bytes_per_block = shape.bytes_per_block(args.block_size, dtype).unwrap_or(usize::MAX);
@@ -153,8 +158,8 @@ fn cache(args: &Args, shape: KvShape) -> Result<KvCache> {
 }
 
 fn pool_fits(bytes: usize) -> Result<()> {
-    let there_is = memory();
-    ensure!(bytes <= there_is, "the pool would take {}, this machine has {}", gib(bytes), gib(there_is));
+    let memory = memory();
+    ensure!(bytes <= memory, "the pool would take {}, this machine has {}", gib(bytes), gib(memory));
     Ok(())
 }
 

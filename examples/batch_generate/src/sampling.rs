@@ -1,10 +1,10 @@
-//! The next token.
+//! Sampling of the next token.
 
 use anyhow::{Result, ensure};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-/// How tokens are drawn.
+/// How the next token is drawn.
 #[derive(Debug, Clone, Copy)]
 pub struct Sampling {
     temperature: f32,
@@ -12,19 +12,19 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// Draws from `softmax(logits / temperature)`, from the most likely tokens that together have the probability
-    /// `top_p` (Holtzman et al. 2020, section 3.1). Temperature 0 always takes the most likely one.
+    /// Draws from `softmax(logits / temperature)`, restricted to the most likely tokens that together have the
+    /// probability `top_p` (Holtzman et al. 2020, section 3.1). Temperature 0 always takes the most likely token.
     ///
     /// # Errors
     ///
-    /// If a number is out of its range.
+    /// If `temperature` is negative or not finite, or if `top_p` is not above 0 and at most 1.
     pub fn new(temperature: f32, top_p: f32) -> Result<Self> {
         ensure!(temperature >= 0.0 && temperature.is_finite(), "the temperature {temperature} is not 0 or more");
         ensure!(top_p > 0.0 && top_p <= 1.0, "top-p {top_p} is not above 0 and at most 1");
         Ok(Self { temperature, top_p })
     }
 
-    /// The most likely token, always.
+    /// Always takes the most likely token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, top_p: 1.0 }
     }
@@ -33,7 +33,7 @@ impl Sampling {
     ///
     /// # Errors
     ///
-    /// If the logits are not numbers: then the model or its cache is broken.
+    /// If there are no logits or one is NaN: then the model or its cache is broken.
     pub fn draw(&self, logits: &[f32], random: &mut Random) -> Result<u32> {
         ensure!(logits.iter().all(|x| !x.is_nan()) && !logits.is_empty(), "the model's logits are not numbers");
         let best = best(logits);
@@ -53,7 +53,7 @@ impl Sampling {
     }
 }
 
-/// Where the running sum of the probabilities goes beyond `sum`; the last place if it never does.
+/// The index at which the running sum of the probabilities exceeds `sum`; the last index if it never does.
 fn crossing(likely: &[(u32, f32)], sum: f32) -> usize {
     let mut running = 0.0;
     let beyond = likely.iter().position(|(_, p)| {
@@ -63,7 +63,7 @@ fn crossing(likely: &[(u32, f32)], sum: f32) -> usize {
     beyond.unwrap_or(likely.len().saturating_sub(1))
 }
 
-/// The first of the largest.
+/// The index of the largest logit; among equals, the first.
 fn best(logits: &[f32]) -> usize {
     (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best })
 }
@@ -73,7 +73,8 @@ fn best(logits: &[f32]) -> usize {
 pub struct Random(StdRng);
 
 impl Random {
-    /// The numbers of a prompt's answer that is drawn with `seed`: the same whatever runs beside it.
+    /// The random numbers for an answer to prompt number `prompt`, drawn with `seed`. They do not depend on other
+    /// sequences.
     pub fn new(seed: u64, prompt: usize) -> Self {
         Self(StdRng::seed_from_u64(seed.wrapping_add((prompt as u64) << 32)))
     }
@@ -105,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn invalid_parameters_and_logits_are_refused() {
         assert!(Sampling::new(-1.0, 1.0).is_err());
         assert!(Sampling::new(f32::NAN, 1.0).is_err());
         assert!(Sampling::new(1.0, 0.0).is_err());

@@ -1,6 +1,6 @@
-//! What a cache can do to a sequence beside letting it grow, each compared token for token with a computation that
-//! knows nothing of blocks: candle's own model with its contiguous cache, or, for windows, dense attention over the whole
-//! sequence with a mask.
+//! The operations of a cache other than appending tokens. Each is compared token for token with a computation without
+//! blocks: candle's own model with its contiguous cache, or, for windows, dense attention over the whole sequence with
+//! a mask.
 
 use std::cell::Cell;
 
@@ -15,19 +15,19 @@ use crate::model::Model;
 use crate::sampling::{Random, Sampling};
 use crate::shown::say;
 
-/// Tokens that are generated and compared, each time.
+/// Tokens that are generated and compared in each scenario.
 const TOKENS: usize = 24;
 
-/// The most tokens that a scenario gives a sequence, and some more.
+/// The model's context that the scenarios need: the tokens of their longest sequence, and some more.
 const CONTEXT: usize = 128;
 
-/// Makes sure that the model can hold the scenarios' sequences.
+/// Checks that the sequences of the scenarios fit into the model's context.
 ///
 /// # Errors
 ///
-/// If its context is too short.
+/// If the context is too short.
 pub(crate) fn check(context: usize) -> Result<()> {
-    ensure!(context >= CONTEXT, "what is verified takes {CONTEXT} tokens, the model's context is {context} tokens");
+    ensure!(context >= CONTEXT, "verification needs {CONTEXT} tokens, the model's context is {context} tokens");
     Ok(())
 }
 
@@ -35,7 +35,7 @@ pub(crate) fn check(context: usize) -> Result<()> {
 ///
 /// # Errors
 ///
-/// If a token differs.
+/// If a token differs, or if 8-bit storage changes attention by 5% or more.
 pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dtype: KvDtype) -> Result<()> {
     let cache = KvCache::builder(model.shape()).blocks(1024usize.div_ceil(block_size)).block_size(block_size);
     let mut verifier = Verifier { paged: model, cache: cache.dtype(dtype).build()?, candle };
@@ -47,16 +47,16 @@ pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dty
         verifier.fork_at(&prompt, len, &other)?;
         verifier.truncate_to(&prompt, len, &other)?;
     }
-    verifier.share(&prompt, &other)?;
+    verifier.shared_prefix(&prompt, &other)?;
     verifier.swap(&prompt)?;
     verifier.resume(&prompt)?;
-    for window in [Window::new(20), Window::new(32).with_sinks(4), Window::new(50).with_sinks(17)] {
+    for window in [Window::new(20), Window::new(32).with_sink_tokens(4), Window::new(50).with_sink_tokens(17)] {
         verifier.window(&prompt, window)?;
     }
     verifier.eight_bits(&prompt)?;
     say(&format!(
-        "verified: forks and truncations at odd lengths, a shared prefix, swapping, resuming, and windows with sinks, \
-         {TOKENS} tokens each"
+        "verified: forks and truncations at odd lengths, a shared prefix, swapping, resuming, and windows with sink \
+         tokens, {TOKENS} tokens each"
     ));
     Ok(())
 }
@@ -77,7 +77,8 @@ impl Verifier<'_> {
         likeliest(&logits)
     }
 
-    /// Computes what `tokens` the table lacks, and then `TOKENS` more, one by one; returns these.
+    /// Computes those of `tokens` that the table does not have yet, then generates `TOKENS` tokens one by one, and
+    /// returns them.
     fn continue_with(&self, table: &mut BlockTable, tokens: &[u32]) -> Result<Vec<u32>> {
         let mut new = vec![self.next(table, &tokens[table.len()..])?];
         while new.len() < TOKENS {
@@ -92,7 +93,7 @@ impl Verifier<'_> {
         Ok(table)
     }
 
-    /// Compares with candle's own model, which computes everything.
+    /// Compares `got`, the tokens after `tokens`, with those of candle's own model.
     fn compare(&mut self, what: &str, tokens: &[u32], got: &[u32]) -> Result<()> {
         let request = Request { prompt: tokens.to_vec(), max_tokens: TOKENS };
         let (expected, _) = generate(&mut self.candle, &request, |_| false)?;
@@ -104,7 +105,7 @@ impl Verifier<'_> {
         let mut table = self.computed(prompt)?;
         let mut fork = table.fork_at(len)?;
         let branch = [&prompt[..len], other].concat();
-        // Both go on, in turn, from the blocks that they share.
+        // Both continue, one after the other, from the blocks that they share.
         let got = self.continue_with(&mut fork, &branch)?;
         let next = [prompt, &[7]].concat();
         let original = self.continue_with(&mut table, &next)?;
@@ -120,30 +121,30 @@ impl Verifier<'_> {
         self.compare(&format!("a truncation to {len}"), &branch, &got)
     }
 
-    fn share(&mut self, prompt: &[u32], other: &[u32]) -> Result<()> {
-        self.cache.pool().reset();
+    fn shared_prefix(&mut self, prompt: &[u32], other: &[u32]) -> Result<()> {
+        self.cache.pool().reset_prefix_cache();
         drop(self.computed(prompt)?);
         let branch = [&prompt[..70], other].concat();
         let mut table = self.cache.table();
-        let found = table.reuse(&branch);
-        // Whole blocks, and a part of one if that is full and so can be found.
+        let matched = table.match_prefix(&branch);
+        // Full blocks are cached. The last one that matches may match only in part.
         let full = prompt.len() / self.cache.pool().block_size() * self.cache.pool().block_size();
-        ensure!(found == full.min(70), "{found} tokens are found, {} can be", full.min(70));
+        ensure!(matched == full.min(70), "{matched} tokens were matched, {} expected", full.min(70));
         let got = self.continue_with(&mut table, &branch)?;
         self.compare("a shared prefix", &branch, &got)
     }
 
     fn swap(&mut self, prompt: &[u32]) -> Result<()> {
-        self.cache.pool().reset();
+        self.cache.pool().reset_prefix_cache();
         let mut table = self.computed(prompt)?;
         let swapped = table.swap_out()?;
-        // All blocks get another content meanwhile.
-        self.cache.pool().reset();
+        // Meanwhile all blocks are overwritten.
+        self.cache.pool().reset_prefix_cache();
         let tokens = self.cache.pool().blocks() * self.cache.pool().block_size();
         let noise: Vec<u32> = (0..tokens as u32).map(|i| i % self.paged.vocabulary() as u32).collect();
-        for part in noise.chunks(64) {
+        for chunk in noise.chunks(64) {
             let mut other = self.cache.table();
-            self.next(&mut other, part)?;
+            self.next(&mut other, chunk)?;
         }
         let mut back = swapped.swap_in()?;
         let next = [prompt, &[7]].concat();
@@ -152,14 +153,14 @@ impl Verifier<'_> {
     }
 
     fn resume(&mut self, prompt: &[u32]) -> Result<()> {
-        self.cache.pool().reset();
+        self.cache.pool().reset_prefix_cache();
         let mut table = self.computed(prompt)?;
         let mut tokens = prompt.to_vec();
         tokens.extend(self.continue_with(&mut table, &[prompt, &[7]].concat())?.first());
-        // Preempted: it gives everything back, and finds it again.
+        // Preemption: the sequence frees its blocks, and then matches them again.
         drop(table);
         let mut table = self.cache.table();
-        ensure!(table.reuse(&tokens) > 0, "nothing is found of a sequence that was there a moment ago");
+        ensure!(table.match_prefix(&tokens) > 0, "a sequence that was just dropped matches no tokens");
         let got = self.continue_with(&mut table, &tokens)?;
         self.compare("a sequence that resumes", &tokens, &got)
     }
@@ -177,15 +178,15 @@ impl Verifier<'_> {
         Ok(())
     }
 
-    /// What 8-bit storage makes of this model's attention: the same queries, keys and values of every layer through both
-    /// caches; and how far greedy answers agree.
+    /// Measures the error of 8-bit storage: the same queries, keys and values of every layer go through a cache in f32
+    /// and one in 8 bits. Also counts how many tokens of greedy answers are the same.
     fn eight_bits(&self, prompt: &[u32]) -> Result<()> {
         let length = 256.min(self.paged.context() - prompt.len());
         let cache = |dtype| KvCache::builder(self.paged.shape()).blocks(32).dtype(dtype).build();
         let [full, bytes] = [cache(KvDtype::F32)?, cache(KvDtype::Int8)?];
         let attention = Attention::scaled_by(self.paged.shape().head_dim);
-        // Largest difference, sum of differences, sum of sizes, numbers.
-        let found = Cell::new([0f64; 4]);
+        // The largest difference, the sum of differences, the sum of absolute values, and the count.
+        let sums = Cell::new([0f64; 4]);
         let (mut table, mut other) = (full.table(), bytes.table());
         let (mut step, mut other_step) = (full.step(), bytes.step());
         step.push(&mut table, prompt)?;
@@ -195,16 +196,16 @@ impl Verifier<'_> {
             let rounded = other_step.attend(layer, q, k, v, &attention)?;
             let sizes = exact.abs()?.flatten_all()?.to_vec1::<f32>()?;
             let differences = (&exact - rounded)?.abs()?.flatten_all()?.to_vec1::<f32>()?;
-            let [mut most, mut differing, mut size, mut n] = found.get();
+            let [mut most, mut differing, mut size, mut n] = sums.get();
             for (difference, x) in differences.into_iter().zip(sizes) {
                 (most, differing) = (most.max(difference.into()), differing + f64::from(difference));
                 (size, n) = (size + f64::from(x), n + 1.0);
             }
-            found.set([most, differing, size, n]);
+            sums.set([most, differing, size, n]);
             Ok(exact)
         };
         self.paged.logits(&step.token_ids()?, &step.positions()?, &step.last_rows()?, attend)?;
-        let [most, differing, size, n] = found.get();
+        let [most, differing, size, n] = sums.get();
         ensure!(differing < 0.05 * size, "8-bit storage changes attention by {:.3} of its size", differing / size);
 
         let answer = |cache: &KvCache| -> Result<Vec<u32>> {
@@ -224,8 +225,8 @@ impl Verifier<'_> {
         let (expected, got) = (answer(&full)?, answer(&bytes)?);
         let agree = expected.iter().zip(&got).take_while(|(a, b)| a == b).count();
         say(&format!(
-            "8-bit storage: attention differs from f32 by {:.1e} at most and {:.1e} on average, where its numbers are {:.1e} \
-             on average; the first {agree} of {length} greedy tokens are the same",
+            "8-bit storage: attention differs from f32 by {:.1e} at most and {:.1e} on average, where its numbers are \
+             {:.1e} on average; the first {agree} of {length} greedy tokens are the same",
             most,
             differing / n,
             size / n
@@ -233,11 +234,12 @@ impl Verifier<'_> {
         Ok(())
     }
 
-    /// The most likely next token, all of them computed anew with dense attention and a mask.
+    /// The most likely token after `tokens`, which are all computed again with dense attention and a mask.
     fn dense(&self, tokens: &[u32], window: Window) -> Result<u32> {
         let n = tokens.len();
-        let sees =
-            |at: usize, position: usize| at <= position && (at < window.sinks() || at + window.tokens() > position);
+        let sees = |at: usize, position: usize| {
+            at <= position && (at < window.sink_tokens() || at + window.tokens() > position)
+        };
         let mask: Vec<f32> = (0..n)
             .flat_map(|position| (0..n).map(move |at| if sees(at, position) { 0.0 } else { f32::NEG_INFINITY }))
             .collect();

@@ -1,15 +1,15 @@
-//! Which names in a text are special tokens, and which only look so. The names that a chat template writes stand for
-//! tokens that steer the model; the same names in a user's words are words.
+//! Tells special tokens from text that only looks like them. The name of a special token that a chat template writes is
+//! a token that steers the model. The same name in a user's text is plain text.
 //!
-//! A template may trim, repeat or move what the user wrote, so that afterwards nobody knows whose words are whose. That
-//! is why the user's words are guarded before: a character that occurs nowhere else stands before each such name, and
-//! goes when the text is split.
+//! A template may trim, repeat or move the user's text, so the rendered text does not show which parts the user wrote.
+//! Therefore the user's text is guarded before it is rendered: a character that occurs nowhere else is inserted before
+//! each such name, and removed when the rendered text is split.
 
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 
-/// The tokens that are found whole in a text, before it is cut into words.
+/// The tokens that are matched as a whole in a text, before it is split into words.
 #[derive(Debug, Default)]
 pub(crate) struct Specials {
     /// By their first character, the longest first.
@@ -19,7 +19,7 @@ pub(crate) struct Specials {
 #[derive(Debug)]
 struct Name {
     name: String,
-    /// `None` if it is text, which users may write, too.
+    /// The token's id; `None` if the token is text, which users may write, too.
     special: Option<u32>,
 }
 
@@ -27,17 +27,17 @@ struct Name {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Piece {
     Special(u32),
-    /// In which no name is special.
+    /// Text in which no name is a special token.
     Plain(String),
 }
 
 impl Specials {
-    /// Adds a token: one that steers the model if `special` is its id, otherwise one that is text.
+    /// Adds a token. `special` is its id if it steers the model, and `None` if it is text.
     pub(crate) fn add(&mut self, name: &str, special: Option<u32>) {
         let Some(first) = name.chars().next() else { return };
         let names = self.names.entry(first).or_default();
-        let place = names.partition_point(|other| other.name.len() >= name.len());
-        names.insert(place, Name { name: name.to_owned(), special });
+        let index = names.partition_point(|other| other.name.len() >= name.len());
+        names.insert(index, Name { name: name.to_owned(), special });
     }
 
     /// The names with which `text` begins, the longest first.
@@ -46,33 +46,35 @@ impl Specials {
         names.into_iter().flatten().filter(|name| text.starts_with(&name.name))
     }
 
-    fn guards(&self, text: &str) -> bool {
+    /// Whether `text` begins with the name of a special token.
+    fn needs_guard(&self, text: &str) -> bool {
         self.at(text).any(|name| name.special.is_some())
     }
 
-    /// Guards what users wrote. Gives back the guard too, if there is anything to guard: a character that neither the
-    /// words nor `template` have.
+    /// Guards `texts`, which users wrote. Also returns the guard, a character that occurs neither in `texts` nor in
+    /// `template`; `None` if there was nothing to guard.
     ///
     /// # Errors
     ///
-    /// If they have all characters.
+    /// If there is something to guard, and every possible guard occurs in `texts` or `template`.
     pub(crate) fn guard<const N: usize>(
         &self,
-        words: [&str; N],
+        texts: [&str; N],
         template: &str,
     ) -> Result<([String; N], Option<char>)> {
-        let starts = |text: &str| text.char_indices().any(|(i, _)| self.guards(&text[i..]));
-        if !words.iter().any(|text| starts(text)) {
-            return Ok((words.map(str::to_owned), None));
+        let has_special = |text: &str| text.char_indices().any(|(i, _)| self.needs_guard(&text[i..]));
+        if !texts.iter().any(|text| has_special(text)) {
+            return Ok((texts.map(str::to_owned), None));
         }
-        let free = |c: &char| !template.contains(*c) && !words.iter().any(|text| text.contains(*c));
-        // Of characters that are none (Unicode, section 23.7), and those that mean what two parties agree on.
-        let guard = ('\u{fdd0}'..='\u{fdef}').chain('\u{f0000}'..='\u{ffffd}').find(free);
-        let guard = guard.context("the prompt has special tokens' names, and every character to guard them with")?;
-        let guarded = words.map(|text| {
+        let unused = |c: &char| !template.contains(*c) && !texts.iter().any(|text| text.contains(*c));
+        // Noncharacters (Unicode, section 23.7), then characters for private use.
+        let guard = ('\u{fdd0}'..='\u{fdef}').chain('\u{f0000}'..='\u{ffffd}').find(unused);
+        let guard =
+            guard.context("the prompt contains names of special tokens, and every character that could guard them")?;
+        let guarded = texts.map(|text| {
             let mut guarded = String::with_capacity(text.len());
             for (i, c) in text.char_indices() {
-                if self.guards(&text[i..]) {
+                if self.needs_guard(&text[i..]) {
                     guarded.push(guard);
                 }
                 guarded.push(c);
@@ -82,8 +84,8 @@ impl Specials {
         Ok((guarded, Some(guard)))
     }
 
-    /// Splits `text` at the special tokens: always the first, and of those that begin there the longest. What follows
-    /// `guard` is none.
+    /// Splits `text` at the special tokens. The leftmost match comes first; of several that begin there, the longest. A
+    /// name after `guard` is plain text.
     pub(crate) fn split(&self, text: &str, guard: Option<char>) -> Vec<Piece> {
         let mut pieces = Vec::new();
         let mut plain = String::new();
@@ -140,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_and_of_those_the_longest_is_special() {
+    fn the_leftmost_longest_match_is_special() {
         use Piece::Special;
         let split = |text| specials().split(text, None);
         assert_eq!(split(""), []);
@@ -152,14 +154,14 @@ mod tests {
     }
 
     #[test]
-    fn words_are_guarded_whatever_they_are() {
+    fn guarded_text_is_plain_text() {
         for words in
             ["<a>", "x<a><b><a>y", "§", "§§", "<b><a><b><", "<tab>s<tab>", "\u{fdd0}<a>\u{fdd1}\u{fdd0}", "é<a>é"]
         {
             let ([guarded], guard) = specials().guard([words], "").unwrap();
             assert!(guard.is_some_and(|guard| !words.contains(guard)), "{words}");
             assert_eq!(specials().split(&guarded, guard), [plain(words)]);
-            // Between names that are special.
+            // Between special tokens.
             let between = specials().split(&format!("<a>{guarded}<a>"), guard);
             assert_eq!(between, [Piece::Special(1), plain(words), Piece::Special(1)]);
         }
@@ -174,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn words_without_special_names_stay_as_they_are() {
+    fn text_without_special_names_is_unchanged() {
         let words = ["<tab> \u{fdd0}", ""];
         assert_eq!(specials().guard(words, "<a>").unwrap(), (words.map(str::to_owned), None));
     }

@@ -1,7 +1,7 @@
-//! The tokenizer that a GGUF file carries in its metadata.
+//! The tokenizer in the metadata of a GGUF file.
 //!
-//! Candle can build one too, but does not know `smollm` and takes the default in silence: one which
-//! puts a space before every text and after every special token. Here, what is not known is refused.
+//! Candle can build one, too, but it does not know `smollm` and uses its default without an error: that one puts a
+//! space before every text and after every special token. This module refuses a tokenizer that it does not know.
 
 use std::collections::HashSet;
 
@@ -19,11 +19,12 @@ use crate::shown::line;
 use crate::specials::{Piece, Specials};
 use crate::used;
 
-/// `tokenizer.ggml.token_type` of the token which stands for what is none: users cannot write it either.
+/// `tokenizer.ggml.token_type` of the token for text that has no token. Like control tokens, it is not read from a
+/// user's text.
 const UNKNOWN: i64 = 2;
-/// `tokenizer.ggml.token_type` of tokens which steer the model and are no text.
+/// `tokenizer.ggml.token_type` of tokens that steer the model and are not text.
 const CONTROL: i64 = 3;
-/// `tokenizer.ggml.token_type` of tokens which are text, but are never split or merged.
+/// `tokenizer.ggml.token_type` of tokens that are text, but are never split or merged.
 const USER_DEFINED: i64 = 4;
 
 /// Turns text into the token ids of one model, and back.
@@ -31,15 +32,15 @@ const USER_DEFINED: i64 = 4;
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     specials: Specials,
-    /// Set only if the model wants every text to begin with it.
+    /// The begin-of-text token, if the model file asks for it at the beginning of every text.
     bos: Option<u32>,
     ends: Vec<u32>,
     vocab_size: usize,
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer which `content` describes: byte-level BPE with the `smollm` or the plain
-    /// GPT-2 way of splitting text into words.
+    /// Builds the tokenizer that `content` describes: byte-level BPE that splits text into words like `smollm` or like
+    /// plain GPT-2.
     ///
     /// # Errors
     ///
@@ -57,7 +58,7 @@ impl Tokenizer {
         inner.with_pre_tokenizer(Some(words));
         inner.with_decoder(Some(ByteLevel::default()));
         let specials = add_tokens(&mut inner, &metadata, &tokens)?;
-        // What is special was found before; in the text between, nothing is.
+        // The special tokens were split off before; the text between them is encoded as plain text.
         inner.set_encode_special_tokens(true);
 
         let known = |key| match metadata.id(key)? {
@@ -81,8 +82,8 @@ impl Tokenizer {
         })
     }
 
-    /// The token ids of a user's `prompt` in the words of `template`, with `system` to tell the model who it is. The names
-    /// of special tokens stand for those tokens in the words of the template, and for themselves in the user's.
+    /// The token ids of a user's `prompt` and the system message `system`, formatted by `template`. The name of a
+    /// special token is that token where the template writes it, and plain text in `prompt` and `system`.
     ///
     /// # Errors
     ///
@@ -94,9 +95,9 @@ impl Tokenizer {
         self.encode_guarded(&text, guard)
     }
 
-    /// The token ids of `text`, in which the names of special tokens stand for those tokens.
+    /// The token ids of `text`. The name of a special token becomes that token.
     ///
-    /// Nothing is added, except a missing begin-of-text token where the model file asks for one.
+    /// Nothing is added, except a missing begin-of-text token if the model file asks for one.
     ///
     /// # Errors
     ///
@@ -123,7 +124,7 @@ impl Tokenizer {
 
     /// The text of `ids`, without special tokens.
     ///
-    /// A character of which only some bytes are there becomes the replacement character.
+    /// A character of which some bytes are missing becomes the replacement character.
     ///
     /// # Errors
     ///
@@ -132,26 +133,26 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(|error| anyhow::anyhow!("cannot turn the tokens into text: {error}"))
     }
 
-    /// Whether the model says with token `id` that it has finished.
+    /// Whether token `id` ends an answer.
     #[must_use]
     pub fn is_end(&self, id: u32) -> bool {
         self.ends.contains(&id)
     }
 
-    /// Whether the model can say that it has finished at all.
+    /// Whether the model has a token that ends an answer.
     #[must_use]
     pub fn has_end(&self) -> bool {
         !self.ends.is_empty()
     }
 
-    /// The number of tokens: every id is smaller.
+    /// The number of tokens in the vocabulary. Every id is smaller.
     #[must_use]
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 }
 
-/// How text is cut into the words within which tokens are merged.
+/// The pre-tokenizer: it splits text into words, and tokens are merged only within a word.
 fn words(pre: &str) -> Result<PreTokenizerWrapper> {
     let gpt2 = ByteLevel::default().add_prefix_space(false);
     match pre {
@@ -175,13 +176,16 @@ fn byte_pairs(tokens: &[&str], merges: &[&str]) -> Result<BPE> {
         .map(|merge| {
             merge
                 .split_once(' ')
-                // The builder trusts its input so far as to panic over some unknown results.
+                // The builder can panic if the result of a merge is not in the vocabulary.
                 .filter(|(left, right)| {
                     known.contains(left) && known.contains(right) && known.contains(format!("{left}{right}").as_str())
                 })
                 .map(|(left, right)| (left.to_owned(), right.to_owned()))
                 .with_context(|| {
-                    format!("the merge `{}` in the model file is not of two known tokens into a third", line(merge))
+                    format!(
+                        "the merge `{}` in the model file does not join two known tokens to a known token",
+                        line(merge)
+                    )
                 })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -192,7 +196,7 @@ fn byte_pairs(tokens: &[&str], merges: &[&str]) -> Result<BPE> {
         .map_err(|error| anyhow::anyhow!("the model file has a broken vocabulary: {error}"))
 }
 
-/// Takes the tokens that must be found whole in the text, before it is cut into words.
+/// Adds the tokens that are matched as a whole in a text, before it is split into words.
 fn add_tokens(inner: &mut tokenizers::Tokenizer, metadata: &Metadata<'_>, tokens: &[&str]) -> Result<Specials> {
     let mut specials = Specials::default();
     let Some(kinds) = metadata.integers("tokenizer.ggml.token_type")? else {
@@ -230,7 +234,8 @@ mod tests {
         Value::Array(values.iter().copied().map(text).collect())
     }
 
-    /// Begin and end, then letters, a space, digits, the two bytes of `é`, and what they merge into.
+    /// Begin, end and a user-defined token, then letters, a space, digits, the two bytes of `é`, and the results of
+    /// merges.
     const TOKENS: [&str; 14] = ["<s>", "</s>", "<tab>", "a", "b", "Ġ", "1", "2", "Ã", "©", "ab", "Ġab", "12", "Ã©"];
 
     fn small(pre: &str) -> Content {
@@ -247,7 +252,7 @@ mod tests {
         ])
     }
 
-    /// What is wrong with the small model once `key` is `value`, or gone.
+    /// The error for the small model after `key` is set to `value`, or removed if that is `None`.
     fn complaint(key: &str, value: Option<Value>) -> String {
         let mut content = small("smollm");
         match value {
@@ -258,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn smollm_takes_digits_one_by_one() -> Result<()> {
+    fn smollm_makes_each_digit_a_word() -> Result<()> {
         let tokenizer = Tokenizer::from_gguf(&small("smollm"))?;
         assert_eq!(tokenizer.encode("ab ab12 1é")?, [10, 11, 6, 7, 5, 6, 13]);
         assert_eq!(tokenizer.vocab_size(), TOKENS.len());
@@ -266,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_gpt2_takes_digits_together() -> Result<()> {
+    fn plain_gpt2_makes_a_number_one_word() -> Result<()> {
         for pre in ["gpt-2", "default"] {
             let tokenizer = Tokenizer::from_gguf(&small(pre))?;
             assert_eq!(tokenizer.encode("ab ab12 1é")?, [10, 11, 12, 5, 6, 13]);
@@ -275,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn special_tokens_are_found_in_text_and_left_out_of_it() -> Result<()> {
+    fn special_tokens_are_encoded_and_not_decoded() -> Result<()> {
         let tokenizer = Tokenizer::from_gguf(&small("smollm"))?;
         let ids = tokenizer.encode("<s>ab<tab></s> <s")?;
         assert_eq!(ids, [0, 10, 2, 1, 5]);
@@ -299,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_special_tokens_are_words_where_a_user_writes_them() -> Result<()> {
+    fn the_name_of_a_special_token_is_plain_text_in_a_user_s_text() -> Result<()> {
         let mut content = with_brackets();
         let template = "<s>{% for m in messages %}{{ m.content.strip() }}</s>{% endfor %}";
         content.metadata.insert("tokenizer.chat_template".to_owned(), text(template));
@@ -307,11 +312,11 @@ mod tests {
         let tokenizer = Tokenizer::from_gguf(&content)?;
         let encode = |prompt, system| tokenizer.encode_user(&template, prompt, system);
         assert_eq!(encode("ab", None)?, [0, 10, 1]);
-        // `</` merges across the place where the guard was.
+        // `<` and `/` are merged: the guard leaves no trace in the text.
         assert_eq!(encode(" a</s>b ", None)?, [0, 3, 18, 17, 15, 4, 1]);
         assert_eq!(encode("<s>", Some("</s><tab>"))?, [0, 18, 17, 15, 2, 1, 14, 17, 15, 1]);
         assert_eq!(encode("ab", Some("<s>"))?, [0, 14, 17, 15, 1, 10, 1]);
-        // Without a template, too; and then it is not the beginning that the model may ask for.
+        // The same without a template. Then the user's `<s>` is not the begin-of-text token, which is added.
         content.metadata.remove("tokenizer.chat_template");
         content.metadata.insert("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(true));
         let (tokenizer, bare) = (Tokenizer::from_gguf(&content)?, ChatTemplate::from_gguf(&content)?);
@@ -329,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_ends_at_either_end_token() -> Result<()> {
+    fn each_end_token_ends_an_answer() -> Result<()> {
         let mut content = small("smollm");
         let ends = |content: &Content| -> Result<Vec<u32>> {
             let tokenizer = Tokenizer::from_gguf(content)?;
@@ -342,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_begins_once_if_the_model_asks_for_it() -> Result<()> {
+    fn the_begin_token_is_added_once_if_the_model_asks_for_it() -> Result<()> {
         let mut content = small("smollm");
         content.metadata.insert("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(true));
         let tokenizer = Tokenizer::from_gguf(&content)?;
@@ -370,7 +375,7 @@ mod tests {
         }
         assert_eq!(
             complaint("tokenizer.ggml.tokens", Some(Value::Array(vec![text("a"), Value::U32(1)]))),
-            "`tokenizer.ggml.tokens` in the model file is not a list of texts"
+            "`tokenizer.ggml.tokens` in the model file is not a list of strings"
         );
         assert_eq!(
             complaint("tokenizer.ggml.token_type", Some(Value::Array(vec![Value::I32(1)]))),
@@ -391,12 +396,12 @@ mod tests {
         for merge in ["ab", "a x", "</s> </s>"] {
             assert_eq!(
                 complaint("tokenizer.ggml.merges", Some(texts(&[merge]))),
-                format!("the merge `{merge}` in the model file is not of two known tokens into a third")
+                format!("the merge `{merge}` in the model file does not join two known tokens to a known token")
             );
         }
     }
 
-    /// Texts and their tokens after llama.cpp, for SmolLM2.
+    /// Texts and their SmolLM2 tokens as llama.cpp computes them.
     #[rustfmt::skip]
     const GOLDEN: &[(&str, &[u32])] = &[
         ("Hello, world!", &[19556, 28, 905, 17]),
@@ -436,7 +441,8 @@ mod tests {
         }
         assert_eq!(tokenizer.vocab_size(), 49_152);
         assert!(tokenizer.is_end(2) && !tokenizer.is_end(1));
-        // A user's words are one plain text, whatever their names: `user\n` and all, between the template's own tokens.
+        // `user\n` and the user's text are one plain text between the template's own tokens, whatever names it
+        // contains.
         let template = ChatTemplate::from_gguf(&content)?;
         for prompt in ["Hi<|im_end|>\n<|im_start|>system\nx", "<|endoftext|>", " a\u{fdd0}<|im_end|>\u{fdd1} "] {
             let ids = tokenizer.encode_user(&template, prompt, Some("<|im_start|>!"))?;
@@ -445,7 +451,7 @@ mod tests {
             let pieces: Vec<_> = ids.split(|id| *id < 17).map(|ids| tokenizer.decode(ids)).collect::<Result<_>>()?;
             let user = format!("user\n{prompt}");
             assert_eq!(pieces, ["", "system\n<|im_start|>!", "\n", &user, "\n", "assistant\n"]);
-            // As one: what the library makes of it by itself.
+            // The library encodes the whole of it to the same ids.
             let plain = tokenizer.inner.encode_fast(user, false).map_err(anyhow::Error::msg)?;
             assert_eq!(ids.split(|id| *id < 17).nth(3), Some(plain.get_ids()));
         }

@@ -1,5 +1,6 @@
-//! What of a model's file is used. A file says more than is read here, and some of it changes the numbers or the tokens:
-//! everything that could is either used, or has the one value that changes nothing, or is refused by name.
+//! Which keys and tensors of a model's file are used. A file has more keys than are read here, and some of them change
+//! the model's numbers or tokens. Each of these is either used, or has the one value that changes nothing, or is
+//! refused by name.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -10,22 +11,24 @@ use crate::config::Config;
 use crate::metadata::{Metadata, integer};
 use crate::shown::line;
 
-/// What becomes of a key of the metadata.
+/// How a key of the metadata is treated.
 #[derive(Clone, Copy)]
 enum Rule {
     /// It is read.
     Used,
-    /// It changes nothing here, whatever its value.
-    Nothing,
-    /// Other values than these are refused.
+    /// No value of it changes anything here.
+    Ignored,
+    /// Other values than these numbers are refused.
     Number(&'static [f64]),
+    /// The other value is refused.
     Flag(bool),
+    /// Other texts are refused.
     Text(&'static str),
-    /// Other values than what the rest of the file says are refused.
-    Says(fn(&Config) -> usize),
+    /// Other values than this number, which the rest of the file gives, are refused.
+    EqualTo(fn(&Config) -> usize),
 }
 
-use Rule::{Flag, Nothing, Number, Says, Text, Used};
+use Rule::{EqualTo, Flag, Ignored, Number, Text, Used};
 
 /// The keys below `llama.`.
 const LLAMA: &[(&str, Rule)] = &[
@@ -36,28 +39,28 @@ const LLAMA: &[(&str, Rule)] = &[
     ("context_length", Used),
     ("embedding_length", Used),
     ("rope.freq_base", Used),
-    // Said twice.
-    ("attention.key_length", Says(|config| config.head_dim)),
-    ("attention.value_length", Says(|config| config.head_dim)),
-    ("feed_forward_length", Says(|config| config.feed_forward)),
-    ("rope.dimension_count", Says(|config| config.head_dim)),
-    ("vocab_size", Says(|config| config.vocabulary)),
-    // Which rows of q and k are rotated together: in pairs, side by side.
+    // The rest of the file gives these numbers, too.
+    ("attention.key_length", EqualTo(|config| config.head_dim)),
+    ("attention.value_length", EqualTo(|config| config.head_dim)),
+    ("feed_forward_length", EqualTo(|config| config.feed_forward)),
+    ("rope.dimension_count", EqualTo(|config| config.head_dim)),
+    ("vocab_size", EqualTo(|config| config.vocabulary)),
+    // Which rows of q and k are rotated together: adjacent pairs.
     ("tensor_data_layout", Text("Meta AI original pth")),
-    // Rotary embeddings of longer contexts. What else is said of scaling matters only where there is some.
+    // Scaling of the rotary embedding for longer contexts. The ignored keys matter only if there is scaling.
     ("rope.scale_linear", Number(&[1.0])),
     ("rope.scaling.attn_factor", Number(&[1.0])),
     ("rope.scaling.factor", Number(&[1.0])),
-    ("rope.scaling.finetuned", Nothing),
-    ("rope.scaling.original_context_length", Nothing),
+    ("rope.scaling.finetuned", Ignored),
+    ("rope.scaling.original_context_length", Ignored),
     ("rope.scaling.type", Text("none")),
-    ("rope.scaling.yarn_log_multiplier", Nothing),
-    // Experts. What else is said of them matters only where there are some.
+    ("rope.scaling.yarn_log_multiplier", Ignored),
+    // Experts. The ignored keys matter only if there are experts.
     ("expert_count", Number(&[0.0])),
-    ("expert_feed_forward_length", Nothing),
+    ("expert_feed_forward_length", Ignored),
     ("expert_shared_count", Number(&[0.0])),
-    ("expert_used_count", Nothing),
-    ("leading_dense_block_count", Nothing),
+    ("expert_used_count", Ignored),
+    ("leading_dense_block_count", Ignored),
     // Other kinds of attention.
     ("attention.causal", Flag(true)),
     ("attention.clamp_kqv", Number(&[0.0])),
@@ -65,15 +68,15 @@ const LLAMA: &[(&str, Rule)] = &[
     ("attention.sliding_window", Number(&[0.0])),
     ("attn_logit_softcapping", Number(&[0.0])),
     ("final_logit_softcapping", Number(&[0.0])),
-    // Factors.
+    // Scale factors.
     ("embedding_scale", Number(&[1.0])),
     ("logit_scale", Number(&[1.0])),
     ("residual_scale", Number(&[1.0])),
-    // Of a norm that llama does not have.
-    ("attention.layer_norm_epsilon", Nothing),
+    // For a kind of norm that llama does not have.
+    ("attention.layer_norm_epsilon", Ignored),
     // Whether attention and feed-forward read the same input.
     ("use_parallel_residual", Flag(false)),
-    // How a text's rows become one: for embeddings of texts.
+    // How the rows of a text are pooled into one, for text embeddings.
     ("pooling_type", Number(&[0.0])),
 ];
 
@@ -90,51 +93,51 @@ const TOKENIZER: &[(&str, Rule)] = &[
     ("ggml.pre", Used),
     ("ggml.token_type", Used),
     ("ggml.tokens", Used),
-    // What is put around a text, or changed in it.
+    // Tokens added to a text, and changes to its spaces.
     ("ggml.add_eos_token", Flag(false)),
     ("ggml.add_sep_token", Flag(false)),
     ("ggml.add_space_prefix", Flag(false)),
     ("ggml.remove_extra_whitespaces", Flag(false)),
     ("ggml.treat_whitespace_as_suffix", Flag(false)),
-    // Byte pairs merge in the order of the merges; only other kinds of tokenizers have scores.
-    ("ggml.scores", Nothing),
-    // Bytes are tokens themselves, so none is unknown.
-    ("ggml.unknown_token_id", Nothing),
-    // For training, for pairs of texts, and for holes in a text.
-    ("ggml.cls_token_id", Nothing),
-    ("ggml.mask_token_id", Nothing),
-    ("ggml.padding_token_id", Nothing),
-    ("ggml.seperator_token_id", Nothing), // so spelt by llama.cpp
-    ("ggml.separator_token_id", Nothing),
-    ("ggml.fim_mid_token_id", Nothing),
-    ("ggml.fim_pad_token_id", Nothing),
-    ("ggml.fim_pre_token_id", Nothing),
-    ("ggml.fim_rep_token_id", Nothing),
-    ("ggml.fim_sep_token_id", Nothing),
-    ("ggml.fim_suf_token_id", Nothing),
-    ("ggml.middle_token_id", Nothing),
-    ("ggml.prefix_token_id", Nothing),
-    ("ggml.suffix_token_id", Nothing),
-    // Other templates, and the same tokenizer in another notation.
-    ("chat_templates", Nothing),
-    ("huggingface.json", Nothing),
+    // Byte pairs are merged in the order of the merges; only other kinds of tokenizers use scores.
+    ("ggml.scores", Ignored),
+    // Every byte is a token, so no text is unknown.
+    ("ggml.unknown_token_id", Ignored),
+    // For training, for pairs of texts, and for filling in the middle of a text.
+    ("ggml.cls_token_id", Ignored),
+    ("ggml.mask_token_id", Ignored),
+    ("ggml.padding_token_id", Ignored),
+    ("ggml.seperator_token_id", Ignored), // llama.cpp's spelling
+    ("ggml.separator_token_id", Ignored),
+    ("ggml.fim_mid_token_id", Ignored),
+    ("ggml.fim_pad_token_id", Ignored),
+    ("ggml.fim_pre_token_id", Ignored),
+    ("ggml.fim_rep_token_id", Ignored),
+    ("ggml.fim_sep_token_id", Ignored),
+    ("ggml.fim_suf_token_id", Ignored),
+    ("ggml.middle_token_id", Ignored),
+    ("ggml.prefix_token_id", Ignored),
+    ("ggml.suffix_token_id", Ignored),
+    // Other chat templates, and the same tokenizer in another format.
+    ("chat_templates", Ignored),
+    ("huggingface.json", Ignored),
 ];
 
-/// Keys that are not about the architecture. All others of that kind only describe the file.
+/// The keys outside `llama.` and `tokenizer.` that are checked. All other keys there only describe the file.
 const OTHERS: &[(&str, Rule)] = &[
-    // Not an adapter, which is added to another model.
+    // Not an adapter: that would have to be added to another model.
     ("general.type", Text("model")),
-    // How numbers lie in the blocks of quantized types.
+    // The layout of the numbers in a block of a quantized type.
     ("general.quantization_version", Number(&[2.0])),
-    // Not one of several files.
+    // Not one of several files that make up a model.
     ("split.count", Number(&[0.0, 1.0])),
 ];
 
-/// Refuses what the metadata says about the model's numbers and is not known here.
+/// Refuses keys and values of the metadata that concern the model's numbers and are not supported.
 ///
 /// # Errors
 ///
-/// If there is such a key or value: it is named.
+/// If there is such a key or value. The message names it.
 pub(crate) fn check_keys(metadata: &Metadata<'_>, config: &Config) -> Result<()> {
     check(metadata, "llama.", LLAMA, Some(config))?;
     for (key, value) in metadata.below("") {
@@ -145,11 +148,11 @@ pub(crate) fn check_keys(metadata: &Metadata<'_>, config: &Config) -> Result<()>
     Ok(())
 }
 
-/// Refuses what the metadata says about the tokenizer and is not known here.
+/// Refuses keys and values of the metadata that concern the tokenizer and are not supported.
 ///
 /// # Errors
 ///
-/// If there is such a key or value: it is named.
+/// If there is such a key or value. The message names it.
 pub(crate) fn check_tokenizer(metadata: &Metadata<'_>) -> Result<()> {
     check(metadata, "tokenizer.", TOKENIZER, None)
 }
@@ -158,8 +161,8 @@ fn check(metadata: &Metadata<'_>, prefix: &str, rules: &[(&str, Rule)], config: 
     let rules: HashMap<&str, Rule> = rules.iter().copied().collect();
     let mut unknown = Vec::new();
     for (key, value) in metadata.below(prefix) {
-        // `tokenizer.chat_template.NAME` is one that has to be asked for.
-        let known = if key.starts_with("chat_template.") { Some(&Nothing) } else { rules.get(key) };
+        // `tokenizer.chat_template.NAME` is an alternative template, which is used only if it is selected by name.
+        let known = if key.starts_with("chat_template.") { Some(&Ignored) } else { rules.get(key) };
         match known {
             Some(rule) => rule.check(&format!("{prefix}{key}"), value, config)?,
             None => unknown.push(format!("{prefix}{key}")),
@@ -172,14 +175,14 @@ fn check(metadata: &Metadata<'_>, prefix: &str, rules: &[(&str, Rule)], config: 
 impl Rule {
     fn check(self, key: &str, value: &Value, config: Option<&Config>) -> Result<()> {
         let (good, supported) = match self {
-            Used | Nothing => return Ok(()),
+            Used | Ignored => return Ok(()),
             Number(wanted) => (
                 number(value).is_some_and(|n| wanted.contains(&n)),
                 wanted.iter().map(f64::to_string).collect::<Vec<_>>().join(" or "),
             ),
             Flag(wanted) => (matches!(value, Value::Bool(flag) if *flag == wanted), wanted.to_string()),
             Text(wanted) => (matches!(value, Value::String(text) if text == wanted), format!("`{wanted}`")),
-            Says(wanted) => {
+            EqualTo(wanted) => {
                 let Some(wanted) = config.map(wanted) else { return Ok(()) };
                 (integer(value).and_then(|n| usize::try_from(n).ok()) == Some(wanted), wanted.to_string())
             }
@@ -206,7 +209,7 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// The tensors of a model, and their shapes: matrices have a row for each number of the output.
+/// The names and shapes of a model's tensors. A matrix has a row for each number of the output.
 pub(crate) fn tensors(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> {
     let Config { layers, width, heads, kv_heads, head_dim, feed_forward, vocabulary, tied, .. } = *config;
     let layer = [
@@ -228,11 +231,11 @@ pub(crate) fn tensors(config: &Config) -> impl Iterator<Item = (String, Vec<usiz
         .map(|(name, shape)| (format!("{name}.weight"), shape))
 }
 
-/// Makes sure that the file has the model's tensors in their shapes, and no others.
+/// Checks that the file has the model's tensors with their shapes, and no others.
 ///
 /// # Errors
 ///
-/// If a tensor is missing, has another shape, or is not used: it is named.
+/// If a tensor is missing, has another shape, has 2^48 numbers or more, or is not used. The message names it.
 pub(crate) fn check_tensors(content: &Content, config: &Config) -> Result<()> {
     let mut unused: BTreeSet<&str> = content.tensor_infos.keys().map(String::as_str).collect();
     for (name, shape) in tensors(config) {
@@ -254,7 +257,7 @@ pub(crate) fn check_tensors(content: &Content, config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// The first few names, and how many more there are.
+/// The first few names, and the number of the others.
 fn few(names: &[String]) -> String {
     const SHOWN: usize = 3;
     let first: Vec<_> = names.iter().take(SHOWN).map(|name| format!("`{}`", line(name))).collect();
@@ -275,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_nothing_is_accepted() {
+    fn keys_that_change_nothing_are_accepted() {
         let content = with(&[
             ("llama.attention.key_length", Value::U32(8)),
             ("llama.attention.value_length", Value::U32(8)),
@@ -380,7 +383,7 @@ mod tests {
             add(&mut content, name, shape);
             assert_eq!(
                 Config::of(&content).unwrap_err().to_string(),
-                format!("the tensor `{name}` of the model file has the shape {shape:?}, which is no matrix")
+                format!("the tensor `{name}` of the model file has the shape {shape:?}, which is not a matrix")
             );
         }
         for (name, expected) in tensors(&SMALL) {
@@ -398,7 +401,7 @@ mod tests {
             content.tensor_infos.remove(&name);
             assert_eq!(Config::of(&content).unwrap_err().to_string(), format!("the model file has no tensor `{name}`"));
         }
-        // So large that the number of its numbers has more than 64 bits.
+        // The number of its numbers does not fit into 64 bits.
         let mut content = small();
         for i in 0..2 {
             add(&mut content, &format!("blk.{i}.ffn_gate.weight"), &[1 << 60, 32]);

@@ -1,10 +1,10 @@
-//! How the model's matrices are held, and their products with the activations.
+//! The model's matrices in memory, and their products with activations.
 
 use anyhow::Result;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{D, Device, Module, Tensor};
 
-/// How the weights of a quantized file are held in memory.
+/// How the weights of a quantized file are stored in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Weights {
     /// Converted to 32-bit floating point: exact, four to eight times the memory
@@ -15,14 +15,14 @@ pub enum Weights {
     Stored,
 }
 
-/// candle multiplies 8-bit matrices by the fast instructions only where rows are a multiple of this.
+/// candle uses the fast instructions for 8-bit matrices only if the length of a row is a multiple of this.
 const FAST_WIDTH: usize = 256;
 
 /// A matrix that activations are multiplied by.
 #[derive(Debug)]
 pub(crate) struct Linear {
     matrix: QMatMul,
-    /// Zeros that each row of activations lacks to be as wide as the matrix.
+    /// How many zeros are appended to each row of activations, so that it is as wide as the padded matrix.
     padding: usize,
 }
 
@@ -57,9 +57,9 @@ impl Module for Linear {
 /// Matrices that the same activations are multiplied by.
 #[derive(Debug)]
 pub(crate) enum Joined {
-    /// One below the other, for one product; where each begins, and its height.
+    /// Stacked into one matrix, for one product; with the first row and the number of rows of each.
     One(Linear, Vec<(usize, usize)>),
-    /// As stored, in types that may differ.
+    /// Separate, as in the file: their types may differ.
     Apart(Vec<Linear>),
 }
 
@@ -71,22 +71,22 @@ impl Joined {
         }
         let matrices = tensors.iter().map(|tensor| tensor.dequantize(&Device::Cpu));
         let matrices: Vec<Tensor> = matrices.collect::<candle_core::Result<_>>()?;
-        let mut places = Vec::new();
+        let mut row_ranges = Vec::new();
         let mut end = 0;
         for matrix in &matrices {
             let height = matrix.dim(0)?;
-            places.push((end, height));
+            row_ranges.push((end, height));
             end += height;
         }
-        Ok(Self::One(Linear::converted(Tensor::cat(&matrices, 0)?, weights)?, places))
+        Ok(Self::One(Linear::converted(Tensor::cat(&matrices, 0)?, weights)?, row_ranges))
     }
 
     /// The product with each matrix.
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Vec<Tensor>> {
         match self {
-            Self::One(matrix, places) => {
+            Self::One(matrix, row_ranges) => {
                 let all = matrix.forward(x)?;
-                places.iter().map(|&(start, height)| all.narrow(D::Minus1, start, height)?.contiguous()).collect()
+                row_ranges.iter().map(|&(start, height)| all.narrow(D::Minus1, start, height)?.contiguous()).collect()
             }
             Self::Apart(matrices) => matrices.iter().map(|matrix| matrix.forward(x)).collect(),
         }
@@ -99,7 +99,7 @@ mod tests {
 
     /// Width 576, as in the default model, is padded; 512 is not.
     #[test]
-    fn products_with_8_bits_are_close_to_those_in_f32_and_rows_do_not_see_each_other() {
+    fn products_with_8_bits_are_close_to_those_in_f32_and_rows_are_independent() {
         for width in [576, 512] {
             let matrix = Tensor::randn(0f32, 1.0, (192, width), &Device::Cpu).unwrap();
             let x = Tensor::randn(0f32, 1.0, (9, width), &Device::Cpu).unwrap();

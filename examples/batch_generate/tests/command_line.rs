@@ -1,4 +1,5 @@
-//! What a user sees: answers and JSON from good input; one line and exit code 1, never a panic, from bad input.
+//! The program as a user sees it: answers and JSON from good input; one line and exit code 1, never a panic, from bad
+//! input.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -81,7 +82,7 @@ fn batches_and_contexts_are_measured() {
 }
 
 #[test]
-fn weights_can_be_held_in_several_ways() {
+fn weights_can_be_stored_in_several_ways() {
     let world = World::new();
     let prompts = world.file("prompts.txt", "Hello\nAnd you?\n");
     for weights in ["f32", "int8", "stored"] {
@@ -92,14 +93,14 @@ fn weights_can_be_held_in_several_ways() {
 }
 
 #[test]
-fn help_and_version_are_no_errors() {
+fn help_and_version_are_not_errors() {
     for flag in ["--help", "--version"] {
         Command::cargo_bin("batch_generate").unwrap().arg(flag).assert().success();
     }
 }
 
 #[test]
-fn bad_model_files_are_told_apart() {
+fn each_kind_of_bad_model_file_has_its_message() {
     let world = World::new();
     let whole = fs::read(&world.model).unwrap();
     refused(&world.folder.path().join("none.gguf"), &[], "none.gguf");
@@ -113,7 +114,7 @@ fn bad_model_files_are_told_apart() {
 }
 
 #[test]
-fn a_special_token_s_name_in_a_prompt_is_text() {
+fn the_name_of_a_special_token_in_a_prompt_is_plain_text() {
     let world = World::new();
     let (prompts, json) = (world.file("prompts.txt", "a<end>b"), world.folder.path().join("out.json"));
     let args = ["--max-tokens", "1", "--prompts", prompts.to_str().unwrap(), "--json", json.to_str().unwrap()];
@@ -123,7 +124,7 @@ fn a_special_token_s_name_in_a_prompt_is_text() {
 }
 
 #[test]
-fn what_a_model_file_says_and_is_not_used_is_refused() {
+fn keys_and_tensors_that_are_not_supported_are_refused() {
     let world = World::new();
     let key = |key: &str, value: Value, message: &str| {
         let path = world.folder.path().join("changed.gguf");
@@ -181,7 +182,7 @@ fn absurd_numbers_are_refused() {
 }
 
 #[test]
-fn what_is_wrong_by_itself_is_refused_before_the_model_is_looked_for() {
+fn invalid_arguments_are_refused_before_the_model_is_obtained() {
     let world = World::new();
     let none = world.folder.path().join("none.gguf");
     let refused = |args: &[&str], message| refused(&none, args, message);
@@ -201,14 +202,14 @@ fn what_is_wrong_by_itself_is_refused_before_the_model_is_looked_for() {
     refused(&["--json", world.folder.path().to_str().unwrap()], "cannot write");
     let missing = world.folder.path().join("no/such/folder.json");
     refused(&["--json", missing.to_str().unwrap()], "cannot write");
-    // What is right by itself leaves nothing behind when something else is wrong.
+    // A valid output path leaves no file if something else is wrong.
     let json = world.folder.path().join("out.json");
     refused(&["--json", json.to_str().unwrap()], "none.gguf");
     assert!(!json.exists());
 }
 
 #[test]
-fn what_does_not_fit_the_model_is_refused_before_its_weights_are_read() {
+fn requests_that_do_not_fit_the_model_are_refused_before_its_weights_are_read() {
     let world = World::new();
     let whole = fs::read(&world.model).unwrap();
     let half = world.file("half.gguf", &whole[..whole.len() / 2]);
@@ -226,7 +227,7 @@ fn what_does_not_fit_the_model_is_refused_before_its_weights_are_read() {
 }
 
 #[test]
-fn an_older_file_stays_whole_until_there_is_a_new_one() {
+fn an_older_file_stays_unchanged_until_the_new_one_is_complete() {
     let world = World::new();
     let whole = fs::read(&world.model).unwrap();
     let half = world.file("half.gguf", &whole[..whole.len() / 2]);
@@ -240,7 +241,7 @@ fn an_older_file_stays_whole_until_there_is_a_new_one() {
 }
 
 #[test]
-fn a_terminal_gets_nothing_that_it_would_obey() {
+fn no_character_that_controls_a_terminal_is_printed() {
     let world = World::new();
     let quiet = || contains("\u{1b}").not();
     let (prompts, json) = (world.file("prompts.txt", "a\u{1b}[31mb\u{202e}c"), world.folder.path().join("out.json"));
@@ -261,7 +262,7 @@ fn a_terminal_gets_nothing_that_it_would_obey() {
 }
 
 #[test]
-fn a_model_without_an_end_is_told() {
+fn a_model_without_an_end_token_is_reported() {
     let world = World::new();
     let endless = world.folder.path().join("endless.gguf");
     common::write_changed(&endless, |metadata, _| drop(metadata.remove("tokenizer.ggml.eos_token_id")));
@@ -278,19 +279,19 @@ fn bad_prompt_files_are_refused() {
     let prompts = |path: &Path, message| refused(&world.model, &["--prompts", path.to_str().unwrap()], message);
     prompts(Path::new("no-such-file"), "no-such-file");
     prompts(world.folder.path(), "cannot read the prompts");
-    prompts(&world.file("empty.txt", "\n"), "there is none");
+    prompts(&world.file("empty.txt", "\n"), "no prompt was found");
     prompts(&world.file("broken.jsonl", "{\"prompt\": \"a\"}\n\nb\n"), "line 3, column 1: expected value\n");
     prompts(&world.file("none.jsonl", "{\"prompt\": \"a\", \"max_tokens\": 0}"), "line 1, column 31: invalid value");
     prompts(&world.file("binary.txt", [b'a', 0xff, 0x00]), "line 1, column 2: this is not UTF-8");
     prompts(
         &world.file("either", "{name}\n"),
-        "line 1, column 2: key must be a string; say --prompts-format text or json",
+        "line 1, column 2: key must be a string; use --prompts-format text or json",
     );
     prompts(&world.file("huge.txt", "word ".repeat(1000)), "the model's context is 256 tokens");
 }
 
 #[test]
-fn prompts_are_what_their_name_or_content_or_the_option_says() {
+fn the_format_of_prompts_is_decided_by_the_option_the_name_or_the_content() {
     let world = World::new();
     let json = world.folder.path().join("out.json");
     let asked = |prompts: &Path, more: &[&str], stdin: &str| -> Vec<String> {
@@ -299,7 +300,7 @@ fn prompts_are_what_their_name_or_content_or_the_option_says() {
         let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
         report["sequences"].as_array().unwrap().iter().map(|s| s["prompt"].as_str().unwrap().to_owned()).collect()
     };
-    // As editors and scripts on Windows leave it.
+    // With the byte order mark and the line end of editors and scripts on Windows.
     let object = "\u{feff}{\"prompt\": \"ab\"}\r\n";
     assert_eq!(asked(&world.file("a.jsonl", object), &[], ""), ["ab"]);
     assert_eq!(asked(&world.file("a", object), &[], ""), ["ab"]);
@@ -314,7 +315,7 @@ fn prompts_are_what_their_name_or_content_or_the_option_says() {
         .write_stdin("")
         .assert()
         .code(1)
-        .stderr(contains("standard input: there is"));
+        .stderr(contains("standard input: no prompt was found"));
 }
 
 #[cfg(feature = "verify")]
@@ -339,7 +340,7 @@ fn answers_equal_candle_s_own() {
     let brief = world.folder.path().join("brief.gguf");
     common::write_changed(&brief, |metadata, _| drop(metadata.insert("llama.context_length".into(), Value::U32(64))));
     let args = ["--verify", "--prompts", short, "--max-tokens", "1"];
-    refused(&brief, &args, "what is verified takes 128 tokens, the model's context is 64 tokens");
+    refused(&brief, &args, "verification needs 128 tokens, the model's context is 64 tokens");
     refused(&world.model, &["--verify", "--temperature", "1"], "use --temperature 0");
     refused(&world.model, &["--verify", "--weights", "int8"], "use --weights f32");
 }

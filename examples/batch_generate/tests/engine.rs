@@ -1,4 +1,4 @@
-//! Whatever the pool and the batch, every prompt gets the answer it gets alone, computed from scratch for each token.
+//! For every pool and batch, each prompt gets the same answer as alone, where every token is computed from scratch.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -28,11 +28,11 @@ fn cache(model: &Model, blocks: usize, block_size: usize) -> KvCache {
 
 fn run(model: &Model, cache: &KvCache, requests: &[Request], settings: &Settings) -> Outcome {
     let outcome = generate(model, cache, requests, settings, |id| id == 95, |_| ()).unwrap();
-    assert_eq!(cache.pool().held(), 0, "every block came back");
+    assert_eq!(cache.pool().in_use(), 0, "all blocks are freed");
     outcome
 }
 
-/// The whole sequence again for each token: no cache, no batch, no fork.
+/// Computes the whole sequence again for each token: nothing is cached, batched or forked.
 fn from_scratch(model: &Model, request: &Request, settings: &Settings, prompt: usize, sample: usize) -> Vec<u32> {
     let mut random = Random::new(settings.seed + sample as u64, prompt);
     let mut tokens = request.prompt.clone();
@@ -71,7 +71,7 @@ fn answers_do_not_depend_on_the_pool_or_the_batch() {
 }
 
 #[test]
-fn samples_share_their_prompt_and_equal_runs_of_their_own() {
+fn samples_share_their_prompt_and_equal_separate_runs() {
     let (_folder, model) = common::tiny();
     let requests = requests();
     let settings = settings(4, 0.8);
@@ -100,7 +100,7 @@ fn the_prompt_of_all_samples_is_stored_once() {
 }
 
 #[test]
-fn what_prompts_have_in_common_is_computed_once() {
+fn a_common_prefix_is_computed_once() {
     let (_folder, model) = common::tiny();
     let settings = settings(1, 0.0);
     let common: Vec<u32> = (0..41).map(|i| (i * 5 + 3) % 90).collect();
@@ -140,7 +140,7 @@ fn packed_logits_equal_those_of_each_sequence_alone() {
 }
 
 #[test]
-fn what_can_never_be_answered_is_refused_at_once_with_the_numbers() {
+fn requests_that_can_never_be_answered_are_refused_at_once_with_the_numbers() {
     let (_folder, model) = common::tiny();
     let refused = |request: Request, settings: Settings| {
         let never = |_| panic!("nothing is computed");
@@ -161,7 +161,7 @@ fn what_can_never_be_answered_is_refused_at_once_with_the_numbers() {
 }
 
 #[test]
-fn the_same_prompt_twice_in_a_pool_that_one_fills_ends() {
+fn two_equal_prompts_in_a_pool_with_room_for_one_finish() {
     let (_folder, model) = common::tiny();
     let prompt: Vec<u32> = (0..42).map(|i| (i * 7 + 13) % common::VOCABULARY as u32).collect();
     let requests = vec![Request { prompt, max_tokens: 4 }; 2];
@@ -175,5 +175,5 @@ fn the_same_prompt_twice_in_a_pool_that_one_fills_ends() {
     let outcome = generate(&model, &cache, &requests, &settings, |id| id == 95, count).unwrap();
     let expected = from_scratch(&model, &requests[0], &settings, 0, 0);
     assert!(outcome.answers.iter().all(|answer| answer.tokens == expected), "{:?}", outcome.answers);
-    assert_eq!(cache.pool().held(), 0);
+    assert_eq!(cache.pool().in_use(), 0);
 }

@@ -1,4 +1,4 @@
-//! What is timed is what would be computed anyway: the same tokens as the engine's, again and again.
+//! The measured steps compute the same tokens as the engine, in every call.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -10,7 +10,7 @@ use batch_generate::sampling::Sampling;
 use paged_attention::{KvCache, KvDtype};
 
 #[test]
-fn copies_of_a_prompt_go_on_as_the_engine_does() {
+fn copies_of_a_prompt_continue_as_in_the_engine() {
     let (_folder, model) = common::tiny();
     for (batch, context) in [(1, 1), (3, 16), (2, 45)] {
         let cache = KvCache::builder(model.shape()).blocks(16).build().unwrap();
@@ -23,7 +23,7 @@ fn copies_of_a_prompt_go_on_as_the_engine_does() {
         let mut filled = Filled::new(&model, KvDtype::F32, batch, context, 8).unwrap();
         assert_eq!((filled.batch(), filled.context(), filled.prefill().tokens), (batch, context, context));
         for tokens in [8, 3, 8] {
-            // The first token of the answer comes with the prompt.
+            // The prefill gives the first token of the answer.
             let decoded = filled.decode(tokens).unwrap();
             assert_eq!(decoded.tokens, vec![expected[1..=tokens].to_vec(); batch], "{batch} x {context}");
             assert!(!decoded.time.is_zero());

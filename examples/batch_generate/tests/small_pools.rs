@@ -1,4 +1,4 @@
-//! However small the pool, the engine comes to an end, and every sequence gets the answer that it gets alone.
+//! However small the pool, the engine finishes, and every sequence gets the same answer as alone.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -13,8 +13,8 @@ const CONTEXT: usize = 400;
 const HEAD_DIM: usize = 4;
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: HEAD_DIM };
 
-/// A model that costs next to nothing and forgives nothing: what a row has attended to, to the last bit, decides the
-/// second layer's keys and values and the logits. One wrong number in one slot changes the answer.
+/// A cheap model in which every error shows: the second layer's keys and values, and the logits, depend on every bit of
+/// the attention before them. One wrong number in one slot changes the answer.
 struct StandIn;
 
 impl LanguageModel for StandIn {
@@ -44,7 +44,7 @@ impl LanguageModel for StandIn {
     }
 }
 
-/// The finaliser of splitmix64 (Steele et al. 2014) over both.
+/// A hash of both: the finaliser of splitmix64 (Steele et al. 2014).
 fn mix(state: u64, more: u32) -> u64 {
     let mut x = state.wrapping_mul(31).wrapping_add(u64::from(more)).wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -52,7 +52,7 @@ fn mix(state: u64, more: u32) -> u64 {
     x ^ (x >> 31)
 }
 
-/// In (-1, 1).
+/// A number in [-1, 1).
 fn number(state: u64) -> f32 {
     (state >> 40) as f32 / (1 << 23) as f32 - 1.0
 }
@@ -61,8 +61,8 @@ fn cache(blocks: usize, block_size: usize) -> KvCache {
     KvCache::builder(SHAPE).blocks(blocks).block_size(block_size).dtype(KvDtype::F32).build().unwrap()
 }
 
-/// The answers of sequences that share nothing, in a pool with room for all: no engine, no admission, no prefix, no
-/// fork.
+/// The answers of sequences that share no blocks, in a pool with room for all: no engine, no admission, no prefix
+/// caching, no fork.
 fn alone(requests: &[Request], settings: &Settings) -> Vec<Vec<u32>> {
     let total: usize = requests.iter().map(|r| (r.prompt.len() + r.max_tokens).div_ceil(16)).sum();
     let cache = cache(total * settings.samples, 16);
@@ -89,13 +89,13 @@ fn alone(requests: &[Request], settings: &Settings) -> Vec<Vec<u32>> {
     answers
 }
 
-/// The most steps that there can be: the comment in `generate` has the reasons.
+/// The upper bound of the number of steps: the comment in `generate` derives it.
 fn most_steps(requests: &[Request], settings: &Settings) -> usize {
     let longest = requests.iter().map(|r| r.prompt.len() + r.max_tokens - 1).max().unwrap();
     requests.len() * settings.samples * (longest + 1) * settings.max_batch
 }
 
-/// Runs to the end, in no more steps than there can be, and compares.
+/// Runs the engine, checks that it finishes within [`most_steps`], and compares the answers with those of [`alone`].
 fn run(blocks: usize, block_size: usize, requests: &[Request], settings: &Settings) -> Outcome {
     let cache = cache(blocks, block_size);
     let case = || format!("{blocks} blocks of {block_size}, {settings:?}, {requests:?}");
@@ -108,7 +108,7 @@ fn run(blocks: usize, block_size: usize, requests: &[Request], settings: &Settin
     let outcome = outcome.unwrap_or_else(|error| panic!("{error}: {}", case()));
     let answers: Vec<_> = outcome.answers.iter().map(|answer| answer.tokens.clone()).collect();
     assert_eq!(answers, alone(requests, settings), "{}", case());
-    assert_eq!((cache.pool().held(), cache.pool().check_held([])), (0, Ok(())), "{}", case());
+    assert_eq!((cache.pool().in_use(), cache.pool().check_ref_counts([])), (0, Ok(())), "{}", case());
     outcome
 }
 
@@ -118,7 +118,7 @@ fn settings() -> Settings {
 }
 
 #[test]
-fn duplicates_that_fill_the_pool_to_the_last_block_end() {
+fn duplicates_that_fill_the_pool_to_the_last_block_finish() {
     let prompt: Vec<u32> = (0..42).map(|i| i * i % 3).collect();
     let requests = vec![Request { prompt, max_tokens: 4 }; 2];
     for block_size in [1, 7, 14] {
@@ -129,7 +129,7 @@ fn duplicates_that_fill_the_pool_to_the_last_block_end() {
 }
 
 #[test]
-fn samples_part_in_a_pool_with_room_for_one() {
+fn samples_diverge_in_a_pool_with_room_for_one() {
     for block_size in [1, 3, 4, 5, 12] {
         for prompt in [11, 12, 13] {
             let requests = vec![Request { prompt: vec![1; prompt], max_tokens: 6 }; 2];
@@ -141,8 +141,8 @@ fn samples_part_in_a_pool_with_room_for_one() {
 }
 
 #[test]
-fn a_long_prompt_does_not_keep_the_others_from_talking() {
-    // The long prompt soon has more tokens than the other, and a budget that it could use up.
+fn a_long_prompt_does_not_stop_the_others_from_decoding() {
+    // The long prompt soon has more computed tokens than the short one, and it could use up the whole budget.
     let short = Request { prompt: vec![1, 2, 3], max_tokens: 12 };
     let long = Request { prompt: (0..120).map(|i| i * i % 4).collect(), max_tokens: 1 };
     let settings = Settings { step_tokens: 4, sampling: Sampling::greedy(), ..settings() };
@@ -153,8 +153,9 @@ fn a_long_prompt_does_not_keep_the_others_from_talking() {
     assert_eq!(generated[..12], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
 }
 
-/// Two with a prompt of three tokens and one, the last, that has more from the beginning: after which step that one
-/// ends, and how often each had to yield. Each answer has 36 tokens.
+/// Runs three requests whose answers have 36 tokens each. Two have a prompt of three tokens; the last has `prompt`
+/// tokens, more than the others from the beginning. Returns the number of steps until the first sequence finishes,
+/// which is the last request, and how often each was preempted.
 fn the_longest_of_three(prompt: u32) -> (usize, Vec<usize>) {
     let requests = [(0, 3), (1, 3), (2, prompt)]
         .map(|(first, n)| Request { prompt: (0..n).map(|i| (first + i) % 4).collect(), max_tokens: 36 });
@@ -167,23 +168,24 @@ fn the_longest_of_three(prompt: u32) -> (usize, Vec<usize>) {
 }
 
 #[test]
-fn the_most_computed_gets_the_last_blocks_and_never_yields() {
-    // After ten decoded tokens all three need a block, and two are left; after eighteen, two need one, and one is left.
+fn the_longest_gets_the_last_blocks_and_is_never_preempted() {
+    // After ten decoded tokens all three need a block, and two blocks are free. After eighteen, two sequences need a
+    // block, and one is free.
     let (ended, preemptions) = the_longest_of_three(11);
     assert_eq!(ended, 36, "it has a token in every step");
     assert!(preemptions[0] > 0 && preemptions[1] > 0 && preemptions[2] == 0, "{preemptions:?}");
 }
 
 #[test]
-fn when_the_most_computed_does_not_fit_another_yields_at_once() {
-    // It alone needs a block when none is left: with 20 tokens, when there are two others, and with 28, when there is
-    // one. They have room for some tokens more.
+fn when_the_longest_does_not_fit_another_is_preempted_at_once() {
+    // Only the longest needs a block when none is free: at 20 tokens, with two other sequences, and at 28 tokens, with
+    // one. The others have room for some more tokens.
     let (ended, preemptions) = the_longest_of_three(10);
     assert_eq!(ended, 36 + 2, "it is left out of two steps");
     assert!(preemptions[0] > 0 && preemptions[1] > 0 && preemptions[2] == 0, "{preemptions:?}");
 }
 
-/// Numbers below a bound, the same for the same seed.
+/// Random numbers that depend only on the seed.
 struct Numbers(u64);
 
 impl Numbers {
@@ -201,8 +203,8 @@ impl Numbers {
         (0..n).map(|_| self.below(2) as u32).collect()
     }
 
-    /// A prompt and the most tokens of its answer, which together fit into `capacity` tokens; the last token of an
-    /// answer needs no room. Many are alike, and many fill the pool.
+    /// A prompt and the maximum length of its answer, which together fit into `capacity` tokens; the last token of an
+    /// answer needs no slot. Many prompts have a common prefix, and many requests fill the pool.
     fn request(&mut self, before: &[Request], text: &[u32], capacity: usize) -> Request {
         let max_tokens = self.within(1, 6.min(capacity));
         let most = (capacity + 1 - max_tokens).min(text.len());
@@ -222,7 +224,7 @@ impl Numbers {
 }
 
 #[test]
-fn every_run_ends_with_the_answers_of_sequences_that_are_alone() {
+fn every_run_finishes_with_the_answers_of_separate_sequences() {
     const RUNS: u64 = 10_000;
     let (mut steps, mut preemptions, mut resumed, mut cached) = (0, 0, 0, 0);
     for seed in 0..RUNS {

@@ -1,4 +1,4 @@
-//! What the replay drives: memory for tokens, with its way of admitting requests and of taking memory back.
+//! The interface that the replay drives: memory for tokens, with a scheduler that admits and preempts requests.
 
 use std::time::Duration;
 
@@ -13,89 +13,91 @@ use super::vllm::Vllm;
 
 /// An allocator and its scheduler.
 pub(crate) trait Allocator<'a> {
-    /// A request arrives.
+    /// Adds a request to the queue.
     fn enqueue(&mut self, request: &'a Request);
 
-    /// How many requests wait.
+    /// The number of waiting requests.
     fn waiting(&self) -> usize;
 
-    /// One forward pass: whoever is done leaves, whoever runs grows by one token, whoever fits starts with all its
-    /// prompt, and each of them generates a token. Those who are done stay until the next step, so that what is measured
-    /// after a step is what the step computed over.
+    /// One forward pass. Finished sequences leave, each running sequence grows by one token, waiting requests that fit
+    /// start with their whole prompt, and every sequence generates a token. A sequence that finishes stays until the
+    /// next step, so that `usage` after a step measures the sequences that the step computed.
     fn step(&mut self) -> Result<Step>;
 
-    /// What the memory holds after a step.
+    /// The contents of the memory after a step.
     fn usage(&self) -> Usage;
 }
 
-/// What one step did.
+/// The counts of one step.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Step {
-    /// Sequences that started, or started again.
+    /// Sequences that started, for the first time or after a preemption.
     pub(crate) started: usize,
     /// Tokens computed for these.
     pub(crate) prefilled: usize,
-    /// Of these, tokens that had been computed before and were lost when the sequence had to yield.
+    /// Of these, tokens that had been computed before and were lost when the sequence was preempted.
     pub(crate) recomputed: usize,
-    /// Tokens generated: one for each sequence that runs.
+    /// Tokens generated: one for each running sequence.
     pub(crate) generated: usize,
-    /// Sequences that had to yield.
+    /// Sequences that were preempted.
     pub(crate) preempted: usize,
-    /// Prompt tokens of those who started for the first time.
+    /// Prompt tokens of the sequences that started for the first time.
     pub(crate) prompt_tokens: usize,
-    /// Of these, tokens found in the cache.
-    pub(crate) found: usize,
-    /// How often others have gone ahead of one waiting request, at most.
+    /// Of these, tokens matched in the prefix cache.
+    pub(crate) matched: usize,
+    /// How often other requests were admitted ahead of one waiting request, at most.
     pub(crate) skipped: u32,
-    /// Time spent in the books, where they are real.
+    /// The time of the bookkeeping; zero for models.
     pub(crate) bookkeeping: Duration,
 }
 
-/// What the memory holds, in tokens.
+/// The contents of the memory, in tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
-    /// Token places that hold a token of a running sequence; one that several share counts once.
+    /// Slots that hold a token of a running sequence; a slot that several sequences share counts once.
     pub(crate) live: usize,
-    /// Token places that are set aside for running sequences.
+    /// Slots that are set aside for running sequences.
     pub(crate) reserved: usize,
-    /// Tokens of the running sequences, shared ones counted for each.
+    /// Tokens of the running sequences; a shared token counts once for each sequence.
     pub(crate) logical: usize,
-    /// Places of tokens that nobody uses and that can be found again.
-    pub(crate) remembered: usize,
-    /// How many sequences run.
+    /// Slots of evictable blocks: cached and not in use.
+    pub(crate) evictable: usize,
+    /// The number of running sequences.
     pub(crate) running: usize,
 }
 
-/// The memory that everybody gets.
+/// The size of the memory, the same for every allocator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Pool {
-    /// Token places.
+    /// Slots.
     pub(crate) tokens: usize,
     /// The longest sequence that is accepted.
     pub(crate) max_len: usize,
 }
 
-/// By the names they have in the record.
+/// The allocators, by their names in the record.
 pub(crate) const ALLOCATORS: [&str; 7] =
     ["contiguous_max", "contiguous_pow2", "contiguous_oracle", "contiguous_doubling", "sglang", "vllm", "paged_kv"];
 
-/// The block sizes of those who have blocks.
+/// The block sizes of the allocators that have blocks.
 pub(crate) const BLOCK_SIZES: [usize; 6] = [1, 8, 16, 32, 64, 128];
 
-/// The block sizes to replay an allocator with: 1 for those who have no blocks.
+/// The block sizes to replay an allocator with; 1 for one that has no blocks.
 pub(crate) fn block_sizes(allocator: &str) -> &'static [usize] {
     if matches!(allocator, "vllm" | "paged_kv") { &BLOCK_SIZES } else { &[1] }
 }
 
-/// An allocator by its name.
+/// Creates the allocator with this name.
 ///
 /// # Errors
 ///
-/// An unknown name; a pool too small for one sequence of the maximum length, or that the real pool refuses.
+/// If the name is unknown, the pool is too small for one sequence of the maximum length, or [`BlockPool::new`] fails.
+///
+/// [`BlockPool::new`]: paged_attention::BlockPool::new
 pub(crate) fn allocator<'a>(name: &str, pool: Pool, block_size: usize) -> Result<Box<dyn Allocator<'a> + 'a>> {
     let Pool { tokens, max_len } = pool;
     if max_len > tokens / block_size * block_size {
-        bail!("one sequence may have {max_len} tokens, the pool has room for {tokens} in blocks of {block_size}");
+        bail!("one sequence may have {max_len} tokens, more than a pool of {tokens} tokens in blocks of {block_size}");
     }
     Ok(match name {
         "contiguous_max" => Box::new(FirstCome::new(MaximumLength::new(pool))),
@@ -105,6 +107,6 @@ pub(crate) fn allocator<'a>(name: &str, pool: Pool, block_size: usize) -> Result
         "sglang" => Box::new(FirstCome::new(Sglang::new(tokens))),
         "vllm" => Box::new(FirstCome::new(Vllm::new(tokens, block_size))),
         "paged_kv" => Box::new(PagedKv::new(tokens, block_size)?),
-        _ => bail!("no allocator is called {name}; there are {}", ALLOCATORS.join(", ")),
+        _ => bail!("there is no allocator {name}; the allocators are {}", ALLOCATORS.join(", ")),
     })
 }

@@ -31,7 +31,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<Request>> {
 fn fields(line: &str) -> Result<(DateTime, usize, usize)> {
     let mut fields = line.trim().split(',');
     let mut next = || fields.next().context("three fields are expected");
-    let time = next()?.parse().context("the time is not one")?;
+    let time = next()?.parse().context("the timestamp is not a date and time")?;
     let input: usize = next()?.parse().context("the context's tokens are not a number")?;
     let output: usize = next()?.parse().context("the generated tokens are not a number")?;
     ensure!(input > 0 && output > 0, "a request has {input} context tokens and {output} generated ones");
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_trace_is_read_and_a_wrong_line_is_named() {
+    fn a_trace_is_parsed_and_an_error_names_the_line() {
         let header = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n";
         let two = format!("{header}2023-11-16 18:15:46.6805900,374,44\r\n2023-11-16 18:15:50.9305900,396,109\r\n");
         let requests = parse(&two).expect("both lines are right");

@@ -1,5 +1,5 @@
-//! Contiguous regions whose sizes are powers of two: halves of a region that are both free become one again (Knuth, "The
-//! Art of Computer Programming", volume 1, section 2.5).
+//! A buddy allocator: contiguous regions whose sizes are powers of two. Two halves of a region that are both free are
+//! merged (Knuth, "The Art of Computer Programming", volume 1, section 2.5).
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,7 @@ pub(crate) struct Buddies {
 }
 
 impl Buddies {
-    /// `len` places: one region for each bit that is set in it, the largest first.
+    /// `len` slots: one region for each bit that is set in `len`, the largest first.
     pub(crate) fn new(len: usize) -> Self {
         let mut free = vec![BTreeSet::new(); usize::BITS as usize];
         let mut start = 0;
@@ -20,17 +20,18 @@ impl Buddies {
         Self { free }
     }
 
-    /// The start of a region of 2^`order`, out of the smallest that is free.
-    pub(crate) fn take(&mut self, order: usize) -> Option<usize> {
-        let found = (order..self.free.len()).find(|&order| !self.free[order].is_empty())?;
-        let start = self.free[found].pop_first()?;
-        for half in order..found {
+    /// Allocates a region of 2^`order` slots from the smallest free region that fits; returns its start.
+    pub(crate) fn allocate(&mut self, order: usize) -> Option<usize> {
+        let smallest = (order..self.free.len()).find(|&order| !self.free[order].is_empty())?;
+        let start = self.free[smallest].pop_first()?;
+        for half in order..smallest {
             self.free[half].insert(start + (1 << half));
         }
         Some(start)
     }
 
-    pub(crate) fn give_back(&mut self, start: usize, order: usize) {
+    /// Frees a region, and merges it with its other half as long as that is free too.
+    pub(crate) fn free(&mut self, start: usize, order: usize) {
         let (mut start, mut order) = (start, order);
         while self.free[order].remove(&(start ^ (1 << order))) {
             start &= !(1 << order);
@@ -46,13 +47,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn halves_are_split_and_become_whole_again() {
+    fn regions_are_split_and_merged() {
         let mut memory = Buddies::new(8 + 2);
-        let (a, b, c) = (memory.take(1), memory.take(1), memory.take(2));
+        let (a, b, c) = (memory.allocate(1), memory.allocate(1), memory.allocate(2));
         assert_eq!((a, b, c), (Some(8), Some(0), Some(4)));
-        assert_eq!(memory.take(2), None, "two are free, and no four side by side");
-        memory.give_back(0, 1);
-        memory.give_back(4, 2);
-        assert_eq!(memory.take(3), Some(0));
+        assert_eq!(memory.allocate(2), None, "two slots are free, but no region of four");
+        memory.free(0, 1);
+        memory.free(4, 2);
+        assert_eq!(memory.allocate(3), Some(0));
     }
 }

@@ -1,4 +1,4 @@
-//! One contiguous region for each sequence: how large, is what they differ in.
+//! Allocators that give each sequence one contiguous region. They differ in its size.
 
 use anyhow::{Result, ensure};
 
@@ -7,36 +7,36 @@ use super::buddies::Buddies;
 use super::first_come::Memory;
 use super::regions::Regions;
 
-/// The maximum length for everybody: what candle's `KvCache` reserves.
+/// The maximum length for each sequence, as candle's `KvCache` reserves.
 pub(crate) struct MaximumLength {
     max_len: usize,
-    places: usize,
-    taken: usize,
+    regions: usize,
+    in_use: usize,
 }
 
 impl MaximumLength {
     pub(crate) fn new(pool: Pool) -> Self {
-        Self { max_len: pool.max_len, places: pool.tokens / pool.max_len, taken: 0 }
+        Self { max_len: pool.max_len, regions: pool.tokens / pool.max_len, in_use: 0 }
     }
 }
 
 impl Memory for MaximumLength {
-    type Held = ();
+    type Allocation = ();
 
     fn start(&mut self, _tokens: usize, _total: usize) -> Option<()> {
-        (self.taken < self.places).then(|| self.taken += 1)
+        (self.in_use < self.regions).then(|| self.in_use += 1)
     }
 
-    fn grow(&mut self, _held: &mut (), _tokens: usize) -> bool {
+    fn grow(&mut self, _allocation: &mut (), _tokens: usize) -> bool {
         true
     }
 
-    fn end(&mut self, _held: ()) {
-        self.taken -= 1;
+    fn end(&mut self, _allocation: ()) {
+        self.in_use -= 1;
     }
 
     fn reserved(&self) -> usize {
-        self.taken * self.max_len
+        self.in_use * self.max_len
     }
 }
 
@@ -55,22 +55,22 @@ impl PowerOfTwo {
 }
 
 impl Memory for PowerOfTwo {
-    /// Where the region starts, and the power.
-    type Held = (usize, usize);
+    /// The start of the region, and its size as a power of two.
+    type Allocation = (usize, usize);
 
-    fn start(&mut self, _tokens: usize, total: usize) -> Option<Self::Held> {
+    fn start(&mut self, _tokens: usize, total: usize) -> Option<Self::Allocation> {
         let order = total.next_power_of_two().ilog2() as usize;
-        let start = self.memory.take(order)?;
+        let start = self.memory.allocate(order)?;
         self.reserved += 1 << order;
         Some((start, order))
     }
 
-    fn grow(&mut self, _held: &mut Self::Held, _tokens: usize) -> bool {
+    fn grow(&mut self, _allocation: &mut Self::Allocation, _tokens: usize) -> bool {
         true
     }
 
-    fn end(&mut self, (start, order): Self::Held) {
-        self.memory.give_back(start, order);
+    fn end(&mut self, (start, order): Self::Allocation) {
+        self.memory.free(start, order);
         self.reserved -= 1 << order;
     }
 
@@ -79,7 +79,7 @@ impl Memory for PowerOfTwo {
     }
 }
 
-/// Exactly the whole length, known in advance: what is lost is lost between the regions.
+/// Exactly the whole length, known in advance: memory is lost only between the regions.
 pub(crate) struct Known {
     memory: Regions,
     reserved: usize,
@@ -92,21 +92,21 @@ impl Known {
 }
 
 impl Memory for Known {
-    /// Where the region starts, and its length.
-    type Held = (usize, usize);
+    /// The start of the region, and its length.
+    type Allocation = (usize, usize);
 
-    fn start(&mut self, _tokens: usize, total: usize) -> Option<Self::Held> {
-        let start = self.memory.take(total)?;
+    fn start(&mut self, _tokens: usize, total: usize) -> Option<Self::Allocation> {
+        let start = self.memory.allocate(total)?;
         self.reserved += total;
         Some((start, total))
     }
 
-    fn grow(&mut self, _held: &mut Self::Held, _tokens: usize) -> bool {
+    fn grow(&mut self, _allocation: &mut Self::Allocation, _tokens: usize) -> bool {
         true
     }
 
-    fn end(&mut self, (start, len): Self::Held) {
-        self.memory.give_back(start, len);
+    fn end(&mut self, (start, len): Self::Allocation) {
+        self.memory.free(start, len);
         self.reserved -= len;
     }
 
@@ -115,8 +115,8 @@ impl Memory for Known {
     }
 }
 
-/// The prompt rounded up to a power of two, and twice as much whenever it is full, up to the maximum length: in place
-/// where the neighbouring memory is free, by copying to a new region otherwise. Both are there while it copies.
+/// The prompt rounded up to a power of two, doubled whenever it is full, up to the maximum length: in place if the
+/// memory after it is free, otherwise by copying to a new region. Both regions are allocated while it copies.
 pub(crate) struct Doubling {
     memory: Regions,
     max_len: usize,
@@ -130,27 +130,27 @@ impl Doubling {
 }
 
 impl Memory for Doubling {
-    /// Where the region starts, and its length.
-    type Held = (usize, usize);
+    /// The start of the region, and its length.
+    type Allocation = (usize, usize);
 
-    fn start(&mut self, tokens: usize, _total: usize) -> Option<Self::Held> {
+    fn start(&mut self, tokens: usize, _total: usize) -> Option<Self::Allocation> {
         let len = (tokens + 1).next_power_of_two().min(self.max_len);
-        let start = self.memory.take(len)?;
+        let start = self.memory.allocate(len)?;
         self.reserved += len;
         Some((start, len))
     }
 
-    fn grow(&mut self, held: &mut Self::Held, tokens: usize) -> bool {
-        let (start, len) = *held;
+    fn grow(&mut self, allocation: &mut Self::Allocation, tokens: usize) -> bool {
+        let (start, len) = *allocation;
         if tokens <= len {
             return true;
         }
         let longer = (2 * len).min(self.max_len).max(tokens);
-        if self.memory.take_at(start + len, longer - len) {
-            *held = (start, longer);
-        } else if let Some(elsewhere) = self.memory.take(longer) {
-            self.memory.give_back(start, len);
-            *held = (elsewhere, longer);
+        if self.memory.allocate_at(start + len, longer - len) {
+            *allocation = (start, longer);
+        } else if let Some(elsewhere) = self.memory.allocate(longer) {
+            self.memory.free(start, len);
+            *allocation = (elsewhere, longer);
         } else {
             return false;
         }
@@ -158,8 +158,8 @@ impl Memory for Doubling {
         true
     }
 
-    fn end(&mut self, (start, len): Self::Held) {
-        self.memory.give_back(start, len);
+    fn end(&mut self, (start, len): Self::Allocation) {
+        self.memory.free(start, len);
         self.reserved -= len;
     }
 

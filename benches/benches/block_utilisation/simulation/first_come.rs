@@ -1,5 +1,6 @@
-//! First come, first served, and the last admitted yields: how vLLM schedules (Kwon et al., "Efficient Memory Management
-//! for Large Language Model Serving with PagedAttention", SOSP 2023, section 4.5), over any kind of memory.
+//! A scheduler over any kind of memory: first come, first served, and the last admitted sequence is preempted, as in
+//! vLLM (Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023,
+//! section 4.5).
 
 use std::collections::VecDeque;
 
@@ -8,36 +9,36 @@ use anyhow::Result;
 use super::allocator::{Allocator, Step, Usage};
 use super::request::Request;
 
-/// Memory that sequences are given.
+/// The memory of the sequences.
 pub(crate) trait Memory {
-    /// What one sequence holds.
-    type Held;
+    /// The memory of one sequence.
+    type Allocation;
 
-    /// Room for a sequence that starts with `tokens` and will have `total` in the end; none where there is no room. How
-    /// much of the future the memory may know is its own matter.
-    fn start(&mut self, tokens: usize, total: usize) -> Option<Self::Held>;
+    /// Allocates memory for a sequence that starts with `tokens` tokens and will have `total` in the end; `None` if
+    /// there is no room. A model that does not know the final length ignores `total`.
+    fn start(&mut self, tokens: usize, total: usize) -> Option<Self::Allocation>;
 
-    /// Room for `tokens` in all; says whether there is.
-    fn grow(&mut self, held: &mut Self::Held, tokens: usize) -> bool;
+    /// Grows an allocation to `tokens` tokens in total; returns whether there is room.
+    fn grow(&mut self, allocation: &mut Self::Allocation, tokens: usize) -> bool;
 
-    /// The sequence is gone.
-    fn end(&mut self, held: Self::Held);
+    /// Frees an allocation.
+    fn end(&mut self, allocation: Self::Allocation);
 
-    /// Token places that are set aside.
+    /// Slots that are set aside.
     fn reserved(&self) -> usize;
 }
 
 struct Waiting<'a> {
     request: &'a Request,
-    /// Tokens generated before it had to yield.
+    /// Tokens generated before it was preempted.
     generated: usize,
-    /// Tokens that were computed before it had to yield.
+    /// Tokens that were computed before it was preempted, and lost.
     lost: usize,
 }
 
-struct Running<'a, H> {
+struct Running<'a, A> {
     request: &'a Request,
-    held: H,
+    allocation: A,
     /// Tokens stored.
     len: usize,
     generated: usize,
@@ -47,7 +48,7 @@ pub(crate) struct FirstCome<'a, M: Memory> {
     memory: M,
     waiting: VecDeque<Waiting<'a>>,
     /// In the order of admission.
-    running: Vec<Running<'a, M::Held>>,
+    running: Vec<Running<'a, M::Allocation>>,
 }
 
 impl<M: Memory> FirstCome<'_, M> {
@@ -55,40 +56,42 @@ impl<M: Memory> FirstCome<'_, M> {
         Self { memory, waiting: VecDeque::new(), running: Vec::new() }
     }
 
+    /// Removes the finished sequences and frees their memory.
     fn retire(&mut self) {
         for done in self.running.extract_if(.., |running| running.generated >= running.request.output) {
-            self.memory.end(done.held);
+            self.memory.end(done.allocation);
         }
     }
 
-    /// Everybody who runs gets room for one token more, in the order of admission; where there is none, the last yields.
+    /// Makes room for one more token in each running sequence, in the order of admission. If there is none, the last
+    /// admitted sequence is preempted.
     fn grow(&mut self, step: &mut Step) {
         let mut at = 0;
         while let Some(running) = self.running.get_mut(at) {
-            if self.memory.grow(&mut running.held, running.len + 1) {
+            if self.memory.grow(&mut running.allocation, running.len + 1) {
                 running.len += 1;
                 at += 1;
             } else if let Some(last) = self.running.pop() {
-                // It may have been given room in this very step, for a token that is not computed.
+                // Not `last.len`: that may include a slot from this step, for a token that is not computed.
                 let lost = last.request.input + last.generated - 1;
-                self.memory.end(last.held);
+                self.memory.end(last.allocation);
                 self.waiting.push_front(Waiting { request: last.request, generated: last.generated, lost });
                 step.preempted += 1;
             }
         }
     }
 
-    /// Nobody starts in a step in which somebody had to yield.
+    /// Starts waiting requests, in order, while there is room. Not called in a step with a preemption.
     fn admit(&mut self, step: &mut Step) {
         while let Some(&Waiting { request, generated, lost }) = self.waiting.front() {
             let tokens = request.input + generated;
-            let Some(held) = self.memory.start(tokens, request.total()) else { return };
+            let Some(allocation) = self.memory.start(tokens, request.total()) else { return };
             self.waiting.pop_front();
             step.started += 1;
             step.prefilled += tokens;
             step.recomputed += lost;
             step.prompt_tokens += if lost == 0 { request.input } else { 0 };
-            self.running.push(Running { request, held, len: tokens, generated });
+            self.running.push(Running { request, allocation, len: tokens, generated });
         }
     }
 }
@@ -117,6 +120,6 @@ impl<'a, M: Memory> Allocator<'a> for FirstCome<'a, M> {
     fn usage(&self) -> Usage {
         let live = self.running.iter().map(|running| running.len).sum();
         let (reserved, running) = (self.memory.reserved(), self.running.len());
-        Usage { live, reserved, logical: live, remembered: 0, running }
+        Usage { live, reserved, logical: live, evictable: 0, running }
     }
 }

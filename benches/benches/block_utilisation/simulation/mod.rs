@@ -1,4 +1,5 @@
-//! A serving workload replayed through allocators: how much of the pool holds tokens, and what it costs to keep it full.
+//! Replays a serving workload through allocators, to measure how much of the pool holds tokens and what it costs to
+//! keep the pool full.
 
 pub(crate) mod allocator;
 mod azure;

@@ -1,4 +1,4 @@
-//! Mooncake's traces: one JSON object a line, with `timestamp` in milliseconds, `input_length`, `output_length` and
+//! Mooncake's traces: one JSON object per line, with `timestamp` in milliseconds, `input_length`, `output_length` and
 //! `hash_ids`.
 
 use anyhow::{Context, Result, ensure};
@@ -14,7 +14,7 @@ struct Line {
     hash_ids: Vec<u32>,
 }
 
-/// Tokens are numbered by their block's id, in 31 bits.
+/// The largest block id. A token is `id * PREFIX_BLOCK + offset`, which must fit into 31 bits.
 const MAX_ID: u32 = (1 << 31) / PREFIX_BLOCK as u32 - 1;
 
 pub(super) fn parse(text: &str) -> Result<Vec<Request>> {
@@ -33,7 +33,7 @@ fn request(line: &str, number: u32) -> Result<Request> {
     let Line { timestamp, input_length: input, output_length: output, hash_ids: prefix } = serde_json::from_str(line)?;
     ensure!(input > 0 && output > 0, "a request has {input} tokens in and {output} out");
     let blocks = input.div_ceil(PREFIX_BLOCK);
-    ensure!(prefix.len() <= blocks, "{} ids for {blocks} blocks of {PREFIX_BLOCK} tokens", prefix.len());
+    ensure!(prefix.len() <= blocks, "{} hash_ids for {blocks} blocks of {PREFIX_BLOCK} tokens", prefix.len());
     if let Some(id) = prefix.iter().find(|&&id| id > MAX_ID) {
         anyhow::bail!("the block id {id} is above {MAX_ID}");
     }
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_ids_are_the_same_tokens_and_nothing_else_is() {
+    fn tokens_are_equal_exactly_where_the_ids_are() {
         let line = |ids: &str| {
             format!("{{\"timestamp\": 3000, \"input_length\": 1000, \"output_length\": 5, \"hash_ids\": {ids}}}\n")
         };

@@ -1,21 +1,23 @@
-//! This project: nothing here is a model. The pool, the tables, prefix reuse and admission are the shipped types; only the
+//! This project, not a model of it: the pool, the tables, prefix matching and admission are the shipped types. Only the
 //! tensors are missing.
 
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use paged_attention::{Admission, Admitted, BlockPool, BlockTable, Need, PrefixKey, ReserveError, Room};
+use paged_attention::{
+    Admission, Admitted, BlockPool, BlockTable, Need, PrefixKey, ReserveError, Room, preemption_victim,
+};
 
 use super::allocator::{Allocator, Step, Usage};
 use super::request::Request;
 
 struct Job<'a> {
     request: &'a Request,
-    /// The tokens to compute before the next one can be generated: the prompt, and after a preemption what was
-    /// generated.
+    /// The tokens to compute before the next one can be generated: the prompt, and after a preemption also the
+    /// generated tokens.
     tokens: Vec<u32>,
     generated: usize,
-    /// Tokens that were computed before it had to yield.
+    /// Tokens that were computed before it was preempted, and lost.
     lost: usize,
 }
 
@@ -33,23 +35,23 @@ pub(crate) struct PagedKv<'a> {
 impl PagedKv<'_> {
     /// # Errors
     ///
-    /// What the pool refuses.
+    /// If [`BlockPool::new`] fails.
     pub(crate) fn new(tokens: usize, block_size: usize) -> Result<Self> {
         let pool = BlockPool::new(tokens / block_size, block_size)?;
         Ok(Self { pool, waiting: Admission::new(), running: Vec::new() })
     }
 
-    /// The pool itself, for those who want to count again.
+    /// The pool, for a test to count its blocks.
     pub(crate) fn pool(&self) -> &BlockPool {
         &self.pool
     }
 
-    /// The tables of those who run.
+    /// The tables of the running sequences.
     pub(crate) fn tables(&self) -> impl Iterator<Item = &BlockTable> {
         self.running.iter().map(|running| &running.table)
     }
 
-    /// Those who are done go, and give their blocks back.
+    /// Removes the finished sequences, which frees their blocks.
     fn retire(&mut self) {
         let mut at = 0;
         while let Some(Running { job, .. }) = self.running.get(at) {
@@ -61,14 +63,15 @@ impl PagedKv<'_> {
         }
     }
 
-    /// Room for one token more for everybody who runs. Where there is none, the least computed yields.
+    /// Reserves one more token for each running sequence. If there is no block left, the sequence with the fewest
+    /// computed tokens is preempted.
     fn grow(&mut self, step: &mut Step) -> Result<()> {
         let mut at = 0;
         while let Some(running) = self.running.get_mut(at) {
             match running.table.reserve(1) {
                 Ok(()) => at += 1,
                 Err(ReserveError::OutOfBlocks(_)) => {
-                    // Those behind the one who goes move up.
+                    // Sequences after the removed one move forward by one.
                     at -= usize::from(self.preempt()? < at);
                     step.preempted += 1;
                 }
@@ -78,31 +81,32 @@ impl PagedKv<'_> {
         Ok(())
     }
 
+    /// Preempts one sequence and puts it back into the queue; returns the index in `running` that it had.
     fn preempt(&mut self) -> Result<usize> {
         let computed = self.running.iter().map(|running| running.table.len());
-        let yields = Admission::<Job<'_>>::who_yields(computed).context("nobody runs and the pool is full")?;
-        let Running { table, mut job } = self.running.remove(yields);
+        let victim = preemption_victim(computed).context("the pool is full and no sequence is running")?;
+        let Running { table, mut job } = self.running.remove(victim);
         job.lost = table.len();
         drop(table);
         let Job { request, generated, .. } = job;
         let known = job.tokens.len()..request.input + generated;
         job.tokens.extend(known.map(|position| request.token(position)));
         self.waiting.requeue(job);
-        Ok(yields)
+        Ok(victim)
     }
 
-    /// Lets those start for whom there is room.
+    /// Starts the waiting requests that there is room for.
     fn admit(&mut self, step: &mut Step) -> Result<()> {
         let pool = &self.pool;
         let key = PrefixKey::new();
-        let need = |job: &Job<'_>| Need::Blocks(pool.find(&key, &job.tokens).blocks);
+        let need = |job: &Job<'_>| Need::Blocks(pool.lookup_prefix(&key, &job.tokens).blocks);
         loop {
             let room = Room { available: pool.available(), running: self.running.len() };
             let job = match self.waiting.admit(pool, room, need) {
                 Some(Admitted::Start(job)) => job,
                 Some(Admitted::Never(job)) => {
                     bail!(
-                        "a request of {} tokens is larger than the pool of {}",
+                        "a request of {} tokens is larger than the pool of {} tokens",
                         job.tokens.len(),
                         pool.blocks() * pool.block_size()
                     )
@@ -111,16 +115,16 @@ impl PagedKv<'_> {
             };
             step.skipped = step.skipped.max(self.waiting.most_skipped());
             let mut table = BlockTable::new(pool);
-            let found = table.reuse(&job.tokens);
-            let rest = job.tokens.len() - found;
+            let matched = table.match_prefix(&job.tokens);
+            let rest = job.tokens.len() - matched;
             table.reserve(rest)?;
-            table.commit_tokens(&job.tokens[found..])?;
+            table.commit_tokens(&job.tokens[matched..])?;
             step.started += 1;
             step.prefilled += rest;
-            step.recomputed += job.lost.saturating_sub(found);
+            step.recomputed += job.lost.saturating_sub(matched);
             if job.lost == 0 {
                 step.prompt_tokens += job.request.input;
-                step.found += found;
+                step.matched += matched;
             }
             self.running.push(Running { table, job });
         }
@@ -158,14 +162,14 @@ impl<'a> Allocator<'a> for PagedKv<'a> {
 
     fn usage(&self) -> Usage {
         let block_size = self.pool().block_size();
-        let reserved = self.pool().held() * block_size;
-        // Only the last block of a table is not full, and that one is its own.
+        let reserved = self.pool().in_use() * block_size;
+        // Only the last block of a table is not full, and no other table uses that block.
         let empty: usize = self.tables().map(|table| table.capacity() - table.len()).sum();
         Usage {
             live: reserved - empty,
             reserved,
             logical: self.tables().map(BlockTable::len).sum(),
-            remembered: self.pool.remembered() * block_size,
+            evictable: self.pool.evictable() * block_size,
             running: self.running.len(),
         }
     }

@@ -1,18 +1,19 @@
-//! What the built-in workloads are drawn from: quantiles of the public traces.
+//! Quantiles of the public traces, from which the built-in workloads are drawn.
 //!
-//! Counted from the Azure LLM inference dataset 2023 (Patel et al., "Splitwise", ISCA 2024; CC-BY), conversation and code,
-//! and from the conversation trace of Mooncake (Qin et al., FAST 2025). Requests beyond the maximum length are left out.
+//! Counted from the Azure LLM inference dataset 2023 (Patel et al., "Splitwise", ISCA 2024; CC-BY), conversation and
+//! code, and from the conversation trace of Mooncake (Qin et al., FAST 2025). Requests beyond the maximum length are
+//! left out.
 
-/// A distribution by its quantiles, with straight lines between them.
+/// A distribution given by its quantiles, interpolated linearly.
 #[derive(Debug)]
 pub(super) struct Quantiles {
-    /// Rising, from 0 to 1.
+    /// Shares in ascending order, from 0 to 1.
     at: &'static [f64],
     values: &'static [f64],
 }
 
 impl Quantiles {
-    /// The value that a share `u` of all lies below.
+    /// The quantile `u`: the value that a share `u` of all values lies below.
     pub(super) fn value(&self, u: f64) -> f64 {
         let next = self.at.partition_point(|&at| at <= u).clamp(1, self.at.len() - 1);
         let (low, high) = (self.at[next - 1], self.at[next]);
@@ -21,7 +22,7 @@ impl Quantiles {
     }
 }
 
-/// What one workload is made of.
+/// The distributions of one workload.
 #[derive(Debug)]
 pub(super) struct Statistics {
     /// Prompt tokens.
@@ -30,20 +31,20 @@ pub(super) struct Statistics {
     pub(super) output: [Quantiles; 4],
     /// Seconds from one arrival to the next.
     pub(super) gap: Quantiles,
-    /// The mean of these: straight lines would not keep it where a few gaps are very long.
+    /// The mean of the gaps, which interpolation would not keep where a few gaps are very long.
     pub(super) mean_gap: f64,
-    /// How prompts begin with earlier ones, where that is known.
+    /// The prefixes that prompts share with earlier ones, if the trace has them.
     pub(super) prefixes: Option<Prefixes>,
 }
 
-/// How prompts begin like earlier ones.
+/// The prefixes that prompts share with earlier ones.
 #[derive(Debug)]
 pub(super) struct Prefixes {
     /// The share of the requests that share more than the common first block with an earlier one.
     pub(super) continuing: f64,
     /// How many requests ago the earlier one came.
     pub(super) age: Quantiles,
-    /// The share of the prompt that is in common.
+    /// The share of the prompt that is common with the earlier one.
     pub(super) shared: Quantiles,
 }
 
@@ -113,7 +114,7 @@ pub(super) const CODE: Statistics = Statistics {
     prefixes: None,
 };
 
-/// Mooncake, conversation: long prompts, which arrive every three seconds, many of them turns of one conversation.
+/// Mooncake, conversation: long prompts, which arrive every three seconds; many are turns of the same conversation.
 pub(super) const LONG: Statistics = Statistics {
     input: quantiles(&[
         891.0, 894.0, 901.0, 964.0, 1662.0, 3263.0, 4993.0, 6909.0, 9570.0, 13196.0, 17869.0, 27367.0, 39550.0,

@@ -1,7 +1,7 @@
-//! Contiguous regions of one address space, the lowest that fits first.
+//! A first-fit allocator of contiguous regions in one address space.
 
 pub(crate) struct Regions {
-    /// Free regions `(start, len)`, by their start, never side by side.
+    /// Free regions `(start, len)`, sorted by their start; adjacent ones are merged.
     free: Vec<(usize, usize)>,
 }
 
@@ -10,14 +10,14 @@ impl Regions {
         Self { free: vec![(0, len)] }
     }
 
-    /// The start of a region of `len`, if one is free.
-    pub(crate) fn take(&mut self, len: usize) -> Option<usize> {
+    /// Allocates `len` slots at the lowest start that fits; returns the start.
+    pub(crate) fn allocate(&mut self, len: usize) -> Option<usize> {
         let at = self.free.iter().position(|&(_, free)| free >= len)?;
         Some(self.cut(at, len))
     }
 
-    /// Takes the `len` places from `start` on; says whether they were free.
-    pub(crate) fn take_at(&mut self, start: usize, len: usize) -> bool {
+    /// Allocates the `len` slots from `start` on, if they are the start of a free region; returns whether it did.
+    pub(crate) fn allocate_at(&mut self, start: usize, len: usize) -> bool {
         match self.free.binary_search_by_key(&start, |&(start, _)| start) {
             Ok(at) if self.free[at].1 >= len => {
                 self.cut(at, len);
@@ -37,11 +37,12 @@ impl Regions {
         start
     }
 
-    pub(crate) fn give_back(&mut self, start: usize, len: usize) {
+    /// Frees a region, and merges it with its neighbours if they are free.
+    pub(crate) fn free(&mut self, start: usize, len: usize) {
         let at = self.free.partition_point(|&(other, _)| other < start);
-        let joins_next = self.free.get(at).is_some_and(|&(next, _)| next == start + len);
-        let joins_last = at > 0 && self.free[at - 1].0 + self.free[at - 1].1 == start;
-        match (joins_last, joins_next) {
+        let touches_next = self.free.get(at).is_some_and(|&(next, _)| next == start + len);
+        let touches_previous = at > 0 && self.free[at - 1].0 + self.free[at - 1].1 == start;
+        match (touches_previous, touches_next) {
             (true, true) => {
                 let (_, next) = self.free.remove(at);
                 self.free[at - 1].1 += len + next;
@@ -59,14 +60,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_given_back_joins_its_neighbours() {
+    fn a_freed_region_is_merged_with_its_neighbours() {
         let mut memory = Regions::new(10);
-        assert_eq!((memory.take(4), memory.take(4), memory.take(3)), (Some(0), Some(4), None));
-        assert!(memory.take_at(8, 2) && !memory.take_at(8, 1));
-        memory.give_back(0, 4);
-        memory.give_back(8, 2);
-        assert_eq!(memory.take(5), None, "four and two are free, and something between");
-        memory.give_back(4, 4);
-        assert_eq!(memory.take(10), Some(0));
+        assert_eq!((memory.allocate(4), memory.allocate(4), memory.allocate(3)), (Some(0), Some(4), None));
+        assert!(memory.allocate_at(8, 2) && !memory.allocate_at(8, 1));
+        memory.free(0, 4);
+        memory.free(8, 2);
+        assert_eq!(memory.allocate(5), None, "four and two slots are free, but not adjacent");
+        memory.free(4, 4);
+        assert_eq!(memory.allocate(10), Some(0));
     }
 }

@@ -1,4 +1,4 @@
-//! Time: who arrives when, and how long a step takes.
+//! The replay of a workload: when requests arrive, and how long a step takes.
 
 use std::collections::VecDeque;
 
@@ -11,28 +11,28 @@ use super::tally::{Outcome, Sample};
 /// When requests arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Arrivals {
-    /// As soon as there is a place in a queue of 64, which is never empty. The replay ends when no request is left to
-    /// fill it with.
+    /// As soon as fewer than 64 requests wait, so that the queue is never empty. The replay ends when no request is
+    /// left to fill the queue.
     Saturated,
-    /// As recorded. The replay ends when all are answered.
+    /// As recorded. The replay ends when all requests are answered.
     Timed,
 }
 
-/// How many wait when the queue is kept full: more than any scheduler here looks at.
+/// Waiting requests when the queue is kept full: more than any scheduler here considers.
 const QUEUE: usize = 64;
 
-/// What a step takes under timed arrivals, in seconds: to read the weights and the cache, and for each token of a prompt.
-/// About what a model of seven billion parameters takes on one accelerator. The memory's utilisation depends on the load
-/// that these make of the arrivals; the books do not.
+/// Seconds of a step under timed arrivals: `STEP` to read the weights and the cache, and `PREFILL` for each token of a
+/// prompt, about as long as a model of seven billion parameters takes on one accelerator. They decide the load, and so
+/// the utilisation of the memory, but not the cost of the bookkeeping.
 const STEP: f64 = 0.025;
 const PREFILL: f64 = 50e-6;
 
-/// Replays `requests` through an allocator, and shows each step to `watch`. Requests longer than the pool accepts are
+/// Replays `requests` through an allocator, and calls `watch` after each step. Requests longer than `pool.max_len` are
 /// left out.
 ///
 /// # Errors
 ///
-/// What the allocator fails with.
+/// If a step of the allocator fails.
 pub(crate) fn replay<'a>(
     requests: &'a [Request],
     arrivals: Arrivals,

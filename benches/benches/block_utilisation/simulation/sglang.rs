@@ -1,5 +1,6 @@
-//! SGLang's memory: places of one token, and a request starts when its prompt and its whole answer fit, so that nobody
-//! ever yields. The answer's length is known here, which favours it: a server knows only the limit that a client sets.
+//! A model of SGLang's memory: slots of one token. A request starts when its prompt and its whole answer fit, so that
+//! no sequence is ever preempted. The answer's length is known here, which favours this model: a server knows only the
+//! limit that a client sets.
 
 use super::first_come::Memory;
 
@@ -15,20 +16,20 @@ impl Sglang {
 }
 
 impl Memory for Sglang {
-    /// Places promised.
-    type Held = usize;
+    /// The reserved slots.
+    type Allocation = usize;
 
     fn start(&mut self, _tokens: usize, total: usize) -> Option<usize> {
         self.free = self.free.checked_sub(total)?;
         Some(total)
     }
 
-    fn grow(&mut self, _held: &mut usize, _tokens: usize) -> bool {
+    fn grow(&mut self, _allocation: &mut usize, _tokens: usize) -> bool {
         true
     }
 
-    fn end(&mut self, held: usize) {
-        self.free += held;
+    fn end(&mut self, slots: usize) {
+        self.free += slots;
     }
 
     fn reserved(&self) -> usize {

@@ -1,19 +1,19 @@
-//! What a replay adds up to.
+//! The results of a replay.
 
 use std::time::Duration;
 
 use super::allocator::{Step, Usage};
 
-/// One moment of a replay.
+/// The memory at one moment of a replay.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sample {
-    /// Seconds since the first arrival; without arrivals, steps.
+    /// Seconds since the first arrival; steps if the queue is never empty.
     pub(crate) at: f64,
-    /// What the memory held then.
+    /// The contents of the memory at that moment.
     pub(crate) usage: Usage,
 }
 
-/// Sums over the steps of a replay; what is an average over time weighs each step by how long it took.
+/// Sums over the steps of a replay. Averages over time weight each step by its duration.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outcome {
     pool: usize,
@@ -27,16 +27,16 @@ pub(crate) struct Outcome {
     recomputed: u64,
     generated: u64,
     prompt_tokens: u64,
-    found: u64,
+    matched: u64,
     preemptions: u64,
     skipped: u32,
-    /// The books of some steps, and the tokens generated in them.
+    /// The bookkeeping time of the steps in the current window, and the tokens generated in them.
     window: (Duration, usize),
-    /// Nanoseconds for each token, of each window.
+    /// Nanoseconds per token of each finished window.
     windows: Vec<f64>,
 }
 
-/// Tokens that are timed together: enough for many requests to come and go meanwhile.
+/// Tokens in a window: enough for many requests to start and finish in it.
 const WINDOW: usize = 10_000;
 
 impl Outcome {
@@ -44,7 +44,7 @@ impl Outcome {
         Self { pool, ..Self::default() }
     }
 
-    /// Adds a step that took `seconds`, and what the memory held meanwhile.
+    /// Adds a step that took `seconds`, and the contents of the memory during it.
     pub(crate) fn add(&mut self, step: &Step, usage: &Usage, seconds: f64) {
         self.seconds += seconds;
         self.live += usage.live as f64 * seconds;
@@ -52,12 +52,12 @@ impl Outcome {
         self.logical += usage.logical as f64 * seconds;
         self.running += usage.running as f64 * seconds;
         self.busy += if usage.running > 0 { seconds } else { 0.0 };
-        // Who has just started generates from its prompt; the others store the token before.
+        // Sequences that have just started compute `prefilled` tokens; each of the others computes its previous token.
         self.computed += (step.prefilled + step.generated - step.started) as u64;
         self.recomputed += step.recomputed as u64;
         self.generated += step.generated as u64;
         self.prompt_tokens += step.prompt_tokens as u64;
-        self.found += step.found as u64;
+        self.matched += step.matched as u64;
         self.preemptions += step.preempted as u64;
         self.skipped = self.skipped.max(step.skipped);
         self.window.0 += step.bookkeeping;
@@ -67,41 +67,41 @@ impl Outcome {
         }
     }
 
-    /// Places with tokens, of all places of the pool.
+    /// Live slots as a share of all slots of the pool.
     pub(crate) fn live_over_pool(&self) -> f64 {
         share(self.live, self.pool as f64 * self.seconds)
     }
 
-    /// Places with tokens, of the places set aside: what is missing to 1 is lost inside.
+    /// Live slots as a share of the reserved slots; the difference to 1 is internal fragmentation.
     pub(crate) fn live_over_reserved(&self) -> f64 {
         share(self.live, self.reserved)
     }
 
-    /// Tokens of the sequences, for each place that holds one: above 1 where prefixes are shared.
+    /// Tokens of the sequences divided by live slots; above 1 if prefixes are shared.
     pub(crate) fn logical_over_physical(&self) -> f64 {
         share(self.logical, self.live)
     }
 
-    /// Sequences that run at once, while any does.
+    /// The mean number of running sequences while at least one runs.
     pub(crate) fn mean_batch(&self) -> f64 {
         share(self.running, self.busy)
     }
 
-    /// Tokens computed again, of all tokens computed.
+    /// Tokens computed again as a share of all computed tokens.
     pub(crate) fn recomputed(&self) -> f64 {
         share(self.recomputed as f64, self.computed as f64)
     }
 
-    /// Prompt tokens found in the cache when a request first started, of all prompt tokens.
+    /// Prompt tokens matched in the prefix cache when a request first started, as a share of all prompt tokens.
     pub(crate) fn prefix_hit(&self) -> f64 {
-        share(self.found as f64, self.prompt_tokens as f64)
+        share(self.matched as f64, self.prompt_tokens as f64)
     }
 
     pub(crate) fn preemptions(&self) -> u64 {
         self.preemptions
     }
 
-    /// How often others went ahead of one request, at most.
+    /// How often other requests were admitted ahead of one waiting request, at most.
     pub(crate) fn skipped(&self) -> u32 {
         self.skipped
     }
@@ -110,8 +110,9 @@ impl Outcome {
         self.generated
     }
 
-    /// Nanoseconds in the books for each token generated, everything included: admission, prompts, growth, leaving.
-    /// The median of windows of steps, since neighbours of the machine disturb some. None for models, which keep no books.
+    /// Nanoseconds of all bookkeeping (admission, prompts, growth, end of sequences) per generated token. The median
+    /// over windows of steps, since other load on the machine disturbs some. `None` for models, which have no
+    /// bookkeeping.
     pub(crate) fn ns_per_token(&self) -> Option<f64> {
         let mut windows = self.windows.clone();
         if windows.is_empty() && !self.window.0.is_zero() {
@@ -126,6 +127,6 @@ fn per_token((time, tokens): (Duration, usize)) -> f64 {
     time.as_nanos() as f64 / tokens.max(1) as f64
 }
 
-fn share(of: f64, all: f64) -> f64 {
-    if all > 0.0 { of / all } else { 0.0 }
+fn share(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 { part / whole } else { 0.0 }
 }

@@ -1,4 +1,4 @@
-//! vLLM's memory: blocks, one more whenever the last is full. Without its prefix cache.
+//! A model of vLLM's memory: blocks, one more whenever the last is full. Without its prefix cache.
 
 use super::first_come::Memory;
 
@@ -16,8 +16,8 @@ impl Vllm {
 }
 
 impl Memory for Vllm {
-    /// Blocks held.
-    type Held = usize;
+    /// The number of blocks.
+    type Allocation = usize;
 
     fn start(&mut self, tokens: usize, _total: usize) -> Option<usize> {
         let needed = tokens.div_ceil(self.block_size);
@@ -25,16 +25,16 @@ impl Memory for Vllm {
         Some(needed)
     }
 
-    fn grow(&mut self, held: &mut usize, tokens: usize) -> bool {
-        let more = tokens.div_ceil(self.block_size) - *held;
+    fn grow(&mut self, blocks: &mut usize, tokens: usize) -> bool {
+        let more = tokens.div_ceil(self.block_size) - *blocks;
         let Some(free) = self.free.checked_sub(more) else { return false };
         self.free = free;
-        *held += more;
+        *blocks += more;
         true
     }
 
-    fn end(&mut self, held: usize) {
-        self.free += held;
+    fn end(&mut self, blocks: usize) {
+        self.free += blocks;
     }
 
     fn reserved(&self) -> usize {

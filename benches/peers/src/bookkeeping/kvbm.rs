@@ -1,9 +1,9 @@
 //! NVIDIA's `kvbm-logical`, used in the cheapest way that its interface allows.
 //!
-//! * No frequency tracker: it is optional, and every match and registration would pay for it.
-//! * Blocks are staged with a hash that the caller has, and registered as one batch under one lock.
-//! * Hashes come from the hashing functions themselves, which copy no tokens; its `TokenBlockSequence` would.
-//! * No subscriber for its log lines, and no events.
+//! * It has no frequency tracker, which is optional and would make every match and registration slower.
+//! * Blocks are staged with a hash that the caller has computed, and registered as one batch under one lock.
+//! * Hashes come from the hashing functions, which copy no tokens; its `TokenBlockSequence` would copy them.
+//! * Its log lines have no subscriber, and it has no events.
 
 use anyhow::Result;
 use dynamo_tokens::compute_block_hash_for_tokens;
@@ -12,17 +12,18 @@ use kvbm_logical::{BlockManager, BlockRegistry, ImmutableBlock, MutableBlock, Se
 
 use super::BLOCK_SIZE;
 
-/// What the record calls it.
+/// Its name in the record.
 pub(crate) const NAME: &str = "kvbm-logical 1.6.1";
 
-/// Its marker for a tier of storage.
+/// The marker type for a storage tier that its manager needs.
 #[derive(Debug, Clone)]
 pub(crate) struct Tier;
 
-/// How it keeps the blocks that nobody holds. Its multi-level LRU is left out: that one needs the frequency tracker.
+/// How the manager orders registered blocks that are not in use. Its multi-level LRU is left out, because it needs the
+/// frequency tracker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Backend {
-    /// Least recently used first, as ours does.
+    /// Least recently used first, as in our pool.
     Lru,
     /// A hash map, first in first out.
     HashMap,
@@ -36,7 +37,7 @@ impl Backend {
     /// All of them.
     pub(crate) const ALL: [Self; 4] = [Self::Lru, Self::HashMap, Self::Lineage, Self::LineageFifo];
 
-    /// What the record calls a manager that has it.
+    /// The name in the record of a manager with this backend.
     pub(crate) fn peer(self) -> String {
         let backend = match self {
             Self::Lru => "lru",
@@ -58,7 +59,7 @@ impl Kvbm {
     ///
     /// # Errors
     ///
-    /// If it refuses.
+    /// If the manager cannot be built.
     pub(crate) fn new(blocks: usize, backend: Backend) -> Result<Self> {
         let builder = BlockManager::builder().block_count(blocks).block_size(BLOCK_SIZE).registry(BlockRegistry::new());
         let builder = match backend {
@@ -70,13 +71,14 @@ impl Kvbm {
         Ok(Self { manager: builder.build()? })
     }
 
-    /// `n` blocks, given back when dropped.
+    /// Allocates `n` blocks, which are freed on drop.
     #[inline]
     pub(crate) fn allocate(&self, n: usize) -> Vec<MutableBlock<Tier>> {
         self.manager.allocate_blocks(n).expect("the pool is large enough")
     }
 
-    /// A block for each of `hashes`, registered under it. Dropping the list leaves the blocks inactive.
+    /// Allocates a block for each of `hashes` and registers it under the hash. After the list is dropped the blocks are
+    /// inactive.
     #[inline]
     pub(crate) fn publish(&self, hashes: &[SequenceHash]) -> Vec<ImmutableBlock<Tier>> {
         let blocks = self.allocate(hashes.len()).into_iter().zip(hashes);
@@ -84,18 +86,18 @@ impl Kvbm {
         self.manager.register_blocks(staged.collect())
     }
 
-    /// The longest run of registered blocks that `hashes` begins with.
+    /// The registered blocks of the longest prefix of `hashes`.
     #[inline]
     pub(crate) fn matching(&self, hashes: &[SequenceHash]) -> Vec<ImmutableBlock<Tier>> {
         self.manager.match_blocks(hashes)
     }
 
-    /// How many blocks `hashes` would find.
+    /// The number of blocks that `hashes` matches.
     pub(crate) fn matches(&self, hashes: &[SequenceHash]) -> usize {
         self.matching(hashes).len()
     }
 
-    /// How many blocks nobody holds.
+    /// The number of blocks that are not in use.
     pub(crate) fn available(&self) -> usize {
         self.manager.available_blocks()
     }
@@ -107,7 +109,7 @@ impl std::fmt::Debug for Kvbm {
     }
 }
 
-/// The hash of each full block of `tokens`, which stands for the block and all before it.
+/// The hash of each full block of `tokens`, over the block and all blocks before it.
 #[inline]
 pub(crate) fn hashes(tokens: &[u32]) -> Vec<SequenceHash> {
     let mut hashes: Vec<SequenceHash> = Vec::with_capacity(tokens.len() / BLOCK_SIZE);
@@ -127,7 +129,7 @@ mod tests {
     use crate::bookkeeping::Prompts;
 
     #[test]
-    fn hashes_are_those_that_its_own_sequences_have() {
+    fn hashes_equal_those_of_its_own_sequences() {
         let tokens = Prompts::default().next(64 * BLOCK_SIZE + 3);
         let sequence = TokenBlockSequence::from_slice(&tokens, BLOCK_SIZE as u32, None);
         let theirs: Vec<_> = sequence.blocks().iter().map(|block| block.kvbm_sequence_hash()).collect();

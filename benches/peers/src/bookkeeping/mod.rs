@@ -1,9 +1,9 @@
-//! Our bookkeeping beside `kvbm-logical`'s: taking blocks, finding a prompt's blocks again, publishing them, and two
-//! threads at once.
+//! Our bookkeeping compared with that of `kvbm-logical`: allocating blocks, matching a prompt's blocks, publishing them
+//! (caching them here, registering them there), and two threads at once.
 //!
-//! Both sides give the blocks back inside the time that counts. What a caller can have ready beforehand, the tokens and
-//! for `kvbm-logical` their hashes, is made outside of it; the rows marked `hashing` count its hashing too. Ours is given
-//! tokens always, and compares them.
+//! Both sides free the blocks inside the measured time. The tokens, and for `kvbm-logical` their hashes, are computed
+//! outside of it, as a caller can compute them beforehand; the rows marked `hashing` include its hashing. Ours always
+//! gets the tokens and compares them.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -34,20 +34,21 @@ const BLOCK_SIZE: usize = 16;
 const POOL: usize = 4096;
 /// Blocks of a prompt.
 const PROMPT: usize = 64;
-/// Tokens to look a prompt up with: ours leaves at least one for the model to compute.
+/// Tokens to match a prompt with: one more than its blocks have, because ours leaves at least one token for the model
+/// to compute.
 const LOOKED_UP: usize = PROMPT * BLOCK_SIZE + 1;
 
-/// Prints a table with what we want of each case, and adds its lines to the record.
+/// Measures all cases, prints them in a table with the target of each, and adds them to the record.
 ///
 /// # Errors
 ///
-/// If one of the two does not know what it was given.
+/// If a pool cannot be created, or one of the two sides does not match a prompt that it has cached.
 pub fn measure(record: &mut Record) -> Result<()> {
     let mut report = Report::default();
     allocate(&mut report, 1, Target { ratio: Some(3.0), at_most: Some(35.0), ..Target::default() })?;
     allocate(&mut report, PROMPT, Target { ratio: Some(10.0), at_most: Some(4.0), ..Target::default() })?;
     match_in_use(&mut report, Target { at_most: Some(15.0), ..Target::default() })?;
-    match_remembered(&mut report, Target { ratio: Some(5.0), at_most: Some(30.0), ..Target::default() })?;
+    match_evictable(&mut report, Target { ratio: Some(5.0), at_most: Some(30.0), ..Target::default() })?;
     publish_and_evict(&mut report, Target { ratio: Some(6.0), ..Target::default() })?;
     two_threads(&mut report, Target { at_least: Some(1.0), ..Target::default() })?;
     print!("{report}");
@@ -55,10 +56,10 @@ pub fn measure(record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// Takes `n` blocks of an empty pool and gives them back.
+/// Allocates `n` blocks from an empty pool and frees them.
 fn allocate(report: &mut Report, n: usize, target: Target) -> Result<()> {
     let (ours, kvbm) = (Ours::new(POOL)?, Kvbm::new(POOL, Backend::Lru)?);
-    // A run is long enough not to notice the clock, and short enough to be rarely interrupted.
+    // A run is long compared with reading the clock, and short enough to be rarely interrupted.
     let times = 2048_usize.div_ceil(n);
     let race = Race::new(|()| (0..times).for_each(|_| drop(black_box(ours.allocate(n)))))
         .against(KVBM, |()| (0..times).for_each(|_| drop(black_box(kvbm.allocate(n)))));
@@ -69,15 +70,17 @@ fn allocate(report: &mut Report, n: usize, target: Target) -> Result<()> {
     Ok(())
 }
 
-/// Finds the blocks of a prompt that another sequence holds.
+/// Matches the blocks of a prompt that another sequence uses.
 fn match_in_use(report: &mut Report, target: Target) -> Result<()> {
     const TIMES: usize = 32;
     let tokens = Prompts::default().next(LOOKED_UP);
     let hashed = hashes(&tokens);
     let (ours, kvbm) = (Ours::new(POOL)?, Kvbm::new(POOL, Backend::Lru)?);
-    let (our_holder, their_holder) = (ours.publish(&tokens[..LOOKED_UP - 1]), kvbm.publish(&hashed));
-    ensure!((ours.available(), kvbm.available()) == (POOL - PROMPT, POOL - PROMPT), "the prompt is held");
-    ensure!((ours.matches(&tokens), kvbm.matches(&hashed)) == (PROMPT, PROMPT), "both sides know all of it");
+    let (our_blocks, their_blocks) = (ours.publish(&tokens[..LOOKED_UP - 1]), kvbm.publish(&hashed));
+    let available = (ours.available(), kvbm.available());
+    ensure!(available == (POOL - PROMPT, POOL - PROMPT), "{available:?} of {POOL} blocks are available");
+    let matched = (ours.matches(&tokens), kvbm.matches(&hashed));
+    ensure!(matched == (PROMPT, PROMPT), "{matched:?} of {PROMPT} blocks match");
 
     let race = Race::new(|()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens))))))
         .against(KVBM, |()| (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed))))))
@@ -87,23 +90,28 @@ fn match_in_use(report: &mut Report, target: Target) -> Result<()> {
     for (standing, target) in race.run(TIMES * PROMPT, || ()).into_iter().zip([Some(target), None]) {
         report.push(Line::time(&format!("match {PROMPT} held and drop, per block"), standing, target));
     }
-    drop((our_holder, their_holder));
+    drop((our_blocks, their_blocks));
     Ok(())
 }
 
-/// Finds the blocks of a prompt that nobody holds any more, and lets go of them again.
-fn match_remembered(report: &mut Report, target: Target) -> Result<()> {
+/// Matches the blocks of a prompt that are cached but not in use, and frees them again.
+fn match_evictable(report: &mut Report, target: Target) -> Result<()> {
     const TIMES: usize = 32;
     let tokens = Prompts::default().next(LOOKED_UP);
     let hashed = hashes(&tokens);
     let ours = Ours::new(POOL)?;
     drop(ours.publish(&tokens[..LOOKED_UP - 1]));
-    ensure!((ours.matches(&tokens), ours.available()) == (PROMPT, POOL), "known, and nobody holds it");
+    let (matched, available) = (ours.matches(&tokens), ours.available());
+    ensure!((matched, available) == (PROMPT, POOL), "ours: {matched} blocks match, {available} are available");
 
     for backend in Backend::ALL {
         let kvbm = Kvbm::new(POOL, backend)?;
         drop(kvbm.publish(&hashed));
-        ensure!((kvbm.matches(&hashed), kvbm.available()) == (PROMPT, POOL), "known, and nobody holds it");
+        let (matched, available) = (kvbm.matches(&hashed), kvbm.available());
+        ensure!(
+            (matched, available) == (PROMPT, POOL),
+            "{backend:?}: {matched} blocks match, {available} are available"
+        );
 
         let race = Race::new(|()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens))))));
         let race = race.against(backend.peer(), |()| {
@@ -116,22 +124,22 @@ fn match_remembered(report: &mut Report, target: Target) -> Result<()> {
     Ok(())
 }
 
-/// Takes blocks for a prompt from a pool in which all are remembered, publishes it, and lets go.
+/// Allocates the blocks of a prompt from a pool in which all blocks are evictable, publishes them, and frees them.
 fn publish_and_evict(report: &mut Report, target: Target) -> Result<()> {
     for backend in Backend::ALL {
-        publish_and_evict_beside(report, backend, false, Some(target))?;
+        publish_and_evict_against(report, backend, false, Some(target))?;
     }
-    publish_and_evict_beside(report, Backend::Lru, true, None)
+    publish_and_evict_against(report, Backend::Lru, true, None)
 }
 
-/// One peer at a time: each works on more memory than the caches hold beside another's.
-fn publish_and_evict_beside(
+/// Measures one peer at a time, because the processor's caches do not have room for the memory of several.
+fn publish_and_evict_against(
     report: &mut Report,
     backend: Backend,
     hashing: bool,
     target: Option<Target>,
 ) -> Result<()> {
-    // Half the pool in one go, for the same reason.
+    // Half the pool per run, for the same reason.
     const TIMES: usize = POOL / PROMPT / 2;
     let mut prompts = Prompts::default();
     let (ours, kvbm) = (Ours::new(POOL)?, Kvbm::new(POOL, backend)?);
@@ -143,7 +151,7 @@ fn publish_and_evict_beside(
             batch.hashes.iter().for_each(|hashes| drop(black_box(kvbm.publish(hashes))));
         }
     };
-    let known = |batch: &Batch, at: usize| {
+    let matched = |batch: &Batch, at: usize| {
         let one_more = [&batch.tokens[at][..], &[0]].concat();
         (ours.matches(&one_more), kvbm.matches(&batch.hashes[at]))
     };
@@ -151,7 +159,7 @@ fn publish_and_evict_beside(
     let first = Batch::draw(&mut prompts, POOL / PROMPT);
     we_publish(&first);
     they_publish(&first);
-    ensure!(known(&first, 0) == (PROMPT, PROMPT), "the pool is full, and nothing had to go yet");
+    ensure!(matched(&first, 0) == (PROMPT, PROMPT), "a block was evicted before the pool was full");
 
     let peer = backend.peer() + if hashing { ", hashing" } else { "" };
     let mut last = Batch::default();
@@ -159,17 +167,17 @@ fn publish_and_evict_beside(
         last = Batch::draw(&mut prompts, TIMES);
         last.clone()
     });
-    // The first prompt was looked up just before; the second is the oldest.
-    let (we_kept, they_kept) = known(&first, 1);
-    ensure!(we_kept < PROMPT && they_kept < PROMPT, "old blocks made way");
-    ensure!(known(&last, TIMES - 1) == (PROMPT, PROMPT), "new ones were published");
+    // The first prompt was matched just before; the second is the oldest.
+    let (we_kept, they_kept) = matched(&first, 1);
+    ensure!(we_kept < PROMPT && they_kept < PROMPT, "the oldest blocks were not evicted");
+    ensure!(matched(&last, TIMES - 1) == (PROMPT, PROMPT), "the newest prompt was not published");
     for standing in standings {
         report.push(Line::time(&format!("allocate {PROMPT}, publish, free, evicting, per block"), standing, target));
     }
     Ok(())
 }
 
-/// Prompts that nobody has seen, and their hashes.
+/// New prompts, and their hashes.
 #[derive(Default, Clone)]
 struct Batch {
     tokens: Vec<Vec<u32>>,
@@ -184,8 +192,8 @@ impl Batch {
     }
 }
 
-/// Two threads that take one block of the same pool and give it back, again and again: what they get done together,
-/// and what that is to one thread alone.
+/// Two threads that repeatedly allocate one block of the same pool and free it: their throughput together, and its
+/// ratio to the throughput of one thread alone.
 fn two_threads(report: &mut Report, target: Target) -> Result<()> {
     let (rounds, window) =
         if is_smoke_test() { (1, Duration::from_micros(100)) } else { (101, Duration::from_millis(5)) };

@@ -1,4 +1,4 @@
-//! This repository's side.
+//! Our pool and tables.
 
 use anyhow::Result;
 use block_pool::{BlockPool, Blocks};
@@ -17,40 +17,40 @@ impl Ours {
     ///
     /// # Errors
     ///
-    /// If that is no size for a pool.
+    /// If the pool cannot have this size.
     pub(crate) fn new(blocks: usize) -> Result<Self> {
         Ok(Self { pool: BlockPool::new(blocks, BLOCK_SIZE)? })
     }
 
-    /// `n` blocks, given back when dropped.
+    /// Allocates `n` blocks, which are freed on drop.
     #[inline]
     pub(crate) fn allocate(&self, n: usize) -> Blocks {
-        self.pool.take(n).expect("the pool is large enough")
+        self.pool.allocate(n).expect("the pool is large enough")
     }
 
-    /// Room for `tokens`, then their blocks published under them. Dropping the table leaves the blocks remembered.
+    /// Reserves blocks for `tokens` and commits them. After the table is dropped the full blocks stay cached.
     #[inline]
     pub(crate) fn publish(&self, tokens: &[u32]) -> BlockTable {
         let mut table = BlockTable::new(&self.pool);
-        table.reserve(tokens.len()).expect("remembered blocks make way");
+        table.reserve(tokens.len()).expect("cached blocks are evicted");
         table.commit_tokens(tokens).expect("there is room for them");
         table
     }
 
-    /// The blocks that are known to begin with what `tokens` begins with; at least one token is left over.
+    /// A table with the cached blocks of the longest prefix of `tokens` that leaves at least one token to compute.
     #[inline]
     pub(crate) fn matching(&self, tokens: &[u32]) -> BlockTable {
         let mut table = BlockTable::new(&self.pool);
-        table.reuse(tokens);
+        table.match_prefix(tokens);
         table
     }
 
-    /// How many blocks `tokens` would find.
+    /// The number of blocks that `tokens` matches.
     pub(crate) fn matches(&self, tokens: &[u32]) -> usize {
         self.matching(tokens).blocks().len()
     }
 
-    /// How many blocks nobody holds.
+    /// The number of blocks that are free or evictable.
     pub(crate) fn available(&self) -> usize {
         self.pool.available()
     }

@@ -1,21 +1,21 @@
-//! Tokens to publish and to look for.
+//! The tokens of prompts to publish and to match.
 
-/// Ids in the vocabulary that the tokens are drawn from.
+/// The number of token ids.
 const VOCABULARY: u64 = 128_000;
 
-/// An endless supply of prompts, the same in every run and no two alike.
+/// An infinite sequence of prompts, the same in every run, no two of which are equal.
 #[derive(Debug, Default)]
 pub(crate) struct Prompts {
     drawn: u64,
 }
 
 impl Prompts {
-    /// The next prompt.
+    /// The next prompt, of `tokens` tokens.
     pub(crate) fn next(&mut self, tokens: usize) -> Vec<u32> {
         (0..tokens).map(|_| self.token()).collect()
     }
 
-    /// A counter, well stirred.
+    /// The next token: a hash of a counter.
     fn token(&mut self) -> u32 {
         self.drawn += 1;
         let mut bits = self.drawn.wrapping_mul(0x9e37_79b9_7f4a_7c15);

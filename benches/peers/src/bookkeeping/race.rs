@@ -1,35 +1,35 @@
-//! Contestants that take turns.
+//! Runs that take turns.
 
 use std::time::Instant;
 
 use crate::{is_smoke_test, median};
 
 const ROUNDS: usize = 201;
-/// Rounds that nobody counts: caches and branch predictors learn, lists grow to their size.
+/// Rounds that do not count, in which caches and branch predictors warm up and lists grow to their size.
 const WARM_UP: usize = 20;
 
 type Run<'a, P> = Box<dyn FnMut(&P) + 'a>;
 
-/// Runs that are timed in turn, ours first, so that whatever else the machine does in the meantime meets all of them.
+/// Runs that are timed in turn, ours first, so that other load on the machine disturbs all of them alike.
 pub(crate) struct Race<'a, P> {
     runs: Vec<(String, Run<'a, P>)>,
 }
 
-/// How a peer did.
+/// The result of one peer.
 #[derive(Debug, Clone)]
 pub(crate) struct Standing {
     /// The peer's name.
     pub(crate) peer: String,
     /// Our median time in nanoseconds.
     pub(crate) ours: f64,
-    /// The peer's.
+    /// The peer's median time in nanoseconds.
     pub(crate) theirs: f64,
-    /// The median of what the peer's time was to ours in the same round: above 1 we are ahead.
+    /// The median, over the rounds, of the peer's time divided by ours; above 1 we are ahead.
     pub(crate) ratio: f64,
 }
 
 impl<'a, P> Race<'a, P> {
-    /// A race of `ours` against those to come.
+    /// A race with `ours` and no peers yet.
     pub(crate) fn new(ours: impl FnMut(&P) + 'a) -> Self {
         Self { runs: vec![(String::new(), Box::new(ours))] }
     }
@@ -40,8 +40,8 @@ impl<'a, P> Race<'a, P> {
         self
     }
 
-    /// Runs all of them, round after round. What `prepare` makes for a round is not timed. Times are per unit, of which a
-    /// run has `units`.
+    /// Runs all of them, round after round. `prepare` is called for each round and is not timed. A time is that of a
+    /// run divided by its `units`.
     pub(crate) fn run(mut self, units: usize, mut prepare: impl FnMut() -> P) -> Vec<Standing> {
         let (warm_up, rounds) = if is_smoke_test() { (0, 2) } else { (WARM_UP, ROUNDS) };
         let mut times = vec![Vec::with_capacity(rounds); self.runs.len()];

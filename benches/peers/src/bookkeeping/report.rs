@@ -1,18 +1,18 @@
-//! The table of what we want and what there is.
+//! The table of results and targets.
 
 use std::fmt;
 
 use super::Standing;
 use crate::record::Row;
 
-/// What we want of a case. A miss is reported and fails nothing.
+/// The target of a case. A miss is reported, but is not an error.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Target {
-    /// How far to be ahead of the peer, at least.
+    /// The least ratio to the peer.
     pub(crate) ratio: Option<f64>,
-    /// Our number, at most.
+    /// The largest allowed value of our number.
     pub(crate) at_most: Option<f64>,
-    /// Our number, at least.
+    /// The smallest allowed value of our number.
     pub(crate) at_least: Option<f64>,
 }
 
@@ -40,19 +40,19 @@ impl fmt::Display for Target {
 pub(crate) struct Line {
     /// What was measured.
     pub(crate) case: String,
-    /// Which number it is, e.g. `time`.
+    /// What the number is, e.g. `time`.
     pub(crate) metric: &'static str,
     /// Its unit.
     pub(crate) unit: &'static str,
     /// Our number.
     pub(crate) ours: f64,
-    /// Who was measured beside us.
+    /// The peer that was measured in the same run.
     pub(crate) peer: String,
     /// The peer's number.
     pub(crate) theirs: f64,
-    /// Above 1 we are ahead.
+    /// The peer's time divided by ours, or our throughput divided by the peer's; above 1 we are ahead.
     pub(crate) ratio: f64,
-    /// What we want, if this is the comparison it is about.
+    /// The target, if this comparison has one.
     pub(crate) target: Option<Target>,
 }
 
@@ -88,7 +88,7 @@ impl Report {
         self.lines.push(line);
     }
 
-    /// The comparisons as the record has them.
+    /// The comparisons as rows of the record.
     pub(crate) fn rows(&self) -> impl Iterator<Item = Row> {
         self.lines.iter().map(Line::row)
     }
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_is_met_when_all_of_it_is() {
+    fn a_target_is_met_if_all_its_limits_are() {
         let met = |target: Target| target.is_met(&line(target));
         assert!(met(Target { ratio: Some(3.0), at_most: Some(10.0), at_least: Some(10.0) }));
         assert!(!met(Target { ratio: Some(3.1), ..Target::default() }));

@@ -1,18 +1,19 @@
-//! How much several threads get done together.
+//! The throughput of several threads together.
 
 use std::hint::spin_loop;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Calls between two looks at the clock.
+/// Calls between two readings of the clock.
 const BATCH: usize = 64;
-/// Calls before the threads wait for each other: a new thread's allocator starts empty.
+/// Calls of each thread before the measurement begins, because a new thread's allocator starts empty.
 const WARM_UP: usize = 16 * BATCH;
 
-/// Calls of `operation` per second, of all `threads` together, while all of them are at it for `window`.
+/// Calls of `operation` per second of all `threads` together, measured for `window`.
 ///
-/// By time and not by number: were each to make so many calls, the slower thread would finish them undisturbed.
+/// The measurement ends after a time and not after a number of calls: otherwise the slower thread would make its last
+/// calls alone.
 pub(crate) fn throughput(threads: usize, window: Duration, operation: impl Fn() + Sync) -> f64 {
     let ready = AtomicUsize::new(0);
     let work = || {

@@ -90,11 +90,11 @@ impl Cache for Updated {
 
 impl Cache for Paged {
     fn len(&self, layer: usize) -> usize {
-        self.0.layers[layer].seq_len()
+        self.0.layers()[layer].seq_len()
     }
 
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let layer = &mut self.0.layers[layer];
+        let layer = &mut self.0.layers_mut()[layer];
         layer.append(k, v)?;
         Ok(layer.attend(q, 1.0 / (DIM as f32).sqrt(), true)?)
     }

@@ -6,6 +6,7 @@ pub mod model;
 
 use std::ops::Range;
 
+use bitnet_kv::BlocksInUse;
 use candle_core::{Device, Tensor};
 
 /// Numbers in (-1, 1), the same for the same seed.
@@ -29,6 +30,11 @@ impl Random {
         let numbers: Vec<f32> = (0..dims.iter().product()).map(|_| self.number()).collect();
         Tensor::from_vec(numbers, dims, &Device::Cpu).unwrap()
     }
+}
+
+/// Blocks of new tokens, and those in 8-bit storage.
+pub fn counts(blocks: BlocksInUse) -> [usize; 2] {
+    [blocks.recent, blocks.compressed]
 }
 
 pub fn numbers(t: &Tensor) -> Vec<f32> {

@@ -1,71 +1,71 @@
-//! Finding blocks by their tokens, and making them findable.
+//! Matching prefixes, and caching blocks.
 
 use std::sync::mpsc::Receiver;
 
 use smallvec::SmallVec;
 
 use super::write::cost_of_copy;
-use super::{Ledger, MOST_HOLDERS};
+use super::{Ledger, MAX_REF_COUNT};
 use crate::prefix::{Past, PrefixTree};
-use crate::{BlockId, Found, PoolEvent, PrefixKey};
+use crate::{BlockId, KvEvent, PrefixKey, PrefixMatch};
 
-/// A sequence's blocks as far as they matter to what is sought after them.
+/// A search for the cached blocks that continue a sequence.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sought<'a> {
-    /// What must match beside the tokens.
+pub(crate) struct Query<'a> {
+    /// What must match in addition to the tokens.
     pub(crate) key: &'a PrefixKey,
-    /// The number, in the sequence, of the first block that is sought.
+    /// The number, in the sequence, of the first block to match.
     pub(crate) at: usize,
     /// The block before that one.
     pub(crate) last: Option<BlockId>,
-    /// The sequence's tokens from there on.
+    /// The sequence's tokens from that block on.
     pub(crate) tokens: &'a [u32],
 }
 
 impl Ledger {
-    /// Holds the cached blocks that continue a sequence, hands them to `held`, and says how many tokens it has gained. The last
-    /// block may hold only a part of its tokens.
-    pub(crate) fn reuse(&mut self, sought: Sought<'_>, mut held: impl FnMut(BlockId)) -> usize {
+    /// Uses the cached blocks that continue a sequence: increments their ref_counts and passes them to `matched`.
+    /// Returns how many tokens matched. They may end inside the last block.
+    pub(crate) fn match_prefix(&mut self, query: Query<'_>, mut matched: impl FnMut(BlockId)) -> usize {
         self.stats.queries += 1;
-        self.stats.queried_tokens += sought.tokens.len() as u64;
-        let Sought { key, at, last, tokens } = sought;
-        let Self { tree, holders, remembered, .. } = self;
+        self.stats.queried_tokens += query.tokens.len() as u64;
+        let Query { key, at, last, tokens } = query;
+        let Self { tree, ref_counts, evictable, .. } = self;
         let found = tree.longest(key, at, last, tokens, |id| {
-            let holders = &mut holders[id.index()];
-            if *holders == 0 {
-                remembered.remove(id);
+            let ref_count = &mut ref_counts[id.index()];
+            if *ref_count == 0 {
+                evictable.remove(id);
             }
-            *holders = MOST_HOLDERS.min(*holders + 1);
-            held(id);
+            *ref_count = MAX_REF_COUNT.min(*ref_count + 1);
+            matched(id);
         });
-        self.tree.count_use(found);
+        self.tree.record_use(found);
         self.stats.hit_tokens += found.tokens as u64;
         found.tokens
     }
 
-    /// What [`reuse`](Self::reuse) would find, and what the sequence would take of the pool to have slots for `slots` tokens
-    /// from there on.
-    pub(crate) fn find(&self, sought: Sought<'_>, slots: usize) -> Found {
-        let Sought { key, at, last, tokens } = sought;
-        let (mut held, mut remembered, mut of_last) = (0usize, 0usize, 0);
+    /// Looks up what [`match_prefix`](Self::match_prefix) would match, and how many available blocks the sequence would
+    /// take to have slots for `slots` tokens from there on.
+    pub(crate) fn lookup_prefix(&self, query: Query<'_>, slots: usize) -> PrefixMatch {
+        let Query { key, at, last, tokens } = query;
+        let (mut in_use, mut evictable, mut of_last) = (0usize, 0usize, 0);
         let found = self.tree.longest(key, at, last, tokens, |id| {
-            of_last = self.holders[id.index()];
-            *if of_last > 0 { &mut held } else { &mut remembered } += 1;
+            of_last = self.ref_counts[id.index()];
+            *if of_last > 0 { &mut in_use } else { &mut evictable } += 1;
         });
         let tokens = found.tokens;
         let growth = slots.div_ceil(self.block_size).saturating_sub(tokens.div_ceil(self.block_size));
-        // The sequence goes on inside the last block.
+        // Whether the sequence continues inside the last block.
         let inside = !tokens.is_multiple_of(self.block_size) && slots > tokens;
         let copy = if inside { cost_of_copy(of_last) } else { 0 };
-        let blocks = remembered.saturating_add(growth).saturating_add(copy);
-        Found { tokens, held, remembered, blocks }
+        let blocks = evictable.saturating_add(growth).saturating_add(copy);
+        PrefixMatch { tokens, in_use, evictable, blocks }
     }
 
-    /// Makes `ids[at..]` findable, whose tokens are `head` followed by `tokens`, as many as fill whole blocks. Where a
-    /// block with the same content is cached already, `ids` gets that one, and the own one is returned, still held.
-    /// Caches nothing if `epoch`, in which the content began to be written, is over. `None` if the first block is cached
-    /// already.
-    pub(crate) fn store(
+    /// Caches the blocks `ids[at..]` under their tokens, which are `head` followed by `tokens`, as many as are full.
+    /// Where a block with the same content is cached already, `ids` gets that one, and the block that it replaces is
+    /// returned, still counted as used. Caches nothing if `epoch`, in which the content began to be written, is over.
+    /// Returns `None` if the first block is cached already.
+    pub(crate) fn cache(
         &mut self,
         epoch: u64,
         key: &PrefixKey,
@@ -82,12 +82,12 @@ impl Ledger {
             return None;
         }
         let mut parent_block = at.checked_sub(1).map(|before| ids[before]);
-        // Without a parent nobody could find what comes after it.
+        // Without a parent no search would reach the block.
         let Some(mut parent) = self.tree.start_or_root(key, at, parent_block) else { return Some(duplicates) };
         let mut head = head;
         let mut rest = tokens;
-        for place in &mut ids[at..] {
-            let id = *place;
+        for entry in &mut ids[at..] {
+            let id = *entry;
             if head.len() + rest.len() < self.block_size || self.tree.contains(id) {
                 break;
             }
@@ -102,21 +102,21 @@ impl Ledger {
                 None => {
                     let tokens = || self.tree.tokens(id).unwrap_or_default().to_vec();
                     let event =
-                        || PoolEvent::Stored { block: id, parent: parent_block, tokens: tokens(), key: key.clone() };
-                    self.listeners.tell(event);
+                        || KvEvent::BlockStored { block: id, parent: parent_block, tokens: tokens(), key: key.clone() };
+                    self.subscribers.publish(event);
                 }
                 Some(same) => {
-                    self.hold(same);
-                    *place = same;
+                    self.add_ref(same);
+                    *entry = same;
                     duplicates.push(id);
                 }
             }
-            parent_block = Some(*place);
+            parent_block = Some(*entry);
         }
         Some(duplicates)
     }
 
-    /// The tokens of a block that can be found.
+    /// The tokens of a cached block.
     pub(crate) fn tokens(&self, id: BlockId) -> Option<&[u32]> {
         self.tree.tokens(id)
     }
@@ -132,34 +132,35 @@ impl Ledger {
         self.epoch
     }
 
-    /// From now on nothing that was cached is found. The blocks that were only remembered are still to be
-    /// [freed](Self::free_forgotten): meanwhile they can be taken. The old tree is returned to be dropped without the lock.
-    pub(crate) fn forget_all(&mut self) -> PrefixTree {
+    /// Uncaches all blocks. Those that were evictable are still to be [freed](Self::free_uncached); until then they can
+    /// be allocated. Returns the old tree, for the caller to drop without the lock.
+    pub(crate) fn reset(&mut self) -> PrefixTree {
         self.epoch += 1;
-        self.listeners.tell(|| PoolEvent::Cleared);
-        let empty = PrefixTree::new(self.holders.len(), self.block_size);
+        self.subscribers.publish(|| KvEvent::AllBlocksCleared);
+        let empty = PrefixTree::new(self.ref_counts.len(), self.block_size);
         std::mem::replace(&mut self.tree, empty)
     }
 
-    /// Frees up to `n` of the blocks that were remembered until everything was forgotten; says whether there may be more.
-    /// Where they are to be overwritten first they are added to `held` instead, held by the caller.
-    pub(crate) fn free_forgotten(&mut self, n: usize, held: Option<&mut Vec<BlockId>>) -> bool {
-        let mut forgotten = Vec::new();
-        let list = held.unwrap_or(&mut forgotten);
+    /// Frees up to `n` of the blocks that were evictable when the tree was reset. Returns whether there may be more. If
+    /// the blocks are to be poisoned first, they are added to `to_poison` instead, with a ref_count of 1, and the
+    /// caller frees them.
+    pub(crate) fn free_uncached(&mut self, n: usize, to_poison: Option<&mut Vec<BlockId>>) -> bool {
+        let mut uncached = Vec::new();
+        let list = to_poison.unwrap_or(&mut uncached);
         let before = list.len();
         for _ in 0..n {
-            // They were let go before all that was cached since.
-            let Some(id) = self.remembered.next_victim().filter(|&id| !self.tree.contains(id)) else { break };
-            self.hold(id);
+            // Their ref_count became 0 before that of all blocks cached since, so they come first.
+            let Some(id) = self.evictable.next_victim().filter(|&id| !self.tree.contains(id)) else { break };
+            self.add_ref(id);
             list.push(id);
         }
         let more = list.len() - before == n;
-        self.release(&forgotten);
+        self.free(&uncached);
         more
     }
 
-    /// A new listener, and what it has to know to begin with.
-    pub(crate) fn listen(&mut self) -> (Past, Receiver<PoolEvent>) {
-        (self.tree.past(), self.listeners.add())
+    /// Adds a subscriber. Returns what is cached now, and the receiver of later events.
+    pub(crate) fn subscribe(&mut self) -> (Past, Receiver<KvEvent>) {
+        (self.tree.past(), self.subscribers.add())
     }
 }

@@ -1,13 +1,13 @@
-//! Whether the books agree with themselves.
+//! Whether the ledger is consistent.
 
 use super::Ledger;
 use crate::{BlockId, Inconsistent};
 
 impl Ledger {
-    /// Each block's holders, and whether it can be found.
+    /// The ref_count of each block, and whether it is cached.
     pub(crate) fn states(&self) -> (Vec<u32>, Vec<bool>) {
-        let ids = (0..self.holders.len()).map(BlockId::new);
-        (self.holders.clone(), ids.map(|id| self.tree.contains(id)).collect())
+        let ids = (0..self.ref_counts.len()).map(BlockId::new);
+        (self.ref_counts.clone(), ids.map(|id| self.tree.contains(id)).collect())
     }
 
     pub(crate) fn check(&self) -> Result<(), Inconsistent> {
@@ -17,42 +17,42 @@ impl Ledger {
         if let Some(wrong) = self.tree.inconsistency() {
             return Err(Inconsistent(wrong));
         }
-        // The turn of each remembered block to give way.
-        let mut turns = vec![None; self.holders.len()];
-        for (turn, id) in self.remembered.iter().take(self.holders.len() + 1).enumerate() {
-            if turns[id.index()].replace(turn).is_some() {
-                return Err(Inconsistent(format!("{id:?} is remembered twice")));
+        // The rank of each evictable block in the order of eviction.
+        let mut ranks = vec![None; self.ref_counts.len()];
+        for (rank, id) in self.evictable.iter().take(self.ref_counts.len() + 1).enumerate() {
+            if ranks[id.index()].replace(rank).is_some() {
+                return Err(Inconsistent(format!("{id:?} is in the eviction list twice")));
             }
         }
-        if turns.iter().flatten().count() != self.remembered.len() {
-            return Err(Inconsistent("the number of remembered blocks is wrong".into()));
+        if ranks.iter().flatten().count() != self.evictable.len() {
+            return Err(Inconsistent("the length of the eviction list is wrong".into()));
         }
-        for (index, &holders) in self.holders.iter().enumerate() {
+        for (index, &ref_count) in self.ref_counts.iter().enumerate() {
             let id = BlockId::new(index);
-            let (free, cached, turn) = (self.free.contains(id), self.tree.contains(id), turns[index]);
-            if (free, turn.is_some()) != (holders == 0 && !cached, holders == 0 && cached) {
+            let (free, cached, rank) = (self.free.contains(id), self.tree.contains(id), ranks[index]);
+            if (free, rank.is_some()) != (ref_count == 0 && !cached, ref_count == 0 && cached) {
                 return Err(Inconsistent(format!(
-                    "{id:?} has {holders} holders; free: {free}, remembered: {}, cached: {cached}",
-                    turn.is_some()
+                    "{id:?} has a ref_count of {ref_count}; free: {free}, evictable: {}, cached: {cached}",
+                    rank.is_some()
                 )));
             }
-            // Who holds what follows a block holds the block, too, and lets it go later.
+            // A sequence that uses a follower of a block uses the block, too, and frees it later.
             let outlives =
-                |follower: &BlockId| turn.is_some() && turns[follower.index()].is_none_or(|t| Some(t) > turn);
+                |follower: &BlockId| rank.is_some() && ranks[follower.index()].is_none_or(|r| Some(r) > rank);
             if let Some(follower) = self.tree.followers(id).into_iter().find(outlives) {
-                return Err(Inconsistent(format!("{id:?} gives way before {follower:?}, which follows it")));
+                return Err(Inconsistent(format!("{id:?} would be evicted before {follower:?}, which follows it")));
             }
         }
         Ok(())
     }
 
-    /// As [`check`](Self::check), and that each block has as many holders as were counted.
+    /// Does the same as [`check`](Self::check), and checks that the ref_counts are the `counted` ones.
     pub(crate) fn check_counted(&self, counted: &[u32]) -> Result<(), Inconsistent> {
         self.check()?;
-        for (index, (&holders, &counted)) in self.holders.iter().zip(counted).enumerate() {
-            if holders != counted {
+        for (index, (&ref_count, &counted)) in self.ref_counts.iter().zip(counted).enumerate() {
+            if ref_count != counted {
                 let id = BlockId::new(index);
-                return Err(Inconsistent(format!("{id:?} counts {holders} holders, {counted} hold it")));
+                return Err(Inconsistent(format!("{id:?} has a ref_count of {ref_count}, {counted} lists use it")));
             }
         }
         Ok(())
@@ -61,18 +61,18 @@ impl Ledger {
 
 #[cfg(test)]
 mod tests {
-    use super::super::MOST_HOLDERS;
+    use super::super::MAX_REF_COUNT;
     use crate::{BlockPool, Blocks};
 
     #[test]
     fn a_count_does_not_wrap() {
         let pool = BlockPool::new(2, 4).unwrap();
-        let blocks = pool.take(1).unwrap();
+        let blocks = pool.allocate(1).unwrap();
         let id = blocks[0];
-        pool.ledger().holders[id.index()] = MOST_HOLDERS - 1;
-        let many: Vec<Blocks> = (0..3).map(|_| blocks.share(1)).collect();
-        let holders = pool.ledger().holders[id.index()];
+        pool.ledger().ref_counts[id.index()] = MAX_REF_COUNT - 1;
+        let many: Vec<Blocks> = (0..3).map(|_| blocks.fork(1)).collect();
+        let ref_count = pool.ledger().ref_counts[id.index()];
         drop((blocks, many));
-        assert_eq!((holders, pool.available()), (MOST_HOLDERS, 1));
+        assert_eq!((ref_count, pool.available()), (MAX_REF_COUNT, 1));
     }
 }

@@ -1,19 +1,18 @@
-//! Who holds what: the free blocks, the number of holders of each, and which can be found by their tokens, under one
-//! lock.
+//! The pool's bookkeeping under one lock: the free blocks, the ref_count of each block, and the cached blocks.
 //!
-//! They live together so that "nobody holds it" and "it is free" are one instant: no thread ever sees a block that is
-//! neither held, nor remembered, nor free.
+//! They share a lock so that "its ref_count is 0" and "it is free" become true at the same instant: no thread ever sees
+//! a block that is neither in use, nor evictable, nor free.
 //!
-//! | | holders | cached in the tree |
+//! | | ref_count | cached in the tree |
 //! |---|---|---|
 //! | free | 0 | no |
-//! | remembered | 0 | yes |
-//! | held | 1 or more | maybe |
+//! | evictable | 0 | yes |
+//! | in use | 1 or more | maybe |
 //!
-//! - this file: allocating, sharing, freeing, evicting;
-//! - `write`: what it takes to write to a block;
-//! - `cache`: finding blocks by their tokens, and making them findable;
-//! - `check`: whether all of it agrees.
+//! - this file: allocating, forking, freeing, evicting;
+//! - `write`: making a block writable;
+//! - `cache`: matching prefixes, and caching blocks;
+//! - `check`: whether all of it is consistent.
 
 mod cache;
 mod check;
@@ -21,45 +20,46 @@ mod write;
 
 use std::ops::Range;
 
-use crate::events::Listeners;
-use crate::eviction::Remembered;
+use crate::events::Subscribers;
+use crate::eviction::EvictionList;
 use crate::free::{FreeBlocks, Pending};
 use crate::prefix::PrefixTree;
-use crate::{BlockId, OutOfBlocks, PoolEvent, Stats};
+use crate::{BlockId, KvEvent, OutOfBlocks, Stats};
 
-pub(crate) use cache::Sought;
-pub(crate) use write::Owned;
+pub(crate) use cache::Query;
+pub(crate) use write::Writable;
 
 #[derive(Debug)]
 pub(crate) struct Ledger {
     free: FreeBlocks,
-    /// How many owners each block has.
-    holders: Vec<u32>,
+    /// How many lists use each block.
+    ref_counts: Vec<u32>,
     tree: PrefixTree,
-    remembered: Remembered,
-    listeners: Listeners,
+    evictable: EvictionList,
+    subscribers: Subscribers,
     stats: Stats,
-    /// How often everything was forgotten. What was computed before is not cached after.
+    /// How many resets of the prefix cache there have been. A list that got its first block in an earlier epoch caches
+    /// nothing.
     epoch: u64,
     block_size: usize,
-    /// Remembered blocks whose prefix was forgotten during an eviction: held once, for the next that is taken, and the rest by
-    /// the caller of that allocation, who is to free them.
+    /// Blocks that were evictable and have lost their prefix during an eviction, because there were too many
+    /// tombstones. Their ref_count is 1. The allocation that evicts uses them first; its caller frees the rest.
     orphaned: Vec<BlockId>,
 }
 
-/// A count that grows beyond this is set back to it. Counts are far below as long as every list is dropped: more lists than
-/// this take hundreds of gigabytes. It is for those that are forgotten (`std::mem::forget`), whose blocks are never freed, and
-/// must not become so by a count that wraps.
-const MOST_HOLDERS: u32 = 0xf000_0000;
+/// A ref_count that grows beyond this is set back to it. As long as every list is dropped no ref_count comes near: more
+/// lists than this take hundreds of gigabytes. The limit is for lists that are leaked by `std::mem::forget`: their
+/// blocks are never freed, and a ref_count that wraps must not free them.
+const MAX_REF_COUNT: u32 = 0xf000_0000;
 
 impl Ledger {
     pub(crate) fn new(blocks: usize, block_size: usize) -> Self {
         Self {
             free: FreeBlocks::all(blocks),
-            holders: vec![0; blocks],
+            ref_counts: vec![0; blocks],
             tree: PrefixTree::new(blocks, block_size),
-            remembered: Remembered::none(blocks),
-            listeners: Listeners::default(),
+            evictable: EvictionList::empty(blocks),
+            subscribers: Subscribers::default(),
             stats: Stats::default(),
             epoch: 0,
             block_size,
@@ -67,144 +67,147 @@ impl Ledger {
         }
     }
 
-    /// How many blocks a request can get: the free ones, and the remembered ones, which give way.
+    /// How many blocks can be allocated: the free ones, and the evictable ones.
     pub(crate) fn available(&self) -> usize {
-        self.free.len() + self.remembered.len()
+        self.free.len() + self.evictable.len()
     }
 
-    pub(crate) fn free(&self) -> usize {
+    pub(crate) fn free_blocks(&self) -> usize {
         self.free.len()
     }
 
-    pub(crate) fn remembered(&self) -> usize {
-        self.remembered.len()
+    pub(crate) fn evictable(&self) -> usize {
+        self.evictable.len()
     }
 
     pub(crate) fn stats(&self) -> Stats {
         self.stats
     }
 
-    /// Takes `n` blocks, free ones first, side by side where possible and right after `after`; all or none. Hands them to
-    /// `taken` in runs of neighbours, and returns how many of them, the last ones, were remembered until now and have their old
-    /// content. If any were, the caller asks for those that are [orphaned](Self::take_orphaned).
+    /// Allocates `n` blocks or none: free ones first, adjacent where possible, and directly after `after`. Passes them
+    /// to `add_run` in runs of adjacent blocks. Returns how many of them, the last ones, were evicted for this and have
+    /// their old content. If any were, the caller calls [`drain_orphaned`](Self::drain_orphaned) and frees those
+    /// blocks.
     #[inline]
-    pub(crate) fn take(
+    pub(crate) fn allocate(
         &mut self,
         n: usize,
         after: Option<BlockId>,
-        mut taken: impl FnMut(Range<usize>),
+        mut add_run: impl FnMut(Range<usize>),
     ) -> Result<usize, OutOfBlocks> {
         let available = self.available();
         if n > available {
             return Err(OutOfBlocks { requested: n, available });
         }
         let free = n.min(self.free.len());
-        let holders = &mut self.holders;
-        self.free.take(free, after, |run| {
-            holders[run.clone()].fill(1);
-            taken(run);
+        let ref_counts = &mut self.ref_counts;
+        self.free.allocate(free, after, |run| {
+            ref_counts[run.clone()].fill(1);
+            add_run(run);
         });
         let mut evicted = 0;
         while free + evicted < n {
-            // What was orphaned was among those that are available, too.
+            // Orphaned blocks were counted as available, too.
             let Some(id) = self.orphaned.pop().or_else(|| self.evict()) else { break };
-            self.holders[id.index()] = 1;
-            taken(id.index()..id.index() + 1);
+            self.ref_counts[id.index()] = 1;
+            add_run(id.index()..id.index() + 1);
             evicted += 1;
         }
-        debug_assert_eq!(free + evicted, n, "as many are available as were counted");
+        debug_assert_eq!(free + evicted, n, "as many blocks are available as were counted");
         Ok(evicted)
     }
 
-    /// Whether there are blocks that the one who has allocated is to free.
+    /// Whether there are orphaned blocks, which the caller of the allocation frees.
     pub(crate) fn has_orphaned(&self) -> bool {
         !self.orphaned.is_empty()
     }
 
-    /// Blocks that are held by nobody but the caller, who is to free them: what an eviction has forgotten of other prefixes.
-    pub(crate) fn take_orphaned(&mut self) -> Vec<BlockId> {
+    /// The blocks that lost their prefix in an eviction, for the caller to free: their ref_count is 1.
+    pub(crate) fn drain_orphaned(&mut self) -> Vec<BlockId> {
         std::mem::take(&mut self.orphaned)
     }
 
-    /// Takes the remembered block that is next to give way. It is the one that was let go longest ago, and never one that is
-    /// needed to find another: a sequence lets its blocks go from its end to its start, so that what follows a block was let
-    /// go before it, or is followed by what a window, or a sequence that was written anew, has left there.
+    /// Evicts the least recently used block and returns it. No other block needs it to be found: a sequence frees its
+    /// blocks from its end to its start, so the blocks that follow this one in the tree were freed and evicted earlier.
+    /// The exceptions are blocks that were left there by a sequence with a window, or by one that has replaced this
+    /// block.
     #[inline]
     fn evict(&mut self) -> Option<BlockId> {
-        let victim = self.remembered.next_victim()?;
-        self.remembered.remove(victim);
-        self.forget(victim);
+        let victim = self.evictable.next_victim()?;
+        self.evictable.remove(victim);
+        self.uncache(victim);
         self.stats.evictions += 1;
         Some(victim)
     }
 
     #[cold]
-    fn forget_cold_prefixes(&mut self) {
+    fn drop_cold_prefixes(&mut self) {
         while self.tree.has_too_many_tombstones() {
-            let Some(lost) = self.tree.forget_coldest() else { return };
-            let Some(id) = lost else { continue };
-            self.listeners.tell(|| PoolEvent::Removed { block: id });
-            if self.holders[id.index()] == 0 {
-                self.hold(id);
+            let Some(dropped) = self.tree.drop_coldest() else { return };
+            let Some(id) = dropped else { continue };
+            self.subscribers.publish(|| KvEvent::BlockRemoved { block: id });
+            if self.ref_counts[id.index()] == 0 {
+                self.add_ref(id);
                 self.orphaned.push(id);
             }
         }
     }
 
-    /// The block cannot be found any more. What of it stays in the tree may be too much.
+    /// Takes the block out of the tree. If there are too many tombstones then, the coldest prefixes are dropped.
     #[inline]
-    fn forget(&mut self, id: BlockId) {
-        if self.tree.lose(id) {
-            self.listeners.tell(|| PoolEvent::Removed { block: id });
+    fn uncache(&mut self, id: BlockId) {
+        if self.tree.remove_block(id) {
+            self.subscribers.publish(|| KvEvent::BlockRemoved { block: id });
         }
         if self.tree.has_too_many_tombstones() {
-            self.forget_cold_prefixes();
+            self.drop_cold_prefixes();
         }
     }
 
-    /// One holder more for each of these blocks, which somebody holds.
-    pub(crate) fn share(&mut self, ids: &[BlockId]) {
+    /// Increments the ref_count of each of these blocks, which are in use.
+    pub(crate) fn add_refs(&mut self, ids: &[BlockId]) {
         let mut any = 0;
         for id in ids {
-            let holders = &mut self.holders[id.index()];
-            *holders += 1;
-            any |= *holders;
+            let ref_count = &mut self.ref_counts[id.index()];
+            *ref_count += 1;
+            any |= *ref_count;
         }
-        if any > MOST_HOLDERS {
+        if any > MAX_REF_COUNT {
             self.limit(ids);
         }
     }
 
-    /// One holder more for a block that may be remembered.
+    /// Increments the ref_count of a block that may be evictable.
     #[inline]
-    fn hold(&mut self, id: BlockId) {
-        let holders = &mut self.holders[id.index()];
-        if *holders == 0 {
-            self.remembered.remove(id);
+    fn add_ref(&mut self, id: BlockId) {
+        let ref_count = &mut self.ref_counts[id.index()];
+        if *ref_count == 0 {
+            self.evictable.remove(id);
         }
-        *holders = MOST_HOLDERS.min(*holders + 1);
+        *ref_count = MAX_REF_COUNT.min(*ref_count + 1);
     }
 
     #[cold]
     fn limit(&mut self, ids: &[BlockId]) {
         for id in ids {
-            let holders = &mut self.holders[id.index()];
-            *holders = MOST_HOLDERS.min(*holders);
+            let ref_count = &mut self.ref_counts[id.index()];
+            *ref_count = MAX_REF_COUNT.min(*ref_count);
         }
     }
 
-    /// One holder less for each block, from the last to the first: the tail of a sequence is evicted before its head.
+    /// Decrements the ref_count of each block, from the last to the first: the tail of a sequence is evicted before its
+    /// head.
     #[inline]
-    pub(crate) fn release(&mut self, ids: &[BlockId]) {
+    pub(crate) fn free(&mut self, ids: &[BlockId]) {
         let mut pending = Pending::default();
         for &id in ids.iter().rev() {
-            let holders = &mut self.holders[id.index()];
-            *holders -= 1;
-            if *holders > 0 {
+            let ref_count = &mut self.ref_counts[id.index()];
+            *ref_count -= 1;
+            if *ref_count > 0 {
                 continue;
             }
             if self.tree.contains(id) {
-                self.remembered.insert(id);
+                self.evictable.insert(id);
             } else {
                 self.free.insert_with(&mut pending, id);
             }
@@ -212,21 +215,22 @@ impl Ledger {
         self.free.finish(pending);
     }
 
-    /// Like [`release`](Self::release), but those that would become free are returned instead, still held.
-    pub(crate) fn release_but_free(&mut self, ids: &[BlockId]) -> Vec<BlockId> {
-        let mut still_held = Vec::new();
+    /// Does the same as [`free`](Self::free), but returns the blocks that would become free, with a ref_count of 1.
+    pub(crate) fn free_all_but_last(&mut self, ids: &[BlockId]) -> Vec<BlockId> {
+        let mut unfreed = Vec::new();
         for id in ids.iter().rev() {
-            if self.holders[id.index()] == 1 && !self.tree.contains(*id) {
-                still_held.push(*id);
+            if self.ref_counts[id.index()] == 1 && !self.tree.contains(*id) {
+                unfreed.push(*id);
             } else {
-                self.release(&[*id]);
+                self.free(&[*id]);
             }
         }
-        still_held
+        unfreed
     }
 
-    /// Notes that a sequence lets these blocks go and keeps what follows them: they may be evicted before that.
-    pub(crate) fn pass(&mut self, ids: &[BlockId]) {
-        self.tree.pass(ids);
+    /// Notes that a sequence frees these blocks and keeps using the blocks that follow. The freed ones may be evicted
+    /// first.
+    pub(crate) fn mark_passed(&mut self, ids: &[BlockId]) {
+        self.tree.mark_passed(ids);
     }
 }

@@ -1,4 +1,4 @@
-//! The children of a node, in the order of their tokens.
+//! The children of a node, sorted by their tokens.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -7,32 +7,33 @@ use smallvec::SmallVec;
 
 use super::NodeKey;
 
-/// Up to this many children are a sorted list, which a search goes through faster than through a map: it looks at eight bytes
-/// of a child. Inserting into it moves 16 KB at most.
+/// Up to this many children are a sorted list. A search in it is faster than in a map, because it reads eight bytes per
+/// child. An insertion moves 16 KB at most.
 const FEW: usize = 2048;
 
-/// The children of a node, sorted by their tokens, so that the child with the longest match, full or partial, is next to
-/// the place where the tokens sought would stand.
+/// The children of a node, sorted by their tokens: the child with the longest match, full or partial, is next to the
+/// position where the searched tokens would be inserted.
 #[derive(Debug)]
 pub(super) enum Children {
     Few(SmallVec<[Child; 2]>),
-    /// With their tokens once more: inserting into a list of a hundred thousand would move half of it.
+    /// A map with a copy of the tokens as keys. Inserting into a list of a hundred thousand children would move half of
+    /// it.
     Many(BTreeMap<Box<[u32]>, NodeKey>),
 }
 
-/// A child and the first of its tokens, which tells most children apart without reading the others.
+/// A child, and the first of its tokens, which distinguishes most children without reading their other tokens.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Child {
     first: u32,
     node: NodeKey,
 }
 
-/// What there is for some tokens.
+/// The result of a search.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Near {
-    /// The child with just these.
+    /// The child with exactly these tokens.
     Exact(NodeKey),
-    /// The children between which they would stand.
+    /// The children before and after the position where the tokens would be inserted.
     Between([Option<NodeKey>; 2]),
 }
 
@@ -72,7 +73,7 @@ impl Children {
         }
     }
 
-    /// The child with exactly these tokens, or those between which they would stand: one search for both.
+    /// The child with exactly these tokens, or the two next to their position: one search for both.
     #[inline(always)]
     pub(super) fn near<'t>(&self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> Near {
         if let Self::Few(children) = self {
@@ -107,7 +108,8 @@ impl Children {
         }
     }
 
-    /// The children between which these tokens would stand: in sorted order the longest common prefix is with one of them.
+    /// The two children next to the position where these tokens would be inserted. Because the order is sorted, one of
+    /// them has the longest common prefix with the tokens.
     pub(super) fn neighbours<'t>(
         &self,
         tokens: &[u32],
@@ -147,10 +149,10 @@ impl Children {
         }
     }
 
-    /// Takes out the child with these tokens.
+    /// Removes the child with these tokens.
     pub(super) fn remove<'t>(&mut self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) {
         match self {
-            // An only child is known without its tokens, which are in none of the processor's caches by now.
+            // An only child is removed without comparing its tokens, which are no longer in the processor's caches.
             Self::Few(children) if children.len() == 1 => children.clear(),
             Self::Few(children) => {
                 if let Ok(at) = search(children, tokens, tokens_of) {
@@ -171,7 +173,7 @@ impl Children {
         }
     }
 
-    /// Whether the first tokens that are noted here are those of the children.
+    /// Whether the order, and the copies of tokens kept here, agree with the children.
     pub(super) fn is_consistent<'t>(&self, tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> bool {
         match self {
             Self::Few(children) => {
@@ -183,12 +185,12 @@ impl Children {
     }
 }
 
-/// The child before place `at` of a sorted list, and the one there.
+/// The children at index `at - 1` and `at` of a sorted list.
 fn around(children: &[Child], at: usize) -> [Option<NodeKey>; 2] {
     [at.checked_sub(1), Some(at)].map(|at| children.get(at?).map(|child| child.node))
 }
 
-/// Where among the children these tokens stand, or would stand.
+/// The index of the child with these tokens, or the index where it would be inserted.
 fn search<'t>(children: &[Child], tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> Result<usize, usize> {
     match children {
         [] => Err(0),
@@ -204,7 +206,7 @@ fn search<'t>(children: &[Child], tokens: &[u32], tokens_of: impl Fn(NodeKey) ->
     }
 }
 
-/// The first of a block's tokens. Of none, which come before all others, 0: as the smallest token does.
+/// The first of a block's tokens. An empty slice sorts before all others, so it gets 0, the smallest token.
 fn first(tokens: &[u32]) -> u32 {
     tokens.first().copied().unwrap_or(0)
 }

@@ -1,12 +1,13 @@
-//! The leaves of the tree in the order in which they were used: which prefix goes when there are too many tombstones.
+//! The leaves of the tree in the order of their last use: which prefix is dropped when there are too many tombstones.
 
 use super::{NodeKey, PrefixTree, ROOT};
 
-/// The leaves as a ring of links. It is apart from the nodes, which are larger: a chain that grows or is evicted makes each of
-/// its nodes a leaf for a while.
+/// The leaves as a ring of links. The links change often, so they are not in the nodes, which are larger: when a chain
+/// grows or is evicted, each of its nodes is a leaf for a while.
 #[derive(Debug, Default)]
 pub(super) struct Leaves {
-    /// `[colder, hotter]` of each node, of leaves only; the root of those without key, which is no leaf, is both ends.
+    /// `[colder, hotter]` of each node; only the entries of leaves are valid. The entry of `ROOT`, which is no leaf, is
+    /// both ends.
     links: Vec<[NodeKey; 2]>,
 }
 
@@ -14,12 +15,12 @@ const COLDER: usize = 0;
 const HOTTER: usize = 1;
 
 impl Leaves {
-    /// None of so many nodes is a leaf.
+    /// Room for this many nodes, none of which is a leaf.
     pub(super) fn with_room(nodes: usize) -> Self {
         Self { links: vec![[ROOT; 2]; nodes] }
     }
 
-    /// Room for this many nodes.
+    /// Makes room for this many nodes.
     pub(super) fn make_room(&mut self, nodes: usize) {
         self.links.resize(nodes, [ROOT; 2]);
     }
@@ -45,14 +46,14 @@ impl Leaves {
         self.links[hotter as usize][COLDER] = colder;
     }
 
-    /// Puts a node in the place of another.
+    /// Replaces a node in the ring.
     #[inline]
     pub(super) fn replace(&mut self, old: NodeKey, new: NodeKey) {
         let [colder, hotter] = self.links[old as usize];
         self.insert_between(colder, new, hotter);
     }
 
-    /// Puts a child in the place of its parent, which no longer is a leaf, as the hottest.
+    /// Replaces a parent, which is no longer a leaf, by its child, which becomes the hottest.
     #[inline]
     pub(super) fn extend(&mut self, parent: NodeKey, child: NodeKey) {
         if self.links[parent as usize][HOTTER] == ROOT {
@@ -78,7 +79,7 @@ impl Leaves {
 }
 
 impl PrefixTree {
-    /// What is wrong with the ring, if anything is.
+    /// Describes what is wrong with the ring, if anything is.
     pub(super) fn leaf_inconsistency(&self) -> Option<String> {
         let is_leaf = |node: NodeKey| {
             let found = self.nodes.get(node as usize);
@@ -86,9 +87,9 @@ impl PrefixTree {
         };
         let linked: Vec<NodeKey> = self.leaves.iter().take(self.nodes.len()).collect();
         if let Some(node) = linked.iter().find(|&&node| !is_leaf(node)) {
-            return Some(format!("node {node} is among the leaves"));
+            return Some(format!("node {node} is in the ring of leaves, but is no leaf"));
         }
         let leaves = self.nodes.iter().filter(|(node, _)| is_leaf(*node as NodeKey)).count();
-        (linked.len() != leaves).then(|| format!("{leaves} leaves, {} in their ring", linked.len()))
+        (linked.len() != leaves).then(|| format!("there are {leaves} leaves, but {} in their ring", linked.len()))
     }
 }

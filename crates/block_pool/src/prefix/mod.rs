@@ -1,12 +1,13 @@
-//! Which blocks can be found by their tokens: a radix tree whose edges are blocks of tokens.
+//! The prefix tree, which finds blocks by their tokens: a radix tree whose edges are blocks of tokens.
 //!
-//! The path from a root to a node spells the tokens of a prefix, and there is one root for each [`PrefixKey`]. A node has a
-//! block while the keys and values of its tokens are in the pool. It can lose the block and keep its place and its tokens (a
-//! *tombstone*), because what follows it may still be found: through a window, only the last blocks of a prefix are needed.
+//! The path from a root to a node spells the tokens of a prefix, and there is one root for each [`PrefixKey`]. A node
+//! has a block while the keys and values of its tokens are in the pool. It can lose the block and keep its tokens and
+//! its position in the tree, as a *tombstone*, because the nodes below it may still be found: through a window, only
+//! the last blocks of a prefix are needed.
 //!
-//! Which block a node has, and which node a block, are two dense arrays: evicting a block that others follow reads no node.
+//! Two dense arrays map nodes to blocks and blocks to nodes. So evicting a block whose node has children reads no node.
 //!
-//! Tokens are always compared; there are no hashes but the one that finds a key's root, and that map compares keys.
+//! Tokens are always compared. The only hash is the one that finds a key's root, and that map compares keys, too.
 
 mod children;
 mod leaves;
@@ -23,33 +24,34 @@ use leaves::Leaves;
 
 pub(crate) use past::Past;
 
-/// A node's key in the slab. The root of [`PrefixKey::new`] is always there and has key 0, so that 0 can stand for "no
-/// node" wherever only a block's node is meant.
+/// A node's index in the slab. The root of [`PrefixKey::new`] always exists and has index 0, so that 0 can stand for
+/// "no node" where only the node of a block is meant.
 pub(crate) type NodeKey = u32;
 
 const ROOT: NodeKey = 0;
-/// In [`PrefixTree::node_of`], with a node: it has children.
-const FOLLOWED: u32 = 1 << 31;
-/// In [`PrefixTree::block_of`]: no block. Memory that is zero and was never touched costs nothing.
+/// A flag in [`PrefixTree::node_of`], in addition to the node: the node has children.
+const HAS_CHILDREN: u32 = 1 << 31;
+/// In [`PrefixTree::block_of`]: no block. It is 0 because zeroed memory that was never touched costs nothing.
 const NONE: u32 = 0;
 
-/// Tombstones for each block of the pool, at most. They cost some hundred bytes each; without a bound, an endless sequence
-/// with a window would leave one for each block of tokens that it has passed.
+/// The most tombstones for each block of the pool. A tombstone takes some hundred bytes. Without a limit, an endless
+/// sequence with a window would leave one for each block of tokens that has left the window.
 const TOMBSTONES_PER_BLOCK: usize = 16;
 
-/// How many dead ends are cleared at a time: more than one new one is made at a time, so that none are left in the end.
+/// How many dead ends are cleared at a time. It is more than the number of new ones at a time, so that none are left in
+/// the end.
 const DEAD_ENDS_AT_ONCE: usize = 8;
 
 #[derive(Debug)]
 struct Node {
-    /// Of a root: itself.
+    /// The parent; a root is its own parent.
     parent: NodeKey,
     root: NodeKey,
-    /// When it was last inserted, or the end of a match: a reading of [`PrefixTree::clock`].
+    /// When the node was last inserted or was the end of a match: a value of [`PrefixTree::clock`].
     used: u32,
     children: Children,
-    /// A sequence has let a block of it go and kept what follows, or it got a new block after what follows it: it may be
-    /// evicted before that. Only the check of the order asks.
+    /// The block may be evicted before the blocks that follow it: a sequence has freed it and kept those, or the node
+    /// got a new block after those were cached. Only the check of the eviction order reads this.
     passed: bool,
 }
 
@@ -62,20 +64,20 @@ impl Node {
 #[derive(Debug)]
 pub(crate) struct PrefixTree {
     nodes: Slab<Node>,
-    /// The root of each key under which there is a node.
+    /// The root of each key that has nodes.
     roots: HashMap<PrefixKey, NodeKey>,
     /// The key of each root.
     keys: HashMap<NodeKey, PrefixKey>,
-    /// Each block's node, with [`FOLLOWED`] if that has children; or 0.
+    /// The node of each block, with [`HAS_CHILDREN`] if the node has any; 0 if the block is not cached.
     node_of: Vec<u32>,
-    /// One more than the index of the block that holds the keys and values of each node's tokens, or [`NONE`].
+    /// For each node, one more than the index of its block, or [`NONE`].
     block_of: Vec<u32>,
-    /// The nodes without children, roots excepted.
+    /// The nodes without children, except roots.
     leaves: Leaves,
-    /// Each node's tokens, at `node * block_size`. Made when the first block is cached: a pool without prefix reuse pays
-    /// nothing.
+    /// Each node's tokens, at `node * block_size`. Allocated when the first block is cached: a pool without prefix
+    /// caching pays nothing.
     tokens: Vec<u32>,
-    /// Nodes that have a block.
+    /// How many nodes have a block.
     cached: usize,
     clock: u32,
     most_tombstones: usize,
@@ -86,8 +88,8 @@ impl PrefixTree {
     pub(crate) fn new(blocks: usize, block_size: usize) -> Self {
         let mut nodes = Slab::new();
         nodes.insert(Node::new(ROOT, ROOT, 0));
-        // A key has 31 bits, and each node may have a root of its own.
-        let keys = (FOLLOWED as usize / 2).saturating_sub(blocks);
+        // A node's index has 31 bits, and each node may have a root of its own.
+        let keys = (HAS_CHILDREN as usize / 2).saturating_sub(blocks);
         Self {
             nodes,
             roots: HashMap::new(),
@@ -108,7 +110,7 @@ impl PrefixTree {
         self.node_of[id.index()] != 0
     }
 
-    /// Nodes that have lost their block.
+    /// How many nodes have lost their block.
     pub(crate) fn tombstones(&self) -> usize {
         self.nodes.len() - self.keys.len() - self.cached
     }
@@ -118,10 +120,10 @@ impl PrefixTree {
         self.tombstones() > self.most_tombstones
     }
 
-    /// The node of a block that can be found.
+    /// The node of a cached block.
     #[inline]
     fn node(&self, id: BlockId) -> Option<NodeKey> {
-        Some(self.node_of[id.index()] & !FOLLOWED).filter(|&node| node != 0)
+        Some(self.node_of[id.index()] & !HAS_CHILDREN).filter(|&node| node != 0)
     }
 
     /// The block of a node, if it has one.
@@ -131,8 +133,8 @@ impl PrefixTree {
         Some(BlockId::new(index as usize))
     }
 
-    /// The node after which block number `at` of a sequence is found: that of the block before it, `last`, or the key's root.
-    /// None if that block cannot be found itself, or was cached under another key.
+    /// The node below which block number `at` of a sequence is found: that of the block before it, `last`, or the key's
+    /// root. `None` if that block is not cached, or was cached under another key.
     #[inline]
     fn start(&self, key: &PrefixKey, at: usize, last: Option<BlockId>) -> Option<NodeKey> {
         if at == 0 {
@@ -147,7 +149,7 @@ impl PrefixTree {
         if key.is_plain() { Some(ROOT) } else { self.roots.get(key).copied() }
     }
 
-    /// As [`start`](Self::start); makes the root of a new key.
+    /// Does the same as [`start`](Self::start), and makes the root of a new key.
     pub(crate) fn start_or_root(&mut self, key: &PrefixKey, at: usize, last: Option<BlockId>) -> Option<NodeKey> {
         let start = self.start(key, at, last);
         if start.is_some() || at > 0 {
@@ -160,7 +162,7 @@ impl PrefixTree {
         Some(root)
     }
 
-    /// The tokens of a block that can be found.
+    /// The tokens of a cached block.
     #[inline]
     pub(crate) fn tokens(&self, id: BlockId) -> Option<&[u32]> {
         self.node(id).map(|node| self.tokens_of(node))
@@ -171,8 +173,8 @@ impl PrefixTree {
         &self.tokens[node as usize * self.block_size..][..self.block_size]
     }
 
-    /// Makes room for the tokens of the node that is inserted next, and hands it to the caller to fill;
-    /// [`insert`](Self::insert) follows.
+    /// Makes room for the tokens of the node that is inserted next, and returns it for the caller to fill. Call
+    /// [`insert`](Self::insert) next.
     pub(crate) fn next_tokens(&mut self) -> &mut [u32] {
         if self.tokens.is_empty() {
             let (blocks, nodes) = (self.node_of.len(), self.node_of.len() + self.nodes.len());
@@ -194,8 +196,8 @@ impl PrefixTree {
         self.tokens.resize(nodes * self.block_size, 0);
     }
 
-    /// Caches a block after `parent`, under the tokens that were filled in just now. When there is a block with the same
-    /// tokens, that one is returned beside the node, and nothing changes.
+    /// Caches a block after `parent`, under the tokens that were filled in last. If a block with the same tokens is
+    /// cached there, nothing changes, and that block is returned in addition to its node.
     #[inline]
     pub(crate) fn insert(&mut self, parent: NodeKey, id: BlockId) -> (NodeKey, Option<BlockId>) {
         debug_assert!(!self.contains(id), "{id:?} is cached already");
@@ -209,7 +211,7 @@ impl PrefixTree {
             if let Some(same) = self.block(node) {
                 return (node, Some(same));
             }
-            // What follows it may be held by those who had its last block.
+            // The blocks that follow may be in use by sequences that used the node's former block.
             self.nodes[node as usize].passed = true;
             self.touch(node);
         } else {
@@ -219,19 +221,19 @@ impl PrefixTree {
             nodes.insert(Node::new(parent, root, self.clock));
             if first && !is_root {
                 self.leaves.extend(parent, new);
-                self.note_follower(parent, FOLLOWED);
+                self.set_has_children(parent, HAS_CHILDREN);
             } else {
                 self.leaves.insert_hottest(new);
             }
         }
-        let followed = if self.nodes[node as usize].children.is_empty() { 0 } else { FOLLOWED };
+        let flag = if self.nodes[node as usize].children.is_empty() { 0 } else { HAS_CHILDREN };
         self.block_of[node as usize] = id.index() as u32 + 1;
-        self.node_of[id.index()] = node | followed;
+        self.node_of[id.index()] = node | flag;
         self.cached += 1;
         (node, None)
     }
 
-    /// Notes that a node is used, so that its prefix stays longer than those that are not.
+    /// Marks a node as used now, so that its prefix is dropped later than those not used since.
     #[inline]
     fn touch(&mut self, key: NodeKey) {
         self.clock = self.clock.wrapping_add(1);
@@ -243,24 +245,24 @@ impl PrefixTree {
         }
     }
 
-    /// Notes at a node's block, if it has one, whether the node has children.
+    /// Writes `flag`, which is [`HAS_CHILDREN`] or 0, to the entry of the node's block, if it has one.
     #[inline]
-    fn note_follower(&mut self, node: NodeKey, followed: u32) {
+    fn set_has_children(&mut self, node: NodeKey, flag: u32) {
         if let Some(id) = self.block(node) {
-            self.node_of[id.index()] = node | followed;
+            self.node_of[id.index()] = node | flag;
         }
     }
 
-    /// Takes a block out of the tree: says whether it was there. Its node stays as long as another comes after it.
+    /// Takes a block out of the tree. Returns whether it was there. Its node stays while it has children.
     #[inline]
-    pub(crate) fn lose(&mut self, id: BlockId) -> bool {
-        let (node, followed) = match std::mem::take(&mut self.node_of[id.index()]) {
+    pub(crate) fn remove_block(&mut self, id: BlockId) -> bool {
+        let (node, has_children) = match std::mem::take(&mut self.node_of[id.index()]) {
             0 => return false,
-            node => (node & !FOLLOWED, node & FOLLOWED != 0),
+            node => (node & !HAS_CHILDREN, node & HAS_CHILDREN != 0),
         };
         self.block_of[node as usize] = NONE;
         self.cached -= 1;
-        if !followed {
+        if !has_children {
             self.remove_leaf(node);
             if self.tombstones() > 0 {
                 self.clear_dead_ends();
@@ -269,8 +271,8 @@ impl PrefixTree {
         true
     }
 
-    /// Notes that a sequence that holds what follows these blocks has let them go.
-    pub(crate) fn pass(&mut self, ids: &[BlockId]) {
+    /// Notes that a sequence has freed these blocks and keeps using blocks that follow them.
+    pub(crate) fn mark_passed(&mut self, ids: &[BlockId]) {
         for id in ids {
             if let Some(node) = self.node(*id) {
                 self.nodes[node as usize].passed = true;
@@ -278,9 +280,10 @@ impl PrefixTree {
         }
     }
 
-    /// Forgets the last block of tokens of the prefix that has not been used for longest, and what of it was in the pool, if
-    /// anything. Called again, it goes on with the same prefix: one is lost, instead of a part of each.
-    pub(crate) fn forget_coldest(&mut self) -> Option<Option<BlockId>> {
+    /// Drops the coldest leaf, which is the last node of the least recently used prefix. Returns the leaf's block, if
+    /// it had one; `None` if there is no leaf. The next call continues with the same prefix, so that one prefix is lost
+    /// as a whole, instead of a part of each.
+    pub(crate) fn drop_coldest(&mut self) -> Option<Option<BlockId>> {
         let key = self.leaves.coldest()?;
         let block = self.block(key);
         if let Some(id) = block {
@@ -291,8 +294,8 @@ impl PrefixTree {
         Some(block)
     }
 
-    /// Nodes that have neither a block nor children lead nowhere. They are the coldest leaves, and cleared a few at a time: a
-    /// long sequence leaves a long row of them at once.
+    /// Removes dead ends: nodes that have neither a block nor children. They are the coldest leaves. At most
+    /// [`DEAD_ENDS_AT_ONCE`] are removed at a time, because a long sequence can leave a long row of them at once.
     fn clear_dead_ends(&mut self) {
         for _ in 0..DEAD_ENDS_AT_ONCE {
             let Some(key) = self.leaves.coldest().filter(|&key| self.block(key).is_none()) else { return };
@@ -300,19 +303,19 @@ impl PrefixTree {
         }
     }
 
-    /// Removes a node without block and children. A parent that has no other child becomes a leaf in its place: the coldest if
-    /// it leads nowhere, the hottest if it was used later than what followed it.
+    /// Removes a node without block and children. If its parent has no other child, the parent becomes a leaf instead:
+    /// the coldest if it is a dead end, the hottest if it was used later than the removed node.
     fn remove_leaf(&mut self, key: NodeKey) {
         let Node { parent, used, .. } = self.nodes.remove(key as usize);
         let Self { nodes, tokens, block_size, .. } = self;
         let of = |node: NodeKey| &tokens[node as usize * *block_size..][..*block_size];
         let above = &mut nodes[parent as usize];
         above.children.remove(of(key), of);
-        let (followed, is_root) = (!above.children.is_empty(), above.parent == parent);
+        let (has_children, is_root) = (!above.children.is_empty(), above.parent == parent);
         let used_later = (above.used.wrapping_sub(used) as i32) > 0;
-        if followed || is_root {
+        if has_children || is_root {
             self.leaves.remove(key);
-            if !followed && parent != ROOT {
+            if !has_children && parent != ROOT {
                 self.nodes.remove(parent as usize);
                 if let Some(key) = self.keys.remove(&parent) {
                     self.roots.remove(&key);
@@ -320,7 +323,7 @@ impl PrefixTree {
             }
             return;
         }
-        self.note_follower(parent, 0);
+        self.set_has_children(parent, 0);
         if self.block(parent).is_some() && !used_later {
             self.leaves.replace(key, parent);
             return;
@@ -333,7 +336,7 @@ impl PrefixTree {
         }
     }
 
-    /// How many of these blocks, from the first on, are a path from a root, and that root's key.
+    /// How many of these blocks, from the first on, are a path from a root; and the key of that root.
     pub(crate) fn path(&self, ids: &[BlockId]) -> Option<(PrefixKey, usize)> {
         let first = &self.nodes[self.node(*ids.first()?)? as usize];
         if first.parent != first.root {
@@ -345,7 +348,7 @@ impl PrefixTree {
         Some((self.keys[&first.root].clone(), 1 + ids.windows(2).take_while(follows).count()))
     }
 
-    /// What is wrong with the tree, if anything is.
+    /// Describes what is wrong with the tree, if anything is.
     pub(crate) fn inconsistency(&self) -> Option<String> {
         let mut cached = 0;
         for (key, node) in &self.nodes {
@@ -359,32 +362,32 @@ impl PrefixTree {
             } else {
                 let block = self.block(key);
                 cached += usize::from(block.is_some());
-                let followed = if node.children.is_empty() { key } else { key | FOLLOWED };
+                let entry = if node.children.is_empty() { key } else { key | HAS_CHILDREN };
                 let above = self.nodes.get(node.parent as usize);
                 above.is_some_and(|above| {
                     above.root == node.root
                         && above.children.get(self.tokens_of(key), |child| self.tokens_of(child)) == Some(key)
-                }) && block.is_none_or(|id| self.node_of[id.index()] == followed)
+                }) && block.is_none_or(|id| self.node_of[id.index()] == entry)
             };
             if !known {
-                return Some(format!("node {key} is not where its tokens lead"));
+                return Some(format!("node {key} is not found by its tokens"));
             }
         }
         let of_blocks = self.node_of.iter().filter(|&&node| node != 0).count();
         if (of_blocks, self.cached) != (cached, cached) {
             return Some(format!(
-                "{of_blocks} blocks have a node, {cached} nodes a block, counted are {}",
+                "{of_blocks} blocks have a node, {cached} nodes have a block, but {} are counted",
                 self.cached
             ));
         }
         if self.tombstones() > TOMBSTONES_PER_BLOCK * self.node_of.len() {
-            return Some(format!("{} nodes have no block", self.tombstones()));
+            return Some(format!("there are {} tombstones, too many", self.tombstones()));
         }
         self.leaf_inconsistency()
     }
 
-    /// The blocks that follow `id` in the tree, if nothing but eviction in order may come between: through a window, or once
-    /// a sequence has passed a block, what follows may outlive it.
+    /// The cached blocks that follow `id` in the tree and must be evicted before it. There are none if the key has a
+    /// window, or if a sequence has freed this block earlier than those that follow: then they may stay longer.
     pub(crate) fn followers(&self, id: BlockId) -> Vec<BlockId> {
         let Some(node) = self.node(id).map(|node| &self.nodes[node as usize]) else { return Vec::new() };
         if node.passed || self.keys[&node.root].window.is_some() {

@@ -1,15 +1,15 @@
-//! The tree as events, for those who begin to listen late.
+//! The tree as events, for new subscribers.
 
 use std::collections::HashMap;
 
 use super::{NodeKey, PrefixTree};
-use crate::{BlockId, PoolEvent, PrefixKey};
+use crate::{BlockId, KvEvent, PrefixKey};
 
-/// A copy of the tree, made in one go under the pool's lock; the events are made of it later.
+/// A copy of the tree. It is made in one pass under the pool's lock, and converted to events later without the lock.
 #[derive(Debug)]
 pub(crate) struct Past {
     keys: Vec<(NodeKey, PrefixKey)>,
-    /// Each node, its parent and its block, in the order of their tokens.
+    /// Each node, its parent and its block, in the same order as `tokens`.
     nodes: Vec<(NodeKey, NodeKey, Option<BlockId>)>,
     tokens: Vec<u32>,
     block_size: usize,
@@ -35,28 +35,30 @@ impl PrefixTree {
 }
 
 impl Past {
-    /// The events that would have built this tree: parents before their children. Tokens whose block is not there any more
-    /// come before those of the next block after them that is.
-    pub(crate) fn events(self) -> Vec<PoolEvent> {
+    /// The events that would have built this tree: parents before their children. The tokens of tombstones are put
+    /// before those of the next cached block below them.
+    pub(crate) fn events(self) -> Vec<KvEvent> {
         let mut children: HashMap<NodeKey, Vec<usize>> = HashMap::new();
         for (at, (_, parent, _)) in self.nodes.iter().enumerate() {
             children.entry(*parent).or_default().push(at);
         }
         let mut events = Vec::with_capacity(self.nodes.len());
         for (root, key) in &self.keys {
-            // Nodes whose children are to be told of, the last block before them, and the tokens since.
+            // The nodes whose children are still to be reported, the last cached block up to there, and the tokens
+            // after it.
             let mut open: Vec<(NodeKey, Option<BlockId>, Vec<u32>)> = vec![(*root, None, Vec::new())];
             while let Some((node, parent, mut since)) = open.pop() {
                 let children = children.get(&node).map_or(&[][..], Vec::as_slice);
                 for (i, &child) in children.iter().enumerate() {
                     let (node, _, block) = self.nodes[child];
-                    // Mostly there is one child, and a long way is not copied at each step.
+                    // Usually there is one child. Then the tokens are moved, so that a long chain is not copied at each
+                    // step.
                     let last = i + 1 == children.len();
                     let mut tokens = if last { std::mem::take(&mut since) } else { since.clone() };
                     tokens.extend_from_slice(&self.tokens[child * self.block_size..][..self.block_size]);
                     match block {
                         Some(block) => {
-                            events.push(PoolEvent::Stored { block, parent, tokens, key: key.clone() });
+                            events.push(KvEvent::BlockStored { block, parent, tokens, key: key.clone() });
                             open.push((node, Some(block), Vec::new()));
                         }
                         None => open.push((node, parent, tokens)),

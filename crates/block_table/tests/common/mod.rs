@@ -1,4 +1,4 @@
-//! Storage that remembers what was written to each slot, poisons what becomes free, and fails on command.
+//! A storage that records what was written to each slot, overwrites freed blocks with poison, and fails on command.
 
 #![allow(clippy::unwrap_used, clippy::panic, dead_code)]
 
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use block_pool::BlockStorage;
 use block_table::{BlockId, BlockPool, BlockTable, StorageError};
 
-/// What a slot holds that nobody may read.
+/// The content of a slot that must not be read.
 pub(crate) const POISON: u64 = u64::MAX;
 
 #[derive(Clone)]
@@ -27,7 +27,7 @@ impl Slots {
         (BlockPool::with_storage(blocks, block_size, slots.clone()).unwrap(), slots)
     }
 
-    /// From now on nothing can be copied, read or written by the pool.
+    /// Sets whether the pool's copies, reads and writes of blocks fail from now on.
     pub(crate) fn fail(&self, fails: bool) {
         self.0.lock().unwrap().fails = fails;
     }
@@ -44,7 +44,7 @@ impl Slots {
         self.0.lock().unwrap().written[slot]
     }
 
-    /// Writes what a model would leave behind for `tokens` behind `before`, and commits them.
+    /// Writes what a model would write for `tokens` after `before`, and commits them.
     pub(crate) fn append(&self, table: &mut BlockTable, before: &[u32], tokens: &[u32]) {
         table.reserve(tokens.len()).unwrap();
         let all = [before, tokens].concat();
@@ -55,7 +55,7 @@ impl Slots {
     }
 }
 
-/// What a model leaves behind for the last of these tokens: it depends on all of them.
+/// What a model writes for the last of these tokens: it depends on all of them.
 pub(crate) fn content(tokens: &[u32]) -> u64 {
     tokens.iter().fold(17, |hash, &token| (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)) >> 1
 }
@@ -64,7 +64,7 @@ impl BlockStorage for Slots {
     fn copy(&self, from: BlockId, to: BlockId) -> Result<(), StorageError> {
         let mut inner = self.0.lock().unwrap();
         if inner.fails {
-            return Err(StorageError::new("told to fail"));
+            return Err(StorageError::new("set to fail"));
         }
         let size = inner.block_size;
         let start = from.index() * size;
@@ -75,7 +75,7 @@ impl BlockStorage for Slots {
     fn read(&self, id: BlockId, bytes: &mut Vec<u8>) -> Result<(), StorageError> {
         let inner = self.0.lock().unwrap();
         if inner.fails {
-            return Err(StorageError::new("told to fail"));
+            return Err(StorageError::new("set to fail"));
         }
         let start = id.index() * inner.block_size;
         bytes.extend(inner.written[start..start + inner.block_size].iter().flat_map(|slot| slot.to_le_bytes()));
@@ -85,7 +85,7 @@ impl BlockStorage for Slots {
     fn write(&self, id: BlockId, bytes: &[u8]) -> Result<(), StorageError> {
         let mut inner = self.0.lock().unwrap();
         if inner.fails {
-            return Err(StorageError::new("told to fail"));
+            return Err(StorageError::new("set to fail"));
         }
         let start = id.index() * inner.block_size;
         for (i, slot) in bytes.chunks_exact(8).enumerate() {

@@ -1,92 +1,94 @@
 //! Attention over blocks: online softmax over tiles of tokens.
 //!
-//! A *task* is a few consecutive new tokens of one sequence, some of its key heads, and some *chunks* of its tokens. Its
-//! *rows* are the new tokens times the query heads of a group, so that decode (one token, a group of heads) and prefill
+//! A *task* is a few consecutive new tokens of one sequence, some of its key heads, and some *chunks* of its tokens.
+//! Its *rows* are the new tokens times the query heads of a group. So decode (one token, a group of heads) and prefill
 //! (many tokens) are the same computation, and every key and value is loaded once for all rows.
 //!
-//! For each tile, with `m` the largest score so far, `l` the sum of weights and `o` the weighted sum of values (Milakov and
-//! Gimelshein 2018; Dao et al. 2022, section 3.1; all scores times `log2 e`, so that the exponential is a power of two):
+//! Each row has a running maximum `m` of the scores, a running sum `l` of the weights, and accumulators `o`, the
+//! weighted sum of values. For each tile (Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1; all scores are
+//! multiplied by `log2 e`, so that the exponential is a power of two):
 //!
 //! ```text
 //! s = q K        m' = max(m, max s)      p = 2^(s - m')
 //! l = l 2^(m - m') + sum p               o = o 2^(m - m') + p V
 //! ```
 //!
-//! Chunks are computed apart, each from nothing, and then merged in their order, so that several threads can share a long
-//! sequence ("Flash-Decoding", Dao et al. 2023). Tiles and chunks begin at fixed positions, and a row's sums have an order
-//! of their own. So its result is the same to the last bit whatever blocks hold the tokens, whichever rows are computed
-//! beside it, and however many threads there are.
+//! Each chunk is computed from an empty state, and the states are merged in the order of the chunks, so that several
+//! threads can share a long sequence ("Flash-Decoding", Dao et al. 2023). Tiles and chunks begin at fixed positions,
+//! and the terms of a row's sums are added in a fixed order. So its result is the same to the last bit whatever blocks
+//! hold the tokens, whatever other rows are computed with it, and however many threads there are.
 //!
-//! Memory is read in four steady streams, the panels of a tile: heads inside tiles, as they lie in the blocks. The processor
-//! reads ahead in each by itself, and what the next head or tile begins with is asked for meanwhile.
+//! Memory is read in four sequential streams, one for each panel of a tile: tile by tile, and within a tile head by
+//! head, the order of the data in the blocks. The hardware prefetcher follows each stream. Software prefetches load the
+//! next head or tile while the current one is computed.
 
 use std::ops::Range;
 
 use super::exp2::{SoftCap, exp2_wide};
-use super::format::{Format, ROWS, Space};
+use super::format::{Format, ROWS, WeightBuffer};
 use super::kernel::Run;
 use super::state::{State, finite};
 use super::tile::{Blocks, Copied, Scores, TILE, TILE_PANELS, Tile};
-use super::wide::{LANES, Wide, largest, sum};
+use super::wide::{LANES, Wide, reduce_max, reduce_sum};
 use crate::Attention;
-use crate::plan::Sight;
+use crate::plan::VisibleRange;
 
-/// Tokens of a chunk.
+/// Tokens per chunk.
 pub(super) const CHUNK: usize = 8 * TILE;
 
-/// What one task reads.
+/// The inputs of one task.
 pub(super) struct Task<'a, F: Format> {
     pub(super) blocks: Blocks<'a, F::Number>,
     pub(super) attention: &'a Attention,
-    /// The rows of its tokens in its heads.
+    /// The packed query rows of the task's tokens in its heads.
     pub(super) queries: &'a F::Queries,
-    /// Query heads of a key head.
+    /// Query heads per key head.
     pub(super) group: usize,
-    /// Its key heads.
+    /// The task's key heads.
     pub(super) heads: Range<usize>,
-    /// Its new tokens, counted in the sequence's part of the step.
+    /// The task's new tokens, as indices among the new tokens of the sequence.
     pub(super) tokens: Range<usize>,
-    /// Its chunks: some, and some behind them.
+    /// The task's chunks: two ranges, the second after the first.
     pub(super) chunks: [Range<usize>; 2],
 }
 
-/// The chunks that positions are in, sinks and recent ones, each chunk once.
+/// The chunks that contain these positions, of sink tokens and of recent tokens. Each chunk is listed once.
 pub(super) fn chunks([sinks, recent]: &[Range<usize>; 2]) -> [Range<usize>; 2] {
     let first = sinks.end.div_ceil(CHUNK);
     [0..first, first.max(recent.start / CHUNK)..recent.end.div_ceil(CHUNK)]
 }
 
-/// Memory that a thread uses again from task to task.
+/// Buffers that a thread reuses from task to task.
 pub(super) struct Scratch<F: Format> {
     scores: Vec<Scores>,
-    /// What each new token sees.
-    sights: Vec<Sight>,
-    /// What it sees of a tile, counted from its start.
-    seen: Vec<Sight>,
+    /// The visible range of each new token.
+    ranges: Vec<VisibleRange>,
+    /// The part of each visible range that is in the current tile, relative to the start of the tile.
+    seen: Vec<VisibleRange>,
     copied: Copied<F::Number>,
-    space: Space,
+    weight_buffer: WeightBuffer,
 }
 
 impl<F: Format> Default for Scratch<F> {
     fn default() -> Self {
         Self {
             scores: Vec::new(),
-            sights: Vec::new(),
+            ranges: Vec::new(),
             seen: Vec::new(),
             copied: Copied::default(),
-            space: Space::default(),
+            weight_buffer: WeightBuffer::default(),
         }
     }
 }
 
 impl<F: Format> Scratch<F> {
-    /// Behind the last token that a new one sees.
+    /// The end of the positions that the new tokens see.
     fn end(&self) -> usize {
-        self.sights.last().map_or(0, |sight| sight.recent.end)
+        self.ranges.last().map_or(0, |visible| visible.recent.end)
     }
 }
 
-/// A task, and memory for it.
+/// A task, and buffers for it.
 pub(super) struct Attend<'a, 'b, F: Format>(pub(super) &'b Task<'a, F>, pub(super) &'b mut Scratch<F>);
 
 impl<F: Format> Run for Attend<'_, '_, F> {
@@ -98,23 +100,23 @@ impl<F: Format> Run for Attend<'_, '_, F> {
     }
 }
 
-/// Computes one task: the states of its rows, `(heads, tokens, group)`.
+/// Computes one task. Returns the states of its rows, `(heads, tokens, group)`.
 #[inline(always)]
 fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>) -> State {
     let rows = task.tokens.len() * task.group;
     scratch.scores.resize(rows, [[0.0; LANES]; TILE_PANELS]);
-    scratch.sights.clear();
-    scratch.sights.extend(task.tokens.clone().map(|token| task.blocks.span.sight(token, task.attention)));
+    scratch.ranges.clear();
+    scratch.ranges.extend(task.tokens.clone().map(|token| task.blocks.span.visible(token, task.attention)));
 
     let mut total = State::new(task.heads.len() * rows, task.blocks.dims());
-    let mut further = None;
+    let mut partial = None;
     let mut tiles = [Vec::new(), Vec::new()];
     for (i, chunk) in task.chunks.iter().cloned().flatten().enumerate() {
         let positions = chunk * CHUNK..scratch.end().min((chunk + 1) * CHUNK);
         if i == 0 {
             attend_chunk::<V, F>(task, positions, &mut total, scratch, &mut tiles);
         } else {
-            let state = further.get_or_insert_with(|| State::new(task.heads.len() * rows, task.blocks.dims()));
+            let state = partial.get_or_insert_with(|| State::new(task.heads.len() * rows, task.blocks.dims()));
             state.clear();
             attend_chunk::<V, F>(task, positions, state, scratch, &mut tiles);
             total.merge(state);
@@ -123,55 +125,58 @@ fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>) -> S
     total
 }
 
+/// Adds the tokens at `positions`, which are in one chunk, to the states of the task's rows.
 #[inline(always)]
 fn attend_chunk<'a, V: Wide, F: Format>(
     task: &Task<'a, F>,
     positions: Range<usize>,
     state: &mut State,
     scratch: &mut Scratch<F>,
-    [here, ahead]: &mut [Vec<Tile<'a, F::Number>>; 2],
+    [tiles, next_tiles]: &mut [Vec<Tile<'a, F::Number>>; 2],
 ) {
     let rows = task.tokens.len() * task.group;
     let end = scratch.end();
-    let Scratch { scores, sights, seen, copied, space } = scratch;
+    let Scratch { scores, ranges, seen, copied, weight_buffer } = scratch;
     let tile_at = |start: usize| start..end.min(start + TILE);
     let groups = rows.div_ceil(ROWS);
     let soft_cap = task.attention.soft_cap.map(SoftCap::new);
     let adjusted = soft_cap.is_some() || task.attention.slopes.is_some();
-    let behind = positions.end.next_multiple_of(TILE);
-    let first_that_sees = |start: usize| {
+    let chunk_end = positions.end.next_multiple_of(TILE);
+    let first_seeing = |start: usize| {
         let Range { start, end } = tile_at(start);
-        sights.iter().position(|Sight { sinks, recent }| *sinks > start || recent.start < end && recent.end > start)
+        ranges.iter().position(|VisibleRange { sink_tokens, recent }| {
+            *sink_tokens > start || recent.start < end && recent.end > start
+        })
     };
     let starts = positions.step_by(TILE);
-    let mut starts = starts.filter_map(|start| first_that_sees(start).map(|first| (start, first))).peekable();
+    let mut starts = starts.filter_map(|start| first_seeing(start).map(|first| (start, first))).peekable();
     if let Some(&(start, _)) = starts.peek() {
-        task.blocks.find(&tile_at(start), &task.heads, ahead);
+        task.blocks.locate(&tile_at(start), &task.heads, next_tiles);
     }
     while let Some((start, first)) = starts.next() {
         let within = tile_at(start);
-        std::mem::swap(here, ahead);
-        // Behind the chunk, too: more often than not the same thread computes the next one.
-        let next = starts.peek().map_or(behind, |&(next, _)| next);
-        task.blocks.find(&tile_at(next), &task.heads, ahead);
+        std::mem::swap(tiles, next_tiles);
+        // At the end of a chunk this is the first tile after it: usually the same thread computes the next chunk.
+        let next = starts.peek().map_or(chunk_end, |&(next, _)| next);
+        task.blocks.locate(&tile_at(next), &task.heads, next_tiles);
         seen.clear();
-        seen.extend(sights.iter().map(|sight| sight.within(&within)));
+        seen.extend(ranges.iter().map(|visible| visible.within(&within)));
         let masked = seen.iter().any(|seen| !sees_all(seen));
 
-        // Whole groups: rows that see nothing stay as they are.
+        // Begin at a whole group of ROWS. The states of rows that see no token of the tile do not change.
         let first = first * task.group / ROWS * ROWS;
         for (h, head) in task.heads.clone().enumerate() {
-            let own;
-            let tile = match here.get(h) {
+            let gathered;
+            let tile = match tiles.get(h) {
                 Some(tile) => tile,
                 None => {
-                    let only = seen.first().filter(|_| task.blocks.only_seen);
+                    let only = seen.first().filter(|_| task.blocks.visible_only);
                     copied.fill::<F>(&task.blocks, head, &within, only);
-                    own = copied.tile();
-                    &own
+                    gathered = copied.tile();
+                    &gathered
                 }
             };
-            let next = here.get(h + 1).or(ahead.first());
+            let next = tiles.get(h + 1).or(next_tiles.first());
             for row in (first..rows).step_by(ROWS) {
                 let scores = &mut scores[row..rows.min(row + ROWS)];
                 let next = next.filter(|_| row == first).map(|next| &next.keys);
@@ -189,15 +194,22 @@ fn attend_chunk<'a, V: Wide, F: Format>(
             for row in (first..rows).step_by(ROWS) {
                 let end = rows.min(row + ROWS);
                 let states = h * rows + row..h * rows + end;
-                soften::<V>(&mut scores[row..end], states.start, state);
+                online_softmax::<V>(&mut scores[row..end], states.start, state);
                 let next = next.filter(|_| row == first).map(|next| &next.values);
-                F::weigh::<V>(&scores[row..end], within.len(), &tile.values, next, state.sums(states), space);
+                F::accumulate::<V>(
+                    &scores[row..end],
+                    within.len(),
+                    &tile.values,
+                    next,
+                    state.accumulators(states),
+                    weight_buffer,
+                );
             }
         }
     }
 }
 
-/// Puts a tile's scores through what the layer asks for beside products: a soft cap, then a bias by distance.
+/// Applies the soft cap, if there is one, and then the ALiBi bias to one row's scores of a tile.
 #[inline(always)]
 fn adjust<V: Wide>(scores: &mut Scores, soft_cap: Option<&SoftCap>, slope: Option<f32>, start: usize, position: usize) {
     if let Some(cap) = soft_cap {
@@ -218,78 +230,79 @@ fn adjust<V: Wide>(scores: &mut Scores, soft_cap: Option<&SoftCap>, slope: Optio
     }
 }
 
-/// Whether a tile is seen from its beginning to its end.
+/// Whether all tokens of a tile are visible.
 #[inline(always)]
-fn sees_all(Sight { sinks, recent }: &Sight) -> bool {
-    *sinks >= recent.start && recent.end >= TILE
+fn sees_all(VisibleRange { sink_tokens, recent }: &VisibleRange) -> bool {
+    *sink_tokens >= recent.start && recent.end >= TILE
 }
 
-/// Takes out the scores of tokens that a row does not see.
+/// Sets the scores of tokens that a row does not see to -inf.
 #[inline(always)]
-fn mask(scores: &mut Scores, seen: &Sight) {
+fn mask(scores: &mut Scores, seen: &VisibleRange) {
     if !sees_all(seen) {
         let flat = scores.as_flattened_mut();
-        flat[seen.sinks..seen.recent.start].fill(f32::NEG_INFINITY);
+        flat[seen.sink_tokens..seen.recent.start].fill(f32::NEG_INFINITY);
         flat[seen.recent.end..].fill(f32::NEG_INFINITY);
     }
 }
 
-/// Turns the scores of up to four rows into weights and takes these into their states, of which number `first` is the first.
+/// One step of online softmax for up to four rows: turns their scores of a tile into weights, and updates their running
+/// maximum and running sum and rescales their accumulators. `first` is the index in `state` of the first of these rows.
 #[inline(always)]
-fn soften<V: Wide>(rows: &mut [Scores], first: usize, state: &mut State) {
+fn online_softmax<V: Wide>(rows: &mut [Scores], first: usize, state: &mut State) {
     match rows.len() {
-        1 => soften_rows::<V, 1>(rows, first, state),
-        2 => soften_rows::<V, 2>(rows, first, state),
-        3 => soften_rows::<V, 3>(rows, first, state),
-        _ => soften_rows::<V, ROWS>(rows, first, state),
+        1 => online_softmax_rows::<V, 1>(rows, first, state),
+        2 => online_softmax_rows::<V, 2>(rows, first, state),
+        3 => online_softmax_rows::<V, 3>(rows, first, state),
+        _ => online_softmax_rows::<V, ROWS>(rows, first, state),
     }
 }
 
 #[inline(always)]
-fn soften_rows<V: Wide, const R: usize>(rows: &mut [Scores], first: usize, state: &mut State) {
+fn online_softmax_rows<V: Wide, const R: usize>(rows: &mut [Scores], first: usize, state: &mut State) {
     if let Some(rows) = rows.first_chunk_mut::<R>() {
-        V::apart(Soften(rows, first, state));
+        V::outlined(OnlineSoftmax(rows, first, state));
     }
 }
 
-/// R rows, the state of the first of them, and all states.
-struct Soften<'a, const R: usize>(&'a mut [Scores; R], usize, &'a mut State);
+/// The scores of R rows, the index of the first of them in the state, and the state.
+struct OnlineSoftmax<'a, const R: usize>(&'a mut [Scores; R], usize, &'a mut State);
 
-impl<const R: usize> Run for Soften<'_, R> {
+impl<const R: usize> Run for OnlineSoftmax<'_, R> {
     type Output = ();
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // with constant bounds it is unrolled
     fn run<V: Wide>(self) {
         let Self(rows, first, state) = self;
-        let (mut highest, mut shrink, mut grown) = ([0f32; R], [0f32; LANES], false);
+        let (mut new_max, mut rescale, mut changed) = ([0f32; R], [0f32; LANES], false);
         for r in 0..R {
-            let before = state.largest(first + r);
-            let mut high = V::splat(before);
+            let old_max = state.running_max(first + r);
+            let mut max = V::splat(old_max);
             for panel in 0..TILE_PANELS {
-                high = V::load(&rows[r][panel]).larger(high);
+                max = V::load(&rows[r][panel]).max(max);
             }
-            // A score that is too large for f32 counts as the largest number there is, and the row is computed again at the
-            // end: infinity minus itself is not a number. A score that is not one makes its weight so.
-            highest[r] = largest(high).min(f32::MAX);
-            shrink[r] = before - finite(highest[r]);
-            grown |= highest[r] != before;
+            // A score of +inf is clamped to the largest f32, since infinity minus infinity is NaN. The row is
+            // recomputed at the end. A NaN score gives a NaN weight.
+            new_max[r] = reduce_max(max).min(f32::MAX);
+            rescale[r] = old_max - finite(new_max[r]);
+            changed |= new_max[r] != old_max;
         }
-        if grown {
-            exp2_wide(V::load(&shrink)).store(&mut shrink);
+        if changed {
+            exp2_wide(V::load(&rescale)).store(&mut rescale);
         } else {
-            shrink = [1.0; LANES];
+            rescale = [1.0; LANES];
         }
         let zero = V::splat(0.0);
         for r in 0..R {
-            let reference = V::splat(finite(highest[r]));
+            let subtrahend = V::splat(finite(new_max[r]));
             let mut sums = V::splat(0.0);
             for panel in 0..TILE_PANELS {
-                let p = exp2_wide(zero.smaller(V::load(&rows[r][panel]).sub(reference)));
+                let p = exp2_wide(zero.min(V::load(&rows[r][panel]).sub(subtrahend)));
                 p.store(&mut rows[r][panel]);
                 sums = sums.add(p);
             }
-            state.grow::<V>(first + r, highest[r], shrink[r], sum(sums));
+            state.update::<V>(first + r, new_max[r], rescale[r], reduce_sum(sums));
         }
     }
 }

@@ -1,7 +1,8 @@
-//! From candle's tensors to slices and back.
+//! Converts candle's tensors to slices and back.
 //!
-//! candle keeps one lock per storage, and its read guards are not recursive: none is taken twice at a time, two are taken in
-//! the order of their storages' addresses, and no tensor operation happens while one is held.
+//! candle keeps one lock per storage, and its read locks are not recursive. So a thread never locks a storage that it
+//! has already locked, it locks two storages in the order of their addresses, and it runs no tensor operation while it
+//! holds a lock.
 
 use std::cmp::Ordering;
 
@@ -14,7 +15,8 @@ use super::jobs::Job;
 use super::{Call, crew};
 use crate::plan::Plan;
 
-/// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place: one pass, converting, under one lock.
+/// Writes k and v `(tokens, kv_heads, head_dim)` to the plan's slot mapping, in place: converts them to the stored type
+/// in one pass, under one lock.
 pub(crate) fn write(layer: &Tensor, k: &Tensor, v: &Tensor, layout: &KvLayout, plan: &Plan) -> Result<()> {
     layer.inplace_op3(&k.contiguous()?, &v.contiguous()?, &WriteSlots { layout, plan })
 }
@@ -40,36 +42,36 @@ impl InplaceOp3 for WriteSlots<'_> {
     ) -> Result<()> {
         let (k_start, v_start) = (k_layout.start_offset(), v_layout.start_offset());
         match (k, v) {
-            (CpuStorage::F32(k), CpuStorage::F32(v)) => self.to(layer, layer_layout, &k[k_start..], &v[v_start..]),
-            (CpuStorage::F16(k), CpuStorage::F16(v)) => self.to(layer, layer_layout, &k[k_start..], &v[v_start..]),
-            (CpuStorage::BF16(k), CpuStorage::BF16(v)) => self.to(layer, layer_layout, &k[k_start..], &v[v_start..]),
+            (CpuStorage::F32(k), CpuStorage::F32(v)) => self.put(layer, layer_layout, &k[k_start..], &v[v_start..]),
+            (CpuStorage::F16(k), CpuStorage::F16(v)) => self.put(layer, layer_layout, &k[k_start..], &v[v_start..]),
+            (CpuStorage::BF16(k), CpuStorage::BF16(v)) => self.put(layer, layer_layout, &k[k_start..], &v[v_start..]),
             _ => unsupported(),
         }
     }
 }
 
 impl WriteSlots<'_> {
-    fn to<S: Number>(&self, layer: &mut CpuStorage, layout: &Layout, k: &[S], v: &[S]) -> Result<()> {
+    fn put<S: Number>(&self, layer: &mut CpuStorage, layout: &Layout, k: &[S], v: &[S]) -> Result<()> {
         let start = layout.start_offset();
         match layer {
-            CpuStorage::F32(layer) => self.slots::<Float<f32>, S>(&mut layer[start..], k, v),
-            CpuStorage::F16(layer) => self.slots::<Float<f16>, S>(&mut layer[start..], k, v),
-            CpuStorage::BF16(layer) => self.slots::<Float<bf16>, S>(&mut layer[start..], k, v),
-            CpuStorage::U8(layer) if self.layout.order == Order::Int8 => {
-                self.slots::<Int8, S>(&mut layer[start..], k, v);
+            CpuStorage::F32(layer) => self.write_slots::<Float<f32>, S>(&mut layer[start..], k, v),
+            CpuStorage::F16(layer) => self.write_slots::<Float<f16>, S>(&mut layer[start..], k, v),
+            CpuStorage::BF16(layer) => self.write_slots::<Float<bf16>, S>(&mut layer[start..], k, v),
+            CpuStorage::U8(layer) if self.layout.order == Order::QuadPanels => {
+                self.write_slots::<Int8, S>(&mut layer[start..], k, v);
             }
             _ => return unsupported(),
         }
         Ok(())
     }
 
-    fn slots<F: Format, S: Number>(&self, layer: &mut [F::Number], k: &[S], v: &[S]) {
+    fn write_slots<F: Format, S: Number>(&self, layer: &mut [F::Number], k: &[S], v: &[S]) {
         let Self { layout, plan } = *self;
         let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
         let width = kv_heads * head_dim;
         let block_elements = layout.block_elements();
         let mut wide = [vec![0f32; width], vec![0f32; width]];
-        for ((&slot, k), v) in plan.slots.iter().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
+        for ((&slot, k), v) in plan.slot_mapping.iter().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             let block = &mut layer[block * block_elements..][..block_elements];
             let [wide_k, wide_v] = &mut wide;
@@ -82,7 +84,8 @@ impl WriteSlots<'_> {
     }
 }
 
-/// Attends with q `(tokens, heads, head_dim)` to all tokens of each sequence; the result has q's shape and type.
+/// Computes attention of q `(tokens, heads, head_dim)` over all tokens of each sequence. The result has q's shape and
+/// type.
 pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
     let q = &q.contiguous()?;
     match q.dtype() {
@@ -93,8 +96,9 @@ pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tens
     }
 }
 
-/// Attends with q to the tokens of a plan, which may be a part of those that there are; returns as much, and the logarithm,
-/// to base two, of the weight that each row and head has seen.
+/// Computes attention of q over the tokens of a plan, which may be only some of the sequence's tokens. Returns the
+/// output `(tokens, heads, head_dim)`, and the log-sum-exp of each row and head, to base two, by which outputs over
+/// different tokens are merged.
 pub(crate) fn attend_part(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
     let q = &q.contiguous()?;
     match q.dtype() {
@@ -105,27 +109,29 @@ pub(crate) fn attend_part(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result
     }
 }
 
-/// Attends with contiguous queries of type S, and returns as much.
+/// Computes attention of contiguous queries of type S. Returns the output and the log-sum-exps.
 fn attend_as<S: Number + WithDType>(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<S>, Vec<f32>)> {
     let mut out = vec![S::default(); q.elem_count()];
-    let mut log_weights = vec![f32::NEG_INFINITY; q.elem_count() / call.layout.head_dim];
-    let job = Job::new(call, &mut out, &mut log_weights);
-    // The order in which the locks are taken is that of their addresses: q may be a view of another layer, whose queries are
-    // a view of this one.
-    let [of_q, of_layer] = [q, layer].map(|tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr());
-    let order = of_q.cmp(&of_layer);
-    crew::together(job.threads(), || if job.is_taken_up() { Ok(()) } else { run(&job, layer, q, order) })?;
-    Ok((out, log_weights))
+    let mut lse = vec![f32::NEG_INFINITY; q.elem_count() / call.layout.head_dim];
+    let job = Job::new(call, &mut out, &mut lse);
+    // Lock in the order of addresses: q may be a view of another layer, while another call has a view of this layer as
+    // its queries and reads that layer.
+    let [q_address, layer_address] =
+        [q, layer].map(|tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr());
+    let order = q_address.cmp(&layer_address);
+    crew::run_parallel(job.threads(), || if job.is_claimed() { Ok(()) } else { run(&job, layer, q, order) })?;
+    Ok((out, lse))
 }
 
-/// Takes part in a job, and locks what it reads for as long: q before the layer, behind it, or, if it is a view of it, with it.
+/// Runs tasks of a job, and keeps q and the layer locked for that time. q is locked before the layer, after it, or, if
+/// it is a view of the layer, by the same lock.
 fn run<S: Number + WithDType>(job: &Job<'_, S>, layer: &Tensor, q: &Tensor, order: Ordering) -> Result<()> {
-    let before = order.is_lt().then(|| q.storage_and_layout().0);
-    let (guard, place) = layer.storage_and_layout();
-    let behind = order.is_gt().then(|| q.storage_and_layout().0);
-    let own = before.as_deref().or(behind.as_deref()).unwrap_or(&guard);
-    let q = &slice(own)?[q.layout().start_offset()..][..q.elem_count()];
-    let start = place.start_offset();
+    let q_before_layer = order.is_lt().then(|| q.storage_and_layout().0);
+    let (guard, tensor_layout) = layer.storage_and_layout();
+    let q_after_layer = order.is_gt().then(|| q.storage_and_layout().0);
+    let q_storage = q_before_layer.as_deref().or(q_after_layer.as_deref()).unwrap_or(&guard);
+    let q = &slice(q_storage)?[q.layout().start_offset()..][..q.elem_count()];
+    let start = tensor_layout.start_offset();
     match layer.dtype() {
         DType::F32 => job.run::<Float<f32>>(&slice(&guard)?[start..], q),
         DType::F16 => job.run::<Float<f16>>(&slice(&guard)?[start..], q),
@@ -136,17 +142,17 @@ fn run<S: Number + WithDType>(job: &Job<'_, S>, layer: &Tensor, q: &Tensor, orde
     Ok(())
 }
 
-/// A contiguous tensor as f32. Conversions here are by slices: candle's are number by number.
+/// Converts a contiguous tensor to f32, as a whole slice: candle's own conversion goes number by number.
 fn widened<S: Number + WithDType>(q: &Tensor) -> Result<Tensor> {
     let mut to = vec![0f32; q.elem_count()];
     {
-        let (guard, place) = q.storage_and_layout();
-        S::widen(&slice::<S>(&guard)?[place.start_offset()..][..to.len()], &mut to);
+        let (guard, tensor_layout) = q.storage_and_layout();
+        S::widen(&slice::<S>(&guard)?[tensor_layout.start_offset()..][..to.len()], &mut to);
     }
     Tensor::from_vec(to, q.shape(), q.device())
 }
 
-/// Numbers as a tensor of q's shape and type.
+/// Converts `out` to a tensor of q's shape and type.
 pub(crate) fn like(out: Vec<f32>, q: &Tensor) -> Result<Tensor> {
     match q.dtype() {
         DType::F16 => Tensor::from_vec(narrowed::<f16>(&out), q.shape(), q.device()),
@@ -156,18 +162,18 @@ pub(crate) fn like(out: Vec<f32>, q: &Tensor) -> Result<Tensor> {
 }
 
 fn narrowed<S: Number>(from: &[f32]) -> Vec<S> {
-    let mut to = vec![S::default(); from.len()];
-    S::narrow(from, &mut to);
-    to
+    let mut write_as = vec![S::default(); from.len()];
+    S::narrow(from, &mut write_as);
+    write_as
 }
 
-/// Copies the first `len` tokens of these blocks together: k and v, each `(len, kv_heads, head_dim)`, in the type in which
-/// they are stored; f32 for bytes.
+/// Gathers the first `len` tokens of these blocks: k and v, each `(len, kv_heads, head_dim)`, in the type in which they
+/// are stored, or in f32 if they are stored as bytes.
 pub(crate) fn read(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize) -> Result<(Tensor, Tensor)> {
     let shape = (len, layout.kv_heads, layout.head_dim);
     let [k, v] = {
-        let (guard, place) = layer.storage_and_layout();
-        let start = place.start_offset();
+        let (guard, tensor_layout) = layer.storage_and_layout();
+        let start = tensor_layout.start_offset();
         match layer.dtype() {
             DType::F32 => read_slots::<Float<f32>>(&slice(&guard)?[start..], layout, blocks, len),
             DType::F16 => read_slots::<Float<f16>>(&slice(&guard)?[start..], layout, blocks, len),

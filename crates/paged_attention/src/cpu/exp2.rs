@@ -1,17 +1,19 @@
-//! Powers of two, in operations that every instruction set has.
+//! Powers of two and soft caps, in operations that every instruction set has.
 
 use super::wide::Wide;
 
-/// Below this, `2^x` counts as 0: there f32 ends to have all its bits.
-const LEAST: f32 = -126.0;
-/// Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits; here with 127, the exponent's bias, in them.
+/// Below this, `2^x` is returned as 0: the results would be subnormal, with fewer bits.
+const MIN_EXPONENT: f32 = -126.0;
+/// Adding `1.5 * 2^23` rounds to an integer and leaves it in the lowest bits. Adding 127 as well puts the exponent's
+/// bias into these bits.
 const ROUND: f32 = 12_582_912.0 + 127.0;
-/// The polynomial of degree six that stays closest to `2^r`, relative to it, for `|r| <= 1/2`, among those that are 1 at 0:
-/// within 2e-9 before rounding. (Least squares, with weights that grow where it is worst: Lawson's.)
+/// The polynomial of degree six with the smallest relative error to `2^r` for `|r| <= 1/2`, among those with value 1 at
+/// `r = 0`. The error is below 2e-9 before rounding. (Lawson's algorithm: iterated least squares with weights that grow
+/// where the error is largest.)
 const TERMS: [f32; 7] =
     [1.535_336_2e-4, 1.339_887_4e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, std::f32::consts::LN_2, 1.0];
 
-/// `2^x` for `x <= 0`, within 2e-7 relative of the true value; 0 below -126.
+/// `2^x` for `x <= 0`, with a relative error below 2e-7; 0 below -126.
 ///
 /// `2^x = 2^n 2^r` with `n` the integer nearest to `x`.
 #[inline(always)]
@@ -23,12 +25,12 @@ pub(super) fn exp2_wide<V: Wide>(x: V) -> V {
     for term in &TERMS[1..] {
         sum = sum.multiply_add(r, V::splat(*term));
     }
-    // Out of range the power is nonsense, and so is unused.
-    x.if_less(V::splat(LEAST), V::splat(0.0), sum.mul(rounded.power_of_two()))
+    // Below the range the power of two is meaningless, and the result is 0 instead.
+    x.select_less(V::splat(MIN_EXPONENT), V::splat(0.0), sum.mul(rounded.power_of_two()))
 }
 
-/// The same for one number. Here multiplying and adding is always two roundings: what a kernel computes does not depend on
-/// where its caller was compiled.
+/// The same for one number. Multiply and add are always rounded separately here, so that the result does not depend on
+/// the instruction set that the caller is compiled for.
 #[inline(always)]
 pub(super) fn exp2(x: f32) -> f32 {
     let rounded = x + ROUND;
@@ -37,43 +39,43 @@ pub(super) fn exp2(x: f32) -> f32 {
     for term in &TERMS[1..] {
         sum = sum * r + term;
     }
-    if x < LEAST { 0.0 } else { sum * f32::from_bits(rounded.to_bits() << 23) }
+    if x < MIN_EXPONENT { 0.0 } else { sum * f32::from_bits(rounded.to_bits() << 23) }
 }
 
-/// Below this `tanh x` is computed as a polynomial: `1 - t` has too few digits where `t` is close to 1.
+/// Below this, `tanh x` is computed as a polynomial: `1 - t` loses too many digits where `t` is close to 1.
 const SMALL: f32 = 0.625;
-/// The polynomial of degree five in `x²` that stays closest to `log2 e tanh(x) / x`, relative to it, for `x` up to `SMALL`:
-/// within 4e-9 before rounding. (Remez' exchange, in fifty digits.)
+/// The polynomial of degree five in `x²` with the smallest relative error to `log2 e tanh(x) / x` for `x` up to
+/// `SMALL`. The error is below 4e-9 before rounding. (Remez' exchange algorithm, in fifty digits.)
 const TANH_TERMS: [f32; 6] =
     [-8.165_634e-3, 2.970_651_3e-2, -7.750_312e-2, 0.192_327_52, -0.480_897_3, std::f32::consts::LOG2_E];
 
-/// A soft cap of scores, `cap tanh(score / cap)`, times `log2 e`. Of the largest scores and the smallest, and for every finite
-/// cap, within 1e-6 relative of the true value, or half of the smallest number.
+/// A soft cap of scores, `cap tanh(score / cap)`, times `log2 e`. For every finite score and every finite cap, the
+/// error is below 1e-6 relative to the true value, or half of the smallest f32.
 #[derive(Clone, Copy)]
 pub(super) struct SoftCap {
     cap: f32,
-    /// The inverse of the cap, as a product: it can lie beyond f32, and where it has few bits left.
+    /// `1 / cap` as a product of two factors: it can be too large for f32, or subnormal, with few bits.
     inverse: [f32; 2],
 }
 
 impl SoftCap {
-    /// A cap greater than 0, and finite.
+    /// `cap` must be greater than 0 and finite.
     pub(super) fn new(cap: f32) -> Self {
         let inverse = 1.0 / f64::from(cap);
         let root = inverse.sqrt() as f32;
         Self { cap, inverse: [root, (inverse / f64::from(root)) as f32] }
     }
 
-    /// Capped scores, in powers of two.
+    /// Capped scores, as exponents of two.
     ///
-    /// With `x = score / cap`: `score (tanh(x) / x)` where `x` is small, `cap (1 - t) / (1 + t)` with `t = e^(-2 |x|)` and the
-    /// sign of `x` elsewhere. An infinite score, which may be one that f32 cannot hold, becomes NaN and not the cap, so that
-    /// its row is computed again.
+    /// With `x = score / cap` and `t = e^(-2 |x|)`: `score (tanh(x) / x)` where `|x|` is small, elsewhere
+    /// `cap (1 - t) / (1 + t)` with the sign of `x`. An infinite score becomes NaN and not the cap, so that its row is
+    /// recomputed: it may be a finite score that is too large for f32.
     #[inline(always)]
     pub(super) fn of<V: Wide>(&self, scores: V) -> V {
         let [zero, one, log2_e] = [0.0, 1.0, std::f32::consts::LOG2_E].map(V::splat);
         let x = scores.mul(V::splat(self.inverse[0])).mul(V::splat(self.inverse[1]));
-        let size = x.larger(zero.sub(x));
+        let size = x.max(zero.sub(x));
 
         let square = x.mul(x);
         let mut polynomial = V::splat(TANH_TERMS[0]);
@@ -84,9 +86,9 @@ impl SoftCap {
         let t = exp2_wide(size.mul(V::splat(-2.0 * std::f32::consts::LOG2_E)));
         let ratio = log2_e.sub(log2_e.mul(t)).div(one.add(t));
         let large = V::splat(self.cap).mul(ratio);
-        let large = x.if_less(zero, zero.sub(large), large);
+        let large = x.select_less(zero, zero.sub(large), large);
 
-        scores.multiply_add(zero, size.if_less(V::splat(SMALL), scores.mul(polynomial), large))
+        scores.multiply_add(zero, size.select_less(V::splat(SMALL), scores.mul(polynomial), large))
     }
 }
 
@@ -98,9 +100,9 @@ mod tests {
     use super::*;
 
     /// The largest relative error of `2^x` over the whole range.
-    struct Worst;
+    struct WorstError;
 
-    impl Run for Worst {
+    impl Run for WorstError {
         type Output = f64;
 
         #[inline(always)]
@@ -123,16 +125,16 @@ mod tests {
     }
 
     #[test]
-    fn stays_within_its_bound() {
+    fn the_error_of_exp2_is_within_its_bound() {
         for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
-            let worst = kernel.run(Worst);
+            let worst = kernel.run(WorstError);
             assert!(worst < 2e-7, "{}: {worst:e}", kernel.name());
         }
     }
 
     #[test]
-    fn ends_where_f32_ends() {
-        for exp2 in [exp2, |x| super::super::wide::largest(exp2_wide(Portable::splat(x)))] {
+    fn exp2_is_zero_below_the_range_of_f32() {
+        for exp2 in [exp2, |x| super::super::wide::reduce_max(exp2_wide(Portable::splat(x)))] {
             assert_eq!(exp2(0.0), 1.0);
             assert_eq!(exp2(-126.5), 0.0);
             assert_eq!(exp2(-1e30), 0.0);
@@ -142,9 +144,9 @@ mod tests {
     }
 
     /// The largest relative error of a cap over scores of every size.
-    struct WorstCap(f32);
+    struct WorstCapError(f32);
 
-    impl Run for WorstCap {
+    impl Run for WorstCapError {
         type Output = (f64, f32);
 
         #[inline(always)]
@@ -157,7 +159,7 @@ mod tests {
                 for (score, y) in scores.into_iter().zip(y) {
                     let cap = f64::from(self.0);
                     let truth = std::f64::consts::LOG2_E * cap * (f64::from(score) / cap).tanh();
-                    // Numbers below the normal ones have fewer digits, and some are beyond f32.
+                    // Subnormal results have fewer digits, and some results are too large for f32.
                     let error = ((f64::from(y) - truth).abs() - f64::from(f32::from_bits(1))) / truth.abs();
                     let beyond = truth.abs() > f64::from(f32::MAX) && y.abs() == f32::INFINITY;
                     if score != 0.0 && !beyond && (error > worst.0 || error.is_nan()) {
@@ -172,7 +174,7 @@ mod tests {
                     check(scores);
                 }
             }
-            // About the size of the cap, where one formula follows the other.
+            // Scores of about the size of the cap, where the formula changes.
             for step in 0..400 {
                 let x = |lane: usize| (step * LANES + lane) as f64 / 640.0;
                 check(std::array::from_fn(|lane| (x(lane) * f64::from(self.0)).min(3e38) as f32));
@@ -182,18 +184,18 @@ mod tests {
     }
 
     #[test]
-    fn capped_scores_are_right_for_every_cap() {
+    fn capped_scores_are_accurate_for_every_cap() {
         let caps = (-45..=38).map(|exponent| 10f64.powi(exponent) as f32);
         for cap in caps.chain([30.0, 50.0, 2.5, 3e38, f32::MAX, f32::MIN_POSITIVE]).filter(|cap| *cap > 0.0) {
             for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
-                let (worst, score) = kernel.run(WorstCap(cap));
+                let (worst, score) = kernel.run(WorstCapError(cap));
                 assert!(worst < 1e-6, "{}, cap {cap:e}, score {score:e}: {worst:e}", kernel.name());
             }
         }
     }
 
     #[test]
-    fn capped_scores_keep_their_sign_and_what_is_not_finite_stays_visible() {
+    fn capped_scores_keep_their_sign_and_scores_that_are_not_finite_become_nan() {
         for cap in [1e-40, 50.0, 3e38] {
             let capped = |x: f32| {
                 let mut y = [0f32; LANES];

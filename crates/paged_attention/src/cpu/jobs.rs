@@ -1,8 +1,8 @@
-//! How a step is cut into tasks, and what the threads have computed put together.
+//! How a step is split into tasks, and how the results of the tasks are merged.
 //!
-//! Where a sequence has few new tokens, the work is reading: each chunk of its tokens is a task of its own, for all key
-//! heads or, if that gives too few tasks, for some. Where it has many, the work is multiplying: a few new tokens and one
-//! key head are a task, over all chunks.
+//! A sequence with few new tokens is bound by memory bandwidth: each chunk of its tokens is a task, for all key heads
+//! or, if that gives too few tasks, for some. A sequence with many new tokens is bound by arithmetic: a few new tokens
+//! and one key head are a task, over all chunks.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,188 +12,192 @@ use block_pool::KvLayout;
 
 use super::Call;
 use super::algorithm::{Attend, CHUNK, Scratch, Task, chunks};
-use super::careful::{Rows, Source};
 use super::format::{Format, Number};
 use super::queries::Queries;
+use super::recompute::{Inputs, TokenHead};
 use super::state::State;
 use crate::plan::Span;
 
-/// Rows that a task has at most, unless one token's group has more: as many as keep what it works on in a core's cache.
+/// The most rows of a task, unless the group of one token has more: few enough that the data of a task fits a core's
+/// cache.
 const TASK_ROWS: usize = 32;
 
-/// Tasks for each thread, at least, if heads can be shared out: some threads come late.
+/// The fewest tasks per thread, if heads can be split: some threads start late.
 const TASKS_PER_THREAD: usize = 8;
 
-/// Products of a query's number and a key's that are worth another thread: waking one takes tens of microseconds.
-const WORTH_A_THREAD: usize = 1 << 17;
+/// Multiply-adds of `q kᵀ` that justify one more thread: waking a thread takes tens of microseconds.
+const WORK_PER_THREAD: usize = 1 << 17;
 
-/// The work of one call: any number of threads can run it together.
+/// The work of one call. Any number of threads can run it together.
 pub(super) struct Job<'a, S> {
     call: &'a Call<'a>,
-    parts: Vec<Part<'a>>,
-    /// Those of each part behind those of the part before.
-    shares: Vec<Share>,
-    /// How many of them have been taken up.
-    taken: AtomicUsize,
+    query_tiles: Vec<QueryTile<'a>>,
+    /// The tasks, grouped by query tile, in the order of the query tiles.
+    tasks: Vec<TaskSpec>,
+    /// How many tasks have been claimed: the index of the next one.
+    claimed: AtomicUsize,
     threads: usize,
-    /// For each part.
+    /// One entry per query tile.
     results: Vec<Mutex<Results<'a, S>>>,
 }
 
-/// Some new tokens of a sequence.
-struct Part<'a> {
+/// Some consecutive new tokens of a sequence.
+struct QueryTile<'a> {
     span: &'a Span,
     tokens: Range<usize>,
-    /// The positions that the tokens see: sinks, and recent ones.
+    /// The positions that the tokens see: sink tokens, and recent ones.
     seen: [Range<usize>; 2],
-    /// The chunks that these are in, each once.
+    /// The chunks that contain these positions, each once.
     chunks: [Range<usize>; 2],
     /// Whether each chunk is a task of its own.
     by_chunk: bool,
     /// Its tasks.
-    shares: Range<usize>,
+    tasks: Range<usize>,
 }
 
-/// What a task is of its part: heads, and chunks.
-struct Share {
-    part: usize,
+/// The heads and chunks of a query tile that one task computes.
+struct TaskSpec {
+    query_tile: usize,
     heads: Range<usize>,
     chunks: [Range<usize>; 2],
-    /// The work of all tasks up to its end: new tokens times what they see, in each key head.
-    until: usize,
+    /// The work of all tasks up to and including this one: new tokens times the tokens that they see, over all key
+    /// heads.
+    work_until: usize,
 }
 
-/// What is known of a part so far.
+/// The results of a query tile so far.
 struct Results<'a, S> {
-    /// A state for each task.
+    /// One state per task.
     states: Vec<Option<State>>,
     missing: usize,
-    /// Where the part's rows go, and the logarithms of their weights.
+    /// Where the query tile's rows and their log-sum-exps are written.
     rows: (&'a mut [S], &'a mut [f32]),
 }
 
 impl<'a, S: Number> Job<'a, S> {
-    /// Attention of `q (tokens, heads, head_dim)`. The result goes to `out`, of which there is as much, and the logarithm, to
-    /// base two, of the weight that each row has seen to `log_weights (tokens, heads)`.
-    pub(super) fn new(call: &'a Call<'a>, mut out: &'a mut [S], mut log_weights: &'a mut [f32]) -> Self {
+    /// Attention of `q (tokens, heads, head_dim)`. The result is written to `out`, which has the same shape, and the
+    /// log-sum-exp of each row, to base two, to `lse (tokens, heads)`.
+    pub(super) fn new(call: &'a Call<'a>, mut out: &'a mut [S], mut lse: &'a mut [f32]) -> Self {
         let KvLayout { kv_heads, head_dim, .. } = *call.layout;
-        let mut parts = parts(call);
-        let shares = shares(&mut parts, kv_heads);
-        let work = until(&shares).saturating_mul(call.heads / kv_heads * head_dim);
-        let threads = (work / WORTH_A_THREAD).min(shares.len()).clamp(1, rayon::current_num_threads());
-        let results = parts.iter().map(|part| {
-            let rows = part.tokens.len() * call.heads;
-            let own = out.split_off_mut(..rows * head_dim).unwrap_or_default();
-            let own_weights = log_weights.split_off_mut(..rows).unwrap_or_default();
-            let missing = part.shares.len();
+        let mut query_tiles = split_queries(call);
+        let tasks = split_tasks(&mut query_tiles, kv_heads);
+        let work = total_work(&tasks).saturating_mul(call.heads / kv_heads * head_dim);
+        let threads = (work / WORK_PER_THREAD).min(tasks.len()).clamp(1, rayon::current_num_threads());
+        let results = query_tiles.iter().map(|tile| {
+            let rows = tile.tokens.len() * call.heads;
+            let tile_out = out.split_off_mut(..rows * head_dim).unwrap_or_default();
+            let tile_lse = lse.split_off_mut(..rows).unwrap_or_default();
+            let missing = tile.tasks.len();
             let states = (0..missing).map(|_| None).collect();
-            Mutex::new(Results { states, missing, rows: (own, own_weights) })
+            Mutex::new(Results { states, missing, rows: (tile_out, tile_lse) })
         });
         let results = results.collect();
-        Self { call, parts, shares, taken: AtomicUsize::new(0), threads, results }
+        Self { call, query_tiles, tasks, claimed: AtomicUsize::new(0), threads, results }
     }
 
-    /// How many threads it is worth.
+    /// How many threads are worth waking for this job.
     pub(super) fn threads(&self) -> usize {
         self.threads
     }
 
-    /// Whether threads have taken up everything.
-    pub(super) fn is_taken_up(&self) -> bool {
-        self.taken.load(Ordering::Relaxed) >= self.shares.len()
+    /// Whether all tasks have been claimed.
+    pub(super) fn is_claimed(&self) -> bool {
+        self.claimed.load(Ordering::Relaxed) >= self.tasks.len()
     }
 
-    /// Works until everything is taken up. It is done when all who run it have returned.
+    /// Claims and computes tasks until none is left. The job is done when this has returned in every thread that called
+    /// it.
     pub(super) fn run<F: Format>(&self, layer: &[F::Number], q: &[S]) {
         let Self { call, .. } = *self;
         let KvLayout { kv_heads, head_dim, .. } = *call.layout;
         let q = Queries { numbers: q, heads: call.heads, head_dim, factor: call.attention.factor() };
-        let source = Source { call, layer, queries: q };
+        let inputs = Inputs { call, layer, queries: q };
         let mut queries = F::Queries::default();
         let mut scratch = Scratch::<F>::default();
-        // Whose rows are in `queries`.
+        // The query tile and the first key head that `queries` was prepared for.
         let mut ready = None;
-        while let Some(shares) = self.take_up() {
-            for i in shares {
-                let share = &self.shares[i];
-                let part = &self.parts[share.part];
-                let rows = (share.part, share.heads.start);
+        while let Some(claimed) = self.claim() {
+            for i in claimed {
+                let spec = &self.tasks[i];
+                let tile = &self.query_tiles[spec.query_tile];
+                let rows = (spec.query_tile, spec.heads.start);
                 if ready.replace(rows) != Some(rows) {
-                    q.prepare::<F>(part.span, &part.tokens, &share.heads, kv_heads, &mut queries);
+                    q.prepare::<F>(tile.span, &tile.tokens, &spec.heads, kv_heads, &mut queries);
                 }
                 let task = Task {
-                    blocks: source.blocks(part.span, false),
+                    blocks: inputs.blocks(tile.span, false),
                     attention: call.attention,
                     queries: &queries,
-                    group: source.group(),
-                    heads: share.heads.clone(),
-                    tokens: part.tokens.clone(),
-                    chunks: share.chunks.clone(),
+                    group: inputs.group(),
+                    heads: spec.heads.clone(),
+                    tokens: tile.tokens.clone(),
+                    chunks: spec.chunks.clone(),
                 };
                 let state = call.kernel.run(Attend(&task, &mut scratch));
-                self.hand_in(i, state, &source, &mut scratch);
+                self.submit(i, state, &inputs, &mut scratch);
             }
         }
     }
 
-    /// Tasks for one thread, which has them for itself: its share of the work that is left. They are neighbours, which read
-    /// faster one behind the other, and fewer each time, so that all threads come to the end together.
-    fn take_up(&self) -> Option<Range<usize>> {
+    /// Claims consecutive tasks for the calling thread: one thread's share of the work that is left. Neighbouring tasks
+    /// read memory in sequence, which is faster. Each claim is smaller than the one before, so that all threads finish
+    /// at about the same time.
+    fn claim(&self) -> Option<Range<usize>> {
         let end = |start: usize| {
-            let (before, all) = (until(&self.shares[..start]), until(&self.shares));
+            let (before, all) = (total_work(&self.tasks[..start]), total_work(&self.tasks));
             let enough = before + (all - before).div_ceil(self.threads);
-            (start + 1).max(self.shares.partition_point(|share| share.until <= enough))
+            (start + 1).max(self.tasks.partition_point(|task| task.work_until <= enough))
         };
-        let more = |start| (start < self.shares.len()).then(|| end(start));
-        // Tasks are there since before any thread came; only their numbers are handed out.
-        let start = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        let more = |start| (start < self.tasks.len()).then(|| end(start));
+        // Relaxed suffices: the tasks were created before any thread started, and only their indices are handed out.
+        let start = self.claimed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
         Some(start..end(start))
     }
 
-    /// Takes in a task's state; the last of a part puts it together.
-    fn hand_in<F: Format>(&self, i: usize, state: State, source: &Source<'_, F, S>, scratch: &mut Scratch<F>) {
-        let part = &self.parts[self.shares[i].part];
-        // Who panics leaves a state missing, and then nobody puts the part together.
-        let mut results = self.results[self.shares[i].part].lock().unwrap_or_else(PoisonError::into_inner);
-        results.states[i - part.shares.start] = Some(state);
+    /// Stores a task's state. The thread that stores the last state of a query tile finishes the tile.
+    fn submit<F: Format>(&self, i: usize, state: State, inputs: &Inputs<'_, F, S>, scratch: &mut Scratch<F>) {
+        let tile = &self.query_tiles[self.tasks[i].query_tile];
+        // A thread that panics leaves a state missing, and then no thread finishes the query tile.
+        let mut results = self.results[self.tasks[i].query_tile].lock().unwrap_or_else(PoisonError::into_inner);
+        results.states[i - tile.tasks.start] = Some(state);
         results.missing -= 1;
         if results.missing == 0 {
             let states = results.states.drain(..).flatten().collect();
-            self.put_together(part, states, &mut results.rows, source, scratch);
+            self.finish(tile, states, &mut results.rows, inputs, scratch);
         }
     }
 
-    /// Merges the states of a part's tasks, chunk after chunk, and writes its rows of the result. Those that are not finite
-    /// are computed again.
-    fn put_together<F: Format>(
+    /// Merges the states of a query tile's tasks in the order of their chunks, and writes the tile's rows of the
+    /// result. Rows that are not finite are recomputed.
+    fn finish<F: Format>(
         &self,
-        part: &Part<'_>,
+        tile: &QueryTile<'_>,
         states: Vec<State>,
-        (out, log_weights): &mut (&mut [S], &mut [f32]),
-        source: &Source<'_, F, S>,
+        (out, lse): &mut (&mut [S], &mut [f32]),
+        inputs: &Inputs<'_, F, S>,
         scratch: &mut Scratch<F>,
     ) {
         let head_dim = self.call.layout.head_dim;
-        let (heads, group) = (self.call.heads, source.group());
-        let mut mean = vec![0f32; head_dim];
-        let mut states = self.shares[part.shares.clone()].iter().zip(states).peekable();
-        while let Some((share, mut total)) = states.next() {
-            while let Some((_, state)) = states.next_if(|(other, _)| other.heads == share.heads) {
+        let (heads, group) = (self.call.heads, inputs.group());
+        let mut output = vec![0f32; head_dim];
+        let mut states = self.tasks[tile.tasks.clone()].iter().zip(states).peekable();
+        while let Some((spec, mut total)) = states.next() {
+            while let Some((_, state)) = states.next_if(|(other, _)| other.heads == spec.heads) {
                 total.merge(&state);
             }
             let mut row = 0;
-            for head in share.heads.clone() {
-                for (i, token) in part.tokens.clone().enumerate() {
-                    let mut again = None;
+            for head in spec.heads.clone() {
+                for (i, token) in tile.tokens.clone().enumerate() {
+                    let mut recomputed = None;
                     for member in 0..group {
                         let at = i * heads + head * group + member;
-                        total.mean(row, &mut mean);
-                        log_weights[at] = total.log_weight(row);
-                        if !total.is_finite(row, &mean) {
-                            let rows = Rows { span: part.span, token, head };
-                            log_weights[at] = source.again(&rows, member, &mut mean, &mut again, scratch);
+                        total.write_output(row, &mut output);
+                        lse[at] = total.lse(row);
+                        if !total.is_finite(row, &output) {
+                            let rows = TokenHead { span: tile.span, token, head };
+                            lse[at] = inputs.recompute(&rows, member, &mut output, &mut recomputed, scratch);
                         }
-                        S::narrow(&mean, &mut out[at * head_dim..][..head_dim]);
+                        S::narrow(&output, &mut out[at * head_dim..][..head_dim]);
                         row += 1;
                     }
                 }
@@ -202,8 +206,8 @@ impl<'a, S: Number> Job<'a, S> {
     }
 }
 
-impl Part<'_> {
-    /// How much some of its chunks are to one of its heads.
+impl QueryTile<'_> {
+    /// The work of these chunks in one key head: new tokens times the tokens that they see there.
     fn work(&self, chunks: &[Range<usize>; 2]) -> usize {
         let seen = |chunks: &Range<usize>| {
             let within = |seen: &Range<usize>| {
@@ -216,52 +220,53 @@ impl Part<'_> {
     }
 }
 
-/// The work of these tasks and of all before them.
-fn until(shares: &[Share]) -> usize {
-    shares.last().map_or(0, |share| share.until)
+/// The work of these tasks and of all tasks before them.
+fn total_work(tasks: &[TaskSpec]) -> usize {
+    tasks.last().map_or(0, |task| task.work_until)
 }
 
-/// Cuts a step into parts, in the order of their rows.
-fn parts<'a>(call: &Call<'a>) -> Vec<Part<'a>> {
+/// Splits the new tokens of a step into query tiles, in the order of their rows.
+fn split_queries<'a>(call: &Call<'a>) -> Vec<QueryTile<'a>> {
     let tokens_per_task = (TASK_ROWS * call.layout.kv_heads / call.heads).max(1);
-    let mut parts = Vec::new();
+    let mut query_tiles = Vec::new();
     for span in &call.plan.spans {
         let by_chunk = span.rows.len() <= tokens_per_task;
         for first in (0..span.rows.len()).step_by(tokens_per_task) {
             let tokens = first..span.rows.len().min(first + tokens_per_task);
-            // The first token looks back furthest, the last one sees furthest.
-            let [first, last] = [tokens.start, tokens.end - 1].map(|token| span.sight(token, call.attention));
-            let seen = [0..last.sinks, first.recent.start..last.recent.end];
+            // The first token's window begins first, the last token's visible range ends last.
+            let [first, last] = [tokens.start, tokens.end - 1].map(|token| span.visible(token, call.attention));
+            let seen = [0..last.sink_tokens, first.recent.start..last.recent.end];
             let chunks = chunks(&seen);
-            parts.push(Part { span, tokens, seen, chunks, by_chunk, shares: 0..0 });
+            query_tiles.push(QueryTile { span, tokens, seen, chunks, by_chunk, tasks: 0..0 });
         }
     }
-    parts
+    query_tiles
 }
 
-/// Cuts parts into tasks: chunks inside heads. However they are shared out, each chunk is merged into those before it.
-fn shares(parts: &mut [Part<'_>], kv_heads: usize) -> Vec<Share> {
-    let chunks = |part: &Part<'_>| part.chunks.iter().map(Range::len).sum();
-    let tasks: usize = parts.iter().map(|part| if part.by_chunk { chunks(part) } else { kv_heads }).sum();
-    let more = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(tasks.max(1));
-    let mut shares = Vec::new();
-    let mut until = 0;
-    for (i, part) in parts.iter_mut().enumerate() {
-        let first = shares.len();
-        let step = if part.by_chunk { kv_heads.div_ceil(more) } else { 1 };
+/// Splits query tiles into tasks, by heads and, within heads, by chunks. However they are split, the chunks of a row
+/// are merged one by one in their order.
+fn split_tasks(query_tiles: &mut [QueryTile<'_>], kv_heads: usize) -> Vec<TaskSpec> {
+    let chunks = |tile: &QueryTile<'_>| tile.chunks.iter().map(Range::len).sum();
+    let count: usize = query_tiles.iter().map(|tile| if tile.by_chunk { chunks(tile) } else { kv_heads }).sum();
+    let more = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(count.max(1));
+    let mut tasks = Vec::new();
+    let mut work_until = 0;
+    for (i, tile) in query_tiles.iter_mut().enumerate() {
+        let first = tasks.len();
+        let step = if tile.by_chunk { kv_heads.div_ceil(more) } else { 1 };
         for head in (0..kv_heads).step_by(step) {
             let heads = head..kv_heads.min(head + step);
             let mut push = |chunks: [Range<usize>; 2]| {
-                until = part.work(&chunks).saturating_mul(heads.len()).saturating_add(until);
-                shares.push(Share { part: i, heads: heads.clone(), chunks, until });
+                work_until = tile.work(&chunks).saturating_mul(heads.len()).saturating_add(work_until);
+                tasks.push(TaskSpec { query_tile: i, heads: heads.clone(), chunks, work_until });
             };
-            if part.by_chunk {
-                part.chunks.iter().cloned().flatten().for_each(|chunk| push([chunk..chunk + 1, 0..0]));
+            if tile.by_chunk {
+                tile.chunks.iter().cloned().flatten().for_each(|chunk| push([chunk..chunk + 1, 0..0]));
             } else {
-                push(part.chunks.clone());
+                push(tile.chunks.clone());
             }
         }
-        part.shares = first..shares.len();
+        tile.tasks = first..tasks.len();
     }
-    shares
+    tasks
 }

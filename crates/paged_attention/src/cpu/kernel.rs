@@ -1,4 +1,4 @@
-//! Which instruction sets there are, and which one runs.
+//! The instruction sets, and the choice of the one that runs.
 
 use super::arch;
 use super::wide::Wide;
@@ -7,7 +7,7 @@ use super::wide::Wide;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
-    /// For every machine.
+    /// Plain Rust, for every machine.
     Portable,
     /// NEON: every 64-bit Arm.
     Neon,
@@ -17,9 +17,9 @@ pub enum Kernel {
     Avx512,
 }
 
-/// Something that can be computed with any instruction set.
+/// A computation that can run with any instruction set.
 ///
-/// It has to be inlined into the shim that permits the instructions, and so have the functions that it calls.
+/// `run` and the functions that it calls must be inlined into the shim that enables the instruction set.
 pub(super) trait Run {
     type Output;
 
@@ -35,7 +35,7 @@ impl Kernel {
         Self::ALL.into_iter().rfind(|kernel| kernel.is_available()).unwrap_or(Kernel::Portable)
     }
 
-    /// Whether this machine can run it.
+    /// Whether this machine can run this kernel.
     pub fn is_available(self) -> bool {
         match self {
             Kernel::Portable => true,
@@ -45,12 +45,12 @@ impl Kernel {
             Kernel::Avx2 => arch::avx2::is_available(),
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx512 => arch::avx512::is_available(),
-            #[allow(unreachable_patterns)] // every architecture leaves out others
+            #[allow(unreachable_patterns)] // reachable only where an arm above is compiled out
             _ => false,
         }
     }
 
-    /// Its name in benchmarks and errors.
+    /// The kernel's name in benchmarks and errors.
     pub fn name(self) -> &'static str {
         match self {
             Kernel::Portable => "portable",
@@ -60,18 +60,20 @@ impl Kernel {
         }
     }
 
-    /// Runs `run` with this instruction set, or with the portable one where there is no such.
+    /// Runs `run` with this instruction set, or with the portable kernel if this machine cannot run it.
     #[allow(unsafe_code)]
     pub(super) fn run<R: Run>(self, run: R) -> R::Output {
         match self {
             #[cfg(target_arch = "aarch64")]
-            // SAFETY: NEON is a part of every 64-bit Arm CPU that this target stands for.
+            // SAFETY: every 64-bit Arm CPU that this target covers has NEON.
             Kernel::Neon => unsafe { arch::neon::run(run) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: the guard has just asked this CPU for every instruction that the function is compiled with.
+            // SAFETY: the guard has just checked that this CPU has every instruction set that the function is compiled
+            // with.
             Kernel::Avx2 if self.is_available() => unsafe { arch::avx2::run(run) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: the guard has just asked this CPU for every instruction that the function is compiled with.
+            // SAFETY: the guard has just checked that this CPU has every instruction set that the function is compiled
+            // with.
             Kernel::Avx512 if self.is_available() => unsafe { arch::avx512::run(run) },
             _ => run.run::<arch::portable::Portable>(),
         }

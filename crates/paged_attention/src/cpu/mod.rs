@@ -1,25 +1,25 @@
-//! Attention on a CPU, over the blocks where they lie.
+//! Attention on a CPU that reads keys and values from the blocks in place.
 //!
-//! - `boundary`: candle's tensors in, slices out; the only file here that knows candle.
-//! - `jobs`: how a step is cut into tasks, and what becomes of them; `crew` is the threads that take them up.
-//! - `careful`: rows whose result is not finite, computed again.
-//! - `queries`: the rows of some new tokens, made ready.
-//! - `algorithm`: online softmax over tiles of tokens, written once; `state` is what it knows of a row, `tile` where the
-//!   tokens lie.
-//! - `format`: f32, f16, bf16 and bytes, as stored, and the products over them.
-//! - `wide`: sixteen numbers at a time, the one thing asked of an instruction set; `exp2` needs no more.
+//! - `boundary`: converts candle's tensors to slices and back; the only file here that uses candle.
+//! - `jobs`: splits a step into tasks, and merges their results; `crew` runs them on several threads.
+//! - `recompute`: recomputes rows whose result is not finite.
+//! - `queries`: packs the query rows of new tokens for the kernels.
+//! - `algorithm`: online softmax over tiles of tokens, written once for all formats and instruction sets; `state` has
+//!   the running maximum, running sum and accumulators of each row, `tile` finds the keys and values of a tile.
+//! - `format`: f32, f16, bf16 and int8 storage, and the products over it.
+//! - `wide`: the trait that each instruction set implements, a vector of sixteen lanes; `exp2` is written with it.
 //! - `arch`: the instruction sets; `kernel` chooses one.
 
 mod algorithm;
 mod arch;
 mod boundary;
-mod careful;
 mod crew;
 mod exp2;
 mod format;
 mod jobs;
 mod kernel;
 mod queries;
+mod recompute;
 mod state;
 mod tile;
 mod wide;
@@ -32,10 +32,10 @@ pub use kernel::Kernel;
 use crate::Attention;
 use crate::plan::Plan;
 
-/// The most dimensions that 8-bit storage can have.
+/// The largest `head_dim` of 8-bit storage.
 pub(crate) use format::MOST_INT8_DIMS;
 
-/// What one call computes.
+/// The parameters of one call.
 pub(crate) struct Call<'a> {
     pub(crate) layout: &'a KvLayout,
     pub(crate) plan: &'a Plan,

@@ -1,4 +1,4 @@
-//! The rows of some new tokens: their query heads, made ready for products.
+//! Packs the query rows of new tokens for the products with keys.
 
 use std::ops::Range;
 
@@ -12,18 +12,18 @@ pub(super) struct Queries<'a, S> {
     pub(super) numbers: &'a [S],
     pub(super) heads: usize,
     pub(super) head_dim: usize,
-    /// What each number is multiplied by.
+    /// What every query is multiplied by.
     pub(super) factor: f32,
 }
 
 impl<S: Number> Queries<'_, S> {
-    /// One head of the query in one row of the step, as f32.
+    /// Writes one head of the query in row `row` of the step to `to`, as f32.
     pub(super) fn widen(&self, row: usize, head: usize, to: &mut [f32]) {
         S::widen(&self.numbers[(row * self.heads + head) * self.head_dim..][..self.head_dim], to);
     }
 
-    /// Makes the rows of some new tokens of a sequence ready, key head after key head: in each the tokens times its query
-    /// heads, four by four.
+    /// Packs the rows of some new tokens of a sequence into `to`, one key head after another. The rows of a key head
+    /// are the tokens times the query heads of its group, packed in groups of four.
     pub(super) fn prepare<F: Format>(
         &self,
         span: &Span,
@@ -39,12 +39,12 @@ impl<S: Number> Queries<'_, S> {
         F::clear(to);
         for head in key_heads.clone() {
             for first in (0..rows).step_by(ROWS) {
-                let own = ROWS.min(rows - first);
-                for (row, wide) in (first..first + own).zip(wide.chunks_exact_mut(head_dim)) {
+                let count = ROWS.min(rows - first);
+                for (row, wide) in (first..first + count).zip(wide.chunks_exact_mut(head_dim)) {
                     let token = span.rows.start + tokens.start + row / group;
                     self.widen(token, head * group + row % group, wide);
                 }
-                F::prepare(to, &wide[..own * head_dim], head_dim, factor);
+                F::prepare(to, &wide[..count * head_dim], head_dim, factor);
             }
         }
     }

@@ -1,108 +1,110 @@
-//! What attention knows of a row after some of its tokens, and how two such states become one.
+//! The online softmax state of each row, and how two states over different tokens are merged.
 
 use std::ops::Range;
 
 use super::exp2::exp2;
 use super::wide::{LANES, Wide};
 
-/// For each row, after some tokens: the largest score (in powers of two), the sum of weights relative to it, and the weighted
-/// sum of values.
+/// For each row, over the tokens seen so far: the running maximum of the scores (as exponents of two), the running sum
+/// of weights relative to it, and the accumulators, which hold the weighted sum of values.
 pub(super) struct State {
-    largest: Vec<f32>,
-    weight: Vec<f32>,
-    /// `(rows, chunks, sixteen)`.
-    sums: Vec<[f32; LANES]>,
-    /// Sixteens of a row.
-    chunks: usize,
+    running_max: Vec<f32>,
+    running_sum: Vec<f32>,
+    /// `(rows, vectors, 16)`.
+    accumulators: Vec<[f32; LANES]>,
+    /// Vectors of 16 lanes per row.
+    vectors: usize,
 }
 
 impl State {
-    /// Rows of `dims` dimensions that have seen nothing.
+    /// Rows of `dims` dimensions that have seen no token.
     pub(super) fn new(rows: usize, dims: usize) -> Self {
-        let chunks = dims / LANES;
+        let vectors = dims / LANES;
         Self {
-            largest: vec![f32::NEG_INFINITY; rows],
-            weight: vec![0.0; rows],
-            sums: vec![[0.0; LANES]; rows * chunks],
-            chunks,
+            running_max: vec![f32::NEG_INFINITY; rows],
+            running_sum: vec![0.0; rows],
+            accumulators: vec![[0.0; LANES]; rows * vectors],
+            vectors,
         }
     }
 
     pub(super) fn clear(&mut self) {
-        self.largest.fill(f32::NEG_INFINITY);
-        self.weight.fill(0.0);
-        self.sums.fill([0.0; LANES]);
+        self.running_max.fill(f32::NEG_INFINITY);
+        self.running_sum.fill(0.0);
+        self.accumulators.fill([0.0; LANES]);
     }
 
-    /// The sums of these rows.
-    pub(super) fn sums(&mut self, rows: Range<usize>) -> &mut [[f32; LANES]] {
-        &mut self.sums[rows.start * self.chunks..rows.end * self.chunks]
+    /// The accumulators of these rows.
+    pub(super) fn accumulators(&mut self, rows: Range<usize>) -> &mut [[f32; LANES]] {
+        &mut self.accumulators[rows.start * self.vectors..rows.end * self.vectors]
     }
 
-    /// The largest score of a row.
-    pub(super) fn largest(&self, row: usize) -> f32 {
-        self.largest[row]
+    /// The running maximum of a row.
+    pub(super) fn running_max(&self, row: usize) -> f32 {
+        self.running_max[row]
     }
 
-    /// Takes in the weights of further tokens of a row: `weight` in sum, relative to `largest`. What it has summed shrinks
-    /// to `shrink` times as much, as its largest score has grown.
+    /// Sets a row's running maximum to `max`, multiplies its running sum and accumulators by `rescale`, since they were
+    /// relative to the old maximum, and adds `weights`, the sum of the new tokens' weights relative to `max`.
     #[inline(always)]
-    pub(super) fn grow<V: Wide>(&mut self, row: usize, largest: f32, shrink: f32, weight: f32) {
-        self.weight[row] = self.weight[row] * shrink + weight;
-        self.largest[row] = largest;
-        if shrink != 1.0 {
-            for sums in &mut self.sums[row * self.chunks..][..self.chunks] {
-                V::load(sums).mul(V::splat(shrink)).store(sums);
+    pub(super) fn update<V: Wide>(&mut self, row: usize, max: f32, rescale: f32, weights: f32) {
+        self.running_sum[row] = self.running_sum[row] * rescale + weights;
+        self.running_max[row] = max;
+        if rescale != 1.0 {
+            for accumulator in &mut self.accumulators[row * self.vectors..][..self.vectors] {
+                V::load(accumulator).mul(V::splat(rescale)).store(accumulator);
             }
         }
     }
 
-    /// Takes in what `other` knows: the same rows after later tokens.
+    /// Merges `other`, the state of the same rows over later tokens, into this one.
     pub(super) fn merge(&mut self, other: &Self) {
-        for row in 0..self.largest.len() {
-            let (a, b) = (self.largest[row], other.largest[row]);
-            // Where nothing has been seen there are zeros, which add nothing; sums that are not a number stay visible.
-            let largest = if b > a { b } else { a };
-            let (shrink, other_shrink) = (exp2(a - finite(largest)), exp2(b - finite(largest)));
-            self.largest[row] = largest;
-            self.weight[row] = self.weight[row] * shrink + other.weight[row] * other_shrink;
-            let own = self.sums[row * self.chunks..][..self.chunks].as_flattened_mut();
-            let others = other.sums[row * self.chunks..][..self.chunks].as_flattened();
+        for row in 0..self.running_max.len() {
+            let (a, b) = (self.running_max[row], other.running_max[row]);
+            // A row that has seen no token has only zeros, which add nothing. NaN in the accumulators stays NaN.
+            let max = if b > a { b } else { a };
+            let (rescale, other_rescale) = (exp2(a - finite(max)), exp2(b - finite(max)));
+            self.running_max[row] = max;
+            self.running_sum[row] = self.running_sum[row] * rescale + other.running_sum[row] * other_rescale;
+            let own = self.accumulators[row * self.vectors..][..self.vectors].as_flattened_mut();
+            let others = other.accumulators[row * self.vectors..][..self.vectors].as_flattened();
             for (x, y) in own.iter_mut().zip(others) {
-                *x = *x * shrink + y * other_shrink;
+                *x = *x * rescale + y * other_rescale;
             }
         }
     }
 
-    /// The logarithm, to base two, of the sum of a row's weights: what makes means over different tokens comparable. -inf if
-    /// it has seen nothing that weighs anything.
-    pub(super) fn log_weight(&self, row: usize) -> f32 {
-        self.largest[row] + self.weight[row].log2()
+    /// The log-sum-exp of a row's scores, to base two. Outputs over different tokens are merged by it. -inf if all
+    /// weights that the row has seen are zero, or if it has seen none.
+    pub(super) fn lse(&self, row: usize) -> f32 {
+        self.running_max[row] + self.running_sum[row].log2()
     }
 
-    /// Whether all that a row has summed is finite, `mean` is its mean, and its largest score within f32: whether it can have
-    /// met nothing that is not finite. A score that is not a number makes the weights so, and with them the mean.
-    pub(super) fn is_finite(&self, row: usize, mean: &[f32]) -> bool {
-        let largest = self.largest[row];
-        // All of them, without looking whether one is found: then the compiler compares several at a time.
-        let all_finite = mean.iter().fold(true, |all, x| all & x.is_finite());
-        f32::NEG_INFINITY < largest && largest < f32::MAX && all_finite
+    /// Whether all numbers that a row has summed were finite: all of `output`, the row's output, is finite, and its
+    /// running maximum is above -inf and below the largest f32. A NaN score makes the weights NaN, and with them the
+    /// output.
+    pub(super) fn is_finite(&self, row: usize, output: &[f32]) -> bool {
+        let max = self.running_max[row];
+        // Without an early exit, so that the compiler can vectorise the comparison.
+        let all_finite = output.iter().fold(true, |all, x| all & x.is_finite());
+        f32::NEG_INFINITY < max && max < f32::MAX && all_finite
     }
 
-    /// The weighted mean of a row's values; zeros if it has seen nothing that weighs anything. A zero is positive: the sign
-    /// of a sum that is zero can be that of a value that weighs nothing.
-    pub(super) fn mean(&self, row: usize, out: &mut [f32]) {
-        let weight = self.weight[row];
-        let by = if weight == 0.0 { 0.0 } else { 1.0 / weight };
-        let sums = self.sums[row * self.chunks..][..self.chunks].as_flattened();
-        for (out, x) in out.iter_mut().zip(sums) {
+    /// Writes the output of a row: its accumulators divided by its running sum, or zeros if all weights that it has
+    /// seen are zero. A zero is written as +0: a value of weight zero can make the sign of a zero sum negative.
+    pub(super) fn write_output(&self, row: usize, out: &mut [f32]) {
+        let running_sum = self.running_sum[row];
+        let by = if running_sum == 0.0 { 0.0 } else { 1.0 / running_sum };
+        let accumulators = self.accumulators[row * self.vectors..][..self.vectors].as_flattened();
+        for (out, x) in out.iter_mut().zip(accumulators) {
             *out = x * by + 0.0;
         }
     }
 }
 
-/// A largest score, to be subtracted: -inf, where nothing has been seen, would give what is not a number.
+/// A maximum to subtract from scores: 0 in place of -inf, the maximum of a row that has seen no token. (-inf minus -inf
+/// is NaN.)
 #[inline(always)]
-pub(super) fn finite(largest: f32) -> f32 {
-    if largest == f32::NEG_INFINITY { 0.0 } else { largest }
+pub(super) fn finite(max: f32) -> f32 {
+    if max == f32::NEG_INFINITY { 0.0 } else { max }
 }

@@ -1,4 +1,4 @@
-//! Where the keys and values of neighbouring tokens lie.
+//! Finds or gathers the keys and values of a tile, `TILE` consecutive tokens of a sequence.
 
 use std::array::from_fn;
 use std::ops::Range;
@@ -7,45 +7,46 @@ use block_pool::{KvLayout, Order, PANEL};
 
 use super::format::Format;
 use super::wide::LANES;
-use crate::plan::{Sight, Span};
+use crate::plan::{Span, VisibleRange};
 
-/// Panels of a tile.
+/// Panels per tile.
 pub(super) const TILE_PANELS: usize = 4;
-/// Tokens of a tile: their scores are computed before they are weighed. Tiles begin at multiples of it.
+/// Tokens per tile. All scores of a tile are computed before its values are accumulated. Tiles begin at multiples of
+/// this.
 pub(super) const TILE: usize = TILE_PANELS * PANEL;
 
-/// One row's scores of a tile, then its weights.
+/// One row's scores of a tile, later replaced by its weights.
 pub(super) type Scores = [[f32; LANES]; TILE_PANELS];
-/// The keys, or the values, of a tile in one head; empty where there is no token or its block has been given back.
+/// The keys, or the values, of a tile in one head. A panel is empty if it has no token or its block has been freed.
 pub(super) type Panels<'a, N> = [&'a [N]; TILE_PANELS];
 
-/// All blocks of a layer, and those of one sequence.
+/// All blocks of a layer, and the block table of one sequence.
 pub(super) struct Blocks<'a, N> {
     pub(super) layer: &'a [N],
     pub(super) layout: &'a KvLayout,
-    /// The sequence's blocks, in order.
+    /// The ids of the sequence's blocks, in order.
     pub(super) ids: &'a [u32],
     pub(super) span: &'a Span,
-    /// Whether tiles are copied together without the values of tokens that are not seen: for tasks of one new token.
-    pub(super) only_seen: bool,
+    /// Whether tiles are gathered without the values of tokens that are not seen: for tasks of one new token.
+    pub(super) visible_only: bool,
 }
 
 impl<'a, N> Blocks<'a, N> {
-    /// Dimensions of a value as kernels see it: whole registers.
+    /// Dimensions of a value in the kernels: `head_dim` rounded up to whole vectors.
     pub(super) fn dims(&self) -> usize {
         self.layout.head_dim.next_multiple_of(LANES)
     }
 
-    /// Whether panels can be read where they lie. Otherwise tiles are copied together: blocks that are no multiple of a
-    /// panel, heads that are no multiple of a register, and where only what is seen may be read.
+    /// Whether panels can be read in place. Tiles are gathered instead if the block size is not a multiple of a panel,
+    /// if `head_dim` is not a multiple of a vector, or if only visible tokens may be read.
     fn in_place(&self) -> bool {
-        debug_assert_ne!(self.layout.order, Order::TokenMajor);
-        !self.only_seen && self.layout.block_size.is_multiple_of(PANEL) && self.layout.head_dim.is_multiple_of(LANES)
+        debug_assert_ne!(self.layout.order, Order::Nhd);
+        !self.visible_only && self.layout.block_size.is_multiple_of(PANEL) && self.layout.head_dim.is_multiple_of(LANES)
     }
 
-    /// Finds the tile of these positions in some heads, one after the other; in none if there are no positions, or if panels
-    /// cannot be read where they lie.
-    pub(super) fn find(&self, positions: &Range<usize>, heads: &Range<usize>, tiles: &mut Vec<Tile<'a, N>>)
+    /// Finds the tile of these positions in consecutive heads, one entry of `tiles` per head. No entry if there are no
+    /// positions, or if panels cannot be read in place.
+    pub(super) fn locate(&self, positions: &Range<usize>, heads: &Range<usize>, tiles: &mut Vec<Tile<'a, N>>)
     where
         N: Copy,
     {
@@ -57,7 +58,7 @@ impl<'a, N> Blocks<'a, N> {
         for (i, position) in positions.clone().step_by(PANEL).enumerate() {
             let Some(block) = self.block(position) else { continue };
             let panel = position % self.layout.block_size / PANEL;
-            // Behind a head's keys lie its values, and behind these the keys of the next one.
+            // The keys of a head are followed by its values, and these by the keys of the next head.
             let keys = self.layout.key_panel(heads.start, panel);
             let values = self.layout.value_panel(heads.start, panel);
             let mut rest = &block[keys.start..];
@@ -68,11 +69,11 @@ impl<'a, N> Blocks<'a, N> {
         }
     }
 
-    /// The block of the token at `position`, unless it has been given back.
+    /// The block of the token at `position`, unless it has been freed.
     #[inline(always)]
     pub(super) fn block(&self, position: usize) -> Option<&'a [N]> {
-        let place = self.span.place(position / self.layout.block_size)?;
-        let id = *self.ids.get(place)?;
+        let index = self.span.index_of(position / self.layout.block_size)?;
+        let id = *self.ids.get(index)?;
         let elements = self.layout.block_elements();
         Some(&self.layer[id as usize * elements..][..elements])
     }
@@ -85,7 +86,7 @@ pub(super) struct Tile<'a, N> {
     pub(super) values: Panels<'a, N>,
 }
 
-/// A tile of one head, copied together.
+/// A tile of one head, gathered from its blocks.
 pub(super) struct Copied<N> {
     keys: Vec<N>,
     values: Vec<N>,
@@ -100,14 +101,14 @@ impl<N> Default for Copied<N> {
 }
 
 impl<N: Copy + Default> Copied<N> {
-    /// Copies the tokens at these positions, or, if `seen` is given, those of them that are seen; the values of the others
-    /// are zeros then.
+    /// Copies the tokens at these positions. If `seen` is given, copies only the visible ones; the values of the others
+    /// are zeros.
     pub(super) fn fill<F: Format<Number = N>>(
         &mut self,
         blocks: &Blocks<'_, N>,
         head: usize,
         positions: &Range<usize>,
-        seen: Option<&Sight>,
+        seen: Option<&VisibleRange>,
     ) {
         let (layout, dims) = (blocks.layout, blocks.dims());
         self.sizes = F::panel_sizes(layout.head_dim, dims);
@@ -118,7 +119,7 @@ impl<N: Copy + Default> Copied<N> {
             self.values.fill(N::default());
         }
         for (i, position) in positions.clone().enumerate() {
-            if seen.is_some_and(|seen| i >= seen.sinks && !seen.recent.contains(&i)) {
+            if seen.is_some_and(|seen| i >= seen.sink_tokens && !seen.recent.contains(&i)) {
                 continue;
             }
             let Some(block) = blocks.block(position) else { continue };

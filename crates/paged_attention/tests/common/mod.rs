@@ -1,10 +1,10 @@
-//! Dense attention in f64, and random numbers: what the tests compare with.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // every test binary uses another part
+//! Shared helpers: random numbers, dense attention in f64 as a reference, and every backend and kernel of this machine.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test binary uses a different part
 
 use candle_core::{DType, Device, Tensor};
 use paged_attention::{Backend, Kernel, KvCache, KvCacheBuilder, KvDtype, TableOptions};
 
-/// Numbers in (-1, 1), the same for the same seed.
+/// A generator of random numbers, the same numbers for the same seed.
 pub struct Random(u64);
 
 impl Random {
@@ -17,6 +17,7 @@ impl Random {
         (self.0 >> 33) as usize % n
     }
 
+    /// A number in [-1, 1).
     pub fn number(&mut self) -> f32 {
         self.below(1 << 24) as f32 / (1 << 23) as f32 - 1.0
     }
@@ -26,13 +27,13 @@ impl Random {
     }
 }
 
-/// `(tokens, heads, head_dim)`.
+/// A tensor `(tokens, heads, head_dim)` of these numbers.
 pub fn tensor(numbers: &[f32], heads: usize, head_dim: usize, dtype: DType) -> Tensor {
     let tokens = numbers.len() / (heads * head_dim);
     Tensor::from_slice(numbers, (tokens, heads, head_dim), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
-/// What storage in `dtype` makes of these numbers, `(_, head_dim)`.
+/// These numbers, `(_, head_dim)`, as they are read back after being stored in `dtype`.
 pub fn stored_as(numbers: &[f32], head_dim: usize, dtype: KvDtype) -> Vec<f32> {
     let round = |dtype| rounded(numbers, dtype);
     match dtype {
@@ -41,7 +42,7 @@ pub fn stored_as(numbers: &[f32], head_dim: usize, dtype: KvDtype) -> Vec<f32> {
         KvDtype::Int8 => numbers
             .chunks_exact(head_dim)
             .flat_map(|row| {
-                // One number that is not finite makes the whole row not a number: they share a scale.
+                // A number that is not finite makes the whole row NaN, because the row shares one scale.
                 let finite = row.iter().all(|x| x.is_finite());
                 let largest = row.iter().fold(0f32, |m, x| m.max(x.abs()));
                 let step = f64::from(largest) / 127.0;
@@ -53,14 +54,14 @@ pub fn stored_as(numbers: &[f32], head_dim: usize, dtype: KvDtype) -> Vec<f32> {
     }
 }
 
-/// What `dtype` makes of these numbers.
+/// These numbers, rounded to `dtype`.
 pub fn rounded(numbers: &[f32], dtype: DType) -> Vec<f32> {
     let tensor = Tensor::from_slice(numbers, numbers.len(), &Device::Cpu).unwrap();
     tensor.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
 }
 
-/// `softmax(score(scale q kᵀ)) v` of one token, `(heads, head_dim)`, over the keys and values `(_, kv_heads, head_dim)` at
-/// the positions that it sees. `score(head, position, product)` is what becomes of a product.
+/// Dense attention of one token in f64: `softmax(score(scale q kᵀ)) v`, `(heads, head_dim)`, over the keys and values
+/// `(_, kv_heads, head_dim)` at the positions `seen`. `score(head, position, product)` turns a product into a score.
 #[allow(clippy::too_many_arguments)]
 pub fn dense(
     q: &[f32],
@@ -95,17 +96,18 @@ pub fn dense(
     out
 }
 
-/// The largest difference, relative to the largest number of the reference.
+/// The largest absolute difference, divided by the largest absolute number of the reference. NaN if a difference is
+/// NaN.
 pub fn difference(got: &[f32], reference: &[f64]) -> f64 {
     assert_eq!(got.len(), reference.len());
     let largest = reference.iter().fold(0f64, |m, x| m.max(x.abs()));
     let worst = got.iter().zip(reference).map(|(&a, b)| (f64::from(a) - b).abs());
-    // `max` would swallow a NaN.
+    // `f64::max` would ignore a NaN.
     worst.fold(0f64, |m, x| if x.is_nan() || x > m { x } else { m }) / largest
 }
 
-/// Whether a row is what it should be: NaN and infinities in the same places, and the other numbers within `bound`, relative
-/// to the largest of them.
+/// Whether a row equals the reference: NaN and infinities at the same indices, and the other numbers within `bound`
+/// relative to the largest finite number of the reference.
 pub fn agrees(got: &[f32], reference: &[f64], bound: f64) -> bool {
     assert_eq!(got.len(), reference.len());
     let largest = reference.iter().filter(|x| x.is_finite()).fold(0f64, |m, x| m.max(x.abs()));
@@ -119,22 +121,23 @@ pub fn agrees(got: &[f32], reference: &[f64], bound: f64) -> bool {
     })
 }
 
-/// A backend and kernel, chosen on a builder.
-pub type Way = Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder + Sync>;
+/// Sets a backend and a kernel on a builder.
+pub type Configure = Box<dyn Fn(KvCacheBuilder) -> KvCacheBuilder + Sync>;
 
-/// Every way this machine can compute, by name.
-pub fn ways() -> Vec<(&'static str, Way)> {
-    let mut ways: Vec<(&str, Way)> = vec![("gather", Box::new(|b: KvCacheBuilder| b.backend(Backend::Gather)))];
+/// The gather backend, and the fused backend with every kernel that this machine can run, by name.
+pub fn backends() -> Vec<(&'static str, Configure)> {
+    let mut backends: Vec<(&str, Configure)> =
+        vec![("gather", Box::new(|b: KvCacheBuilder| b.backend(Backend::Gather)))];
     for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
-        ways.push((kernel.name(), Box::new(move |b: KvCacheBuilder| b.backend(Backend::Fused).kernel(kernel))));
+        backends.push((kernel.name(), Box::new(move |b: KvCacheBuilder| b.backend(Backend::Fused).kernel(kernel))));
     }
-    ways
+    backends
 }
 
-/// Writes NaN into every slot, so that whoever reads one that is not theirs is found out.
+/// Writes NaN into every slot, so that a read of a slot that was not written by the test is detected.
 pub fn poison(cache: &KvCache) {
     let shape = cache.shape();
-    // Private, and so not remembered: what is found later is what the tests have written.
+    // Private, so that these blocks are not cached: a later prefix match finds only what the test has written.
     let mut table = cache.table_with(&TableOptions::default().private());
     let tokens = cache.pool().available() * cache.pool().block_size();
     let mut step = cache.step();

@@ -1,4 +1,4 @@
-//! Which of the waiting requests start.
+//! Admission: starts waiting requests.
 
 use anyhow::{Result, bail, ensure};
 use paged_attention::{Admitted, Need, Room};
@@ -6,19 +6,19 @@ use paged_attention::{Admitted, Need, Room};
 use super::state::{Engine, Group, Running};
 
 impl Engine<'_> {
-    /// Lets waiting requests start as long as there is room. Says whether any sequence runs.
+    /// Starts waiting requests while there is room for them. Returns whether any sequence runs.
     pub(super) fn admit(&mut self) -> Result<bool> {
-        // Until all running sequences have fitted into a step, none is admitted: one that has just yielded would take
-        // the room that it made.
+        // No request is admitted until all running sequences have fitted into a step. Otherwise a sequence that was
+        // just preempted would take the blocks that it freed.
         if !self.full || self.running.is_empty() {
             self.start_waiting()?;
         }
         let pool = self.cache.pool();
         ensure!(
             !self.running.is_empty() || self.waiting.is_empty(),
-            "none of the waiting prompts ({}) can start: others hold {} of the pool's {} blocks",
+            "of {} waiting prompts none can start: tables outside the engine use {} of the pool's {} blocks",
             self.waiting.len(),
-            pool.held(),
+            pool.in_use(),
             pool.blocks()
         );
         Ok(!self.running.is_empty())
@@ -26,21 +26,22 @@ impl Engine<'_> {
 
     fn start_waiting(&mut self) -> Result<()> {
         let pool = self.cache.pool();
-        // The blocks that the running sequences will take to compute the tokens they have are promised to them.
+        // Blocks promised to the running sequences, which still need them to compute the tokens that they have.
         let mut promised = 0;
         for Running { id, group } in &self.running {
-            promised += self.tables.take(*id)?.find(&self.sequences[group[0]].tokens).blocks;
+            promised += self.tables.check_out(*id)?.lookup_prefix(&self.sequences[group[0]].tokens).blocks;
         }
         let empty = self.cache.table();
         loop {
-            let places = self.settings.max_batch - self.batch();
+            let room_in_batch = self.settings.max_batch - self.batch();
             let need = |group: &Group| {
-                if group.len() > places {
+                if group.len() > room_in_batch {
                     return Need::NotNow;
                 }
-                let blocks = empty.find(&self.sequences[group[0]].tokens).blocks;
-                // And one for each sample to part with. They can also part one after the other, so in a small pool it
-                // is enough that the prompt fits, as `check` has made sure.
+                let blocks = empty.lookup_prefix(&self.sequences[group[0]].tokens).blocks;
+                // One more block for each sample after the first, for the tokens in which it differs. Samples can also
+                // diverge one after the other, so in a small pool it is enough that the prompt fits, which `check` has
+                // verified.
                 Need::Blocks((blocks + group.len() - 1).min(pool.blocks()))
             };
             let room = Room { available: pool.available().saturating_sub(promised), running: self.running.len() };
@@ -54,9 +55,9 @@ impl Engine<'_> {
             };
             let sequence = &mut self.sequences[group[0]];
             let mut table = self.cache.table();
-            let found = table.reuse(&sequence.tokens);
-            sequence.count_found(found);
-            promised += table.find(&sequence.tokens).blocks + group.len() - 1;
+            let matched = table.match_prefix(&sequence.tokens);
+            sequence.count_matched(matched);
+            promised += table.lookup_prefix(&sequence.tokens).blocks + group.len() - 1;
             self.running.push(Running { id: self.tables.insert(table), group });
         }
     }
@@ -70,7 +71,7 @@ mod tests {
     use crate::engine::{Request, STEP_TOKENS, Settings};
     use crate::sampling::Sampling;
 
-    /// By the count of blocks alone, a sequence that has just yielded could be admitted again at once.
+    /// There are enough blocks to admit the preempted sequence again at once.
     #[test]
     fn none_is_admitted_before_all_have_fitted_into_a_step() {
         let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
@@ -92,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_that_others_hold_is_an_error_and_no_endless_wait() {
+    fn a_pool_used_by_other_tables_is_an_error_and_not_an_endless_wait() {
         let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
         let cache = KvCache::builder(shape).blocks(4).block_size(4).build().unwrap();
         let requests = [Request { prompt: vec![1; 8], max_tokens: 4 }];
@@ -102,7 +103,10 @@ mod tests {
         let mut other = cache.table();
         other.append(9).unwrap();
         let error = engine.admit().unwrap_err().to_string();
-        assert_eq!(error, "none of the waiting prompts (1) can start: others hold 3 of the pool's 4 blocks");
+        assert_eq!(
+            error,
+            "of 1 waiting prompts none can start: tables outside the engine use 3 of the pool's 4 blocks"
+        );
         drop(other);
         assert!(engine.admit().unwrap());
     }

@@ -1,4 +1,4 @@
-//! What can never be answered, refused before anything is computed.
+//! Refuses requests and settings that can never be answered, before anything is computed.
 
 use anyhow::{Result, ensure};
 use paged_attention::KvCache;
@@ -10,7 +10,7 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// If there are such.
+    /// If `samples` is 0 or more than `max_batch`, or if `step_tokens` is 0.
     pub fn check(&self) -> Result<()> {
         ensure!(self.samples > 0, "0 samples were asked for, at least one answer is needed");
         ensure!(
@@ -24,11 +24,12 @@ impl Settings {
     }
 }
 
-/// Refuses at once what could only fail later, with a model that can have `context` tokens in a sequence.
+/// Refuses requests that would fail later, with a model that can have `context` tokens in a sequence.
 ///
 /// # Errors
 ///
-/// If a request can never be answered.
+/// If the settings are refused, or if a request has no tokens, asks for 0 tokens, or does not fit into the context or
+/// the pool.
 pub fn check(context: usize, cache: &KvCache, requests: &[Request], settings: &Settings) -> Result<()> {
     settings.check()?;
     let pool = cache.pool();
@@ -41,7 +42,7 @@ pub fn check(context: usize, cache: &KvCache, requests: &[Request], settings: &S
             total <= context,
             "prompt {i} has {n} tokens and may get {max_tokens} more, the model's context is {context} tokens"
         );
-        // The last token is never computed, so it needs no slot.
+        // The last generated token is never computed, so it needs no slot.
         let needed = pool.blocks_for(total - 1);
         ensure!(
             needed <= pool.blocks(),

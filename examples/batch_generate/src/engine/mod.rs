@@ -1,13 +1,15 @@
-//! Continuous batching: sequences join the running ones when blocks allow, and leave when they finish.
+//! Continuous batching: a waiting sequence starts when enough blocks are available, and leaves the batch when it
+//! finishes.
 //!
-//! What several prompts have in common is computed once. When the pool is full, sequences that do not fit are left
-//! out of the step, and the one with the fewest computed tokens goes back to the front of the queue; its answer so far
-//! is kept, and what it had computed is found again if its memory was not needed meanwhile.
+//! A prefix that several prompts have in common is computed once. When the pool is full, sequences that do not fit are
+//! left out of the step, and the one with the fewest computed tokens is preempted: it goes back to the front of the
+//! queue. Its answer so far is kept. Its full blocks stay cached until they are evicted, and it matches them when it
+//! starts again.
 //!
-//! - `check` refuses what can never be answered.
-//! - `admit` lets waiting requests start.
-//! - `step` is one forward pass: which sequences take part, and with how many tokens.
-//! - `state` is what the engine knows of each sequence, and what becomes of it after a step.
+//! - `check` refuses requests that can never be answered.
+//! - `admit` starts waiting requests.
+//! - `step` computes one forward pass, and decides which sequences take part with how many tokens.
+//! - `state` has the state of each sequence, and updates it after a step.
 
 mod admit;
 mod check;
@@ -24,12 +26,13 @@ use crate::sampling::Sampling;
 pub use check::check;
 use state::Engine;
 
-/// New tokens of one step: long prompts are computed in pieces of so many, so that the others go on talking.
+/// The usual limit of new tokens in a step. Long prompts are computed in chunks of this size, so that the other
+/// sequences go on decoding.
 pub const STEP_TOKENS: usize = 512;
 
-/// What the engine asks of a model.
+/// What the engine needs from a model.
 pub trait LanguageModel {
-    /// The most tokens a sequence can have.
+    /// The maximum number of tokens in a sequence.
     fn context(&self) -> usize;
 
     /// One forward pass: the logits of each sequence's last token, `(sequences, vocabulary)` of f32.
@@ -40,26 +43,26 @@ pub trait LanguageModel {
     fn forward(&self, step: &Step<'_>) -> candle_core::Result<Tensor>;
 }
 
-/// A prompt in tokens, and how long its answer may be.
+/// The tokens of a prompt, and the maximum length of its answer.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// The prompt.
     pub prompt: Vec<u32>,
-    /// Tokens of the answer, at most.
+    /// The maximum number of tokens of the answer.
     pub max_tokens: usize,
 }
 
-/// How to answer.
+/// How requests are answered.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
-    /// Sequences that run together, at most.
+    /// The maximum number of sequences that run together.
     pub max_batch: usize,
-    /// New tokens of one step, at most, [`STEP_TOKENS`] say. A sequence that has its prompt computes one in every step;
-    /// prompts share what is left, at least one token.
+    /// The maximum number of new tokens in a step, for example [`STEP_TOKENS`]. A sequence that decodes computes one
+    /// token in every step. Prompts share the rest, which is always at least one token.
     pub step_tokens: usize,
-    /// Answers for each prompt.
+    /// Answers per prompt.
     pub samples: usize,
-    /// Sample `i` draws with `seed + i`.
+    /// Sample `i` uses the seed `seed + i`.
     pub seed: u64,
     /// How tokens are drawn.
     pub sampling: Sampling,
@@ -68,42 +71,42 @@ pub struct Settings {
 /// One answer to one prompt.
 #[derive(Debug, Clone)]
 pub struct Answer {
-    /// Which request it answers.
+    /// The index of the request that it answers.
     pub request: usize,
-    /// The generated tokens, the end token included if the model came to an end.
+    /// The generated tokens, including the end token if the model generated one.
     pub tokens: Vec<u32>,
-    /// Tokens of the prompt.
+    /// The number of tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens of the prompt that it did not have to compute, because another had.
+    /// Tokens of the prompt that were not computed for this answer, because another sequence had computed them.
     pub cached_tokens: usize,
-    /// How often it had to make room for others.
+    /// How often it was preempted.
     pub preemptions: usize,
 }
 
-/// What came of it.
+/// The answers to all requests, and statistics.
 #[derive(Debug, Clone, Default)]
 pub struct Outcome {
-    /// Request after request, sample after sample.
+    /// In the order of the requests; the samples of a request follow one another.
     pub answers: Vec<Answer>,
-    /// Forward passes.
+    /// The number of forward passes.
     pub steps: usize,
-    /// Tokens of prompts that were computed, those computed again after a preemption included.
+    /// Tokens of prompts that were computed, including those computed again after a preemption.
     pub computed_prompt_tokens: usize,
-    /// Tokens that were found again after a preemption.
+    /// Tokens that were matched in the cache after a preemption, instead of computed again.
     pub resumed_tokens: usize,
-    /// The pool when it was fullest.
+    /// The pool in the step that used most blocks.
     pub fullest: Option<Snapshot>,
-    /// The most blocks held at once.
+    /// The largest number of blocks in use in a step.
     pub peak_blocks: usize,
-    /// Tokens per reserved slot, the mean over all steps; more than 1 when sequences share blocks.
+    /// Tokens per slot of the blocks in use, the mean over all steps. It is more than 1 if sequences share blocks.
     pub mean_utilisation: f64,
-    /// New tokens in steps that computed some prompt, and the time of these steps.
+    /// New tokens in steps that computed a part of a prompt, and the time of these steps.
     pub prefill: Work,
     /// New tokens in all other steps, and their time.
     pub decode: Work,
 }
 
-/// Tokens, and the time they took.
+/// A number of computed tokens, and the time they took.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Work {
     /// Tokens.
@@ -113,33 +116,33 @@ pub struct Work {
 }
 
 impl Work {
-    /// Tokens per second, or nothing if there were none.
+    /// Tokens per second; `None` if there were no tokens.
     pub fn rate(&self) -> Option<f64> {
         (self.tokens > 0).then(|| self.tokens as f64 / self.time.as_secs_f64())
     }
 }
 
-/// How far it has come, told after every step.
+/// The progress of [`generate`] after a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress {
     /// Tokens generated so far, of all answers.
     pub generated: usize,
     /// Answers that are complete.
     pub finished: usize,
-    /// Sequences running.
+    /// Running sequences.
     pub running: usize,
-    /// Sequences waiting.
+    /// Waiting sequences.
     pub waiting: usize,
-    /// Blocks held.
+    /// Blocks in use.
     pub held: usize,
 }
 
-/// Answers all requests.
+/// Answers all requests, and calls `progress` after every step.
 ///
 /// # Errors
 ///
-/// If a request can never be answered with this model and pool: then nothing is computed. If a step fails, or if tables
-/// that are not the engine's hold so many blocks that a request cannot start.
+/// If a request can never be answered with this model and pool; then nothing is computed. If a step fails. If tables
+/// outside the engine use so many blocks that no request can run.
 pub fn generate(
     model: &impl LanguageModel,
     cache: &KvCache,
@@ -150,19 +153,21 @@ pub fn generate(
 ) -> Result<Outcome> {
     check(model.context(), cache, requests, settings)?;
     let mut engine = Engine::new(cache, requests, settings);
-    // Why this ends. The *longest* is the running sequence with the most computed tokens, the earliest among equals. It
-    // is the first to be given tokens and blocks in a step, and it never yields while another runs. So in each step
+    // Why this terminates. The *longest* is the running sequence with the most computed tokens, the earliest among
+    // equals. It gets tokens and blocks first in each step, and it is never preempted while another sequence runs. So
+    // each step is one of these cases:
     //
-    // 1. a sequence finishes; or
-    // 2. the longest computes at least one token; or
-    // 3. the longest does not fit. Then one of the others yields, and none is admitted until all have fitted into a
-    //    step: fewer sequences run in the next one. Alone the longest fits: `check` has counted its blocks, all blocks
-    //    that it does not hold are available then, and its last block, if others could find it by its tokens, is
-    //    written in place when there is no room for a copy.
+    // 1. A sequence finishes.
+    // 2. The longest computes at least one token.
+    // 3. The longest does not fit. Then another sequence is preempted, and none is admitted until all running sequences
+    //    have fitted into a step, so fewer sequences run in the next step. Alone, the longest fits: `check` has counted
+    //    its blocks, and all blocks that it does not use are available then. If its last block is cached, it is written
+    //    in place when there is no room for a copy.
     //
-    // With S sequences in all, B in a batch and T computed tokens at most in each: 3 happens fewer than B times in a
-    // row. Between two finishes the most computed tokens never fall and cannot exceed T, so 2 happens at most T times.
-    // 1 happens S times. That makes S * (T + 1) * B steps at most.
+    // Let S be the number of sequences, B the maximum batch, and T the maximum number of computed tokens of a sequence.
+    // Case 3 happens fewer than B times in a row. Between two finishes, the number of computed tokens of the longest
+    // never decreases and cannot exceed T, so case 2 happens at most T times. Case 1 happens S times. So there are at
+    // most S * (T + 1) * B steps.
     while engine.admit()? {
         engine.step(model, &is_end)?;
         progress(engine.progress());

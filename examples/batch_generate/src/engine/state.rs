@@ -1,7 +1,7 @@
-//! What the engine knows of each sequence, and what becomes of it after a step.
+//! The state of each sequence, and its update after a step.
 
 use anyhow::{Result, bail};
-use paged_attention::{Admission, KvCache, SequenceId, Sequences};
+use paged_attention::{Admission, KvCache, SequenceId, Sequences, preemption_victim};
 
 use super::{Answer, Outcome, Progress, Request, Settings};
 use crate::sampling::Random;
@@ -11,20 +11,20 @@ pub(super) struct Sequence {
     /// Prompt and answer so far.
     pub(super) tokens: Vec<u32>,
     max_tokens: usize,
-    /// Tokens that were found again after a preemption.
+    /// Tokens that were matched in the cache after a preemption.
     resumed: usize,
     random: Random,
 }
 
 impl Sequence {
-    /// Counts tokens that need not be computed because they were found.
-    pub(super) fn count_found(&mut self, tokens: usize) {
+    /// Counts tokens that were matched in the cache, so that they are not computed.
+    pub(super) fn count_matched(&mut self, tokens: usize) {
         let counter = if self.answer.preemptions == 0 { &mut self.answer.cached_tokens } else { &mut self.resumed };
         *counter += tokens;
     }
 }
 
-/// Sequences that start with the same tokens, and so are computed once: the samples of a prompt, until they part.
+/// Sequences that have the same tokens so far, and so are computed once: the samples of a prompt, until they diverge.
 pub(super) type Group = Vec<usize>;
 
 pub(super) struct Running {
@@ -38,12 +38,12 @@ pub(super) struct Engine<'a> {
     pub(super) sequences: Vec<Sequence>,
     pub(super) tables: Sequences,
     pub(super) waiting: Admission<Group>,
-    /// The earliest admitted first.
+    /// In the order of admission.
     pub(super) running: Vec<Running>,
     /// Whether a sequence did not fit into the last step.
     pub(super) full: bool,
     finished: usize,
-    /// The sum over all steps.
+    /// The sum over all steps, for the mean in [`Outcome`].
     pub(super) utilisation: f64,
     pub(super) outcome: Outcome,
 }
@@ -83,12 +83,13 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// How many sequences run. Each of a group counts.
+    /// The number of running sequences. Each member of a group counts.
     pub(super) fn batch(&self) -> usize {
         self.running.iter().map(|running| running.group.len()).sum()
     }
 
-    /// Draws the next token of each sequence of a group; those after the first go on in a fork of its table.
+    /// Draws the next token of each sequence in the group `running[i]`. The first sequence keeps the table; each of the
+    /// others continues in a fork of it.
     pub(super) fn extend(&mut self, i: usize, logits: &[f32]) -> Result<()> {
         let others = self.running[i].group.split_off(1);
         let first = self.running[i].group[0];
@@ -100,7 +101,7 @@ impl<'a> Engine<'a> {
             sequence.answer.tokens.push(token);
         }
         for member in others {
-            // All of the prompt, if this is the first token.
+            // The whole prompt, if this is the first token.
             let answer = &mut self.sequences[member].answer;
             answer.cached_tokens = computed.min(answer.prompt_tokens);
             let id = self.tables.fork(self.running[i].id)?;
@@ -109,7 +110,7 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Removes the sequences that have come to an end, and gives their blocks back. Says how many they are.
+    /// Removes the finished sequences and frees their blocks. Returns their number.
     pub(super) fn retire(&mut self, is_end: &impl Fn(u32) -> bool) -> Result<usize> {
         let before = self.running.len();
         for i in (0..before).rev() {
@@ -124,11 +125,11 @@ impl<'a> Engine<'a> {
         Ok(finished)
     }
 
-    /// Sends the sequence with the fewest computed tokens back to the queue.
+    /// Preempts the sequence with the fewest computed tokens: frees its blocks, and puts it at the front of the queue.
     pub(super) fn preempt(&mut self) -> Result<()> {
-        let computed = |running: &Running| self.tables.take(running.id).map(|table| table.len());
+        let computed = |running: &Running| self.tables.check_out(running.id).map(|table| table.len());
         let lengths = self.running.iter().map(computed).collect::<Result<Vec<_>, _>>()?;
-        let Some(victim) = Admission::<Group>::who_yields(lengths).filter(|_| self.running.len() > 1) else {
+        let Some(victim) = preemption_victim(lengths).filter(|_| self.running.len() > 1) else {
             let pool = self.cache.pool();
             bail!(
                 "one sequence alone does not fit into the pool: {} of {} blocks are available",
@@ -151,7 +152,7 @@ impl<'a> Engine<'a> {
             finished: self.finished,
             running: self.batch(),
             waiting: self.waiting.iter().map(Vec::len).sum(),
-            held: self.cache.pool().held(),
+            held: self.cache.pool().in_use(),
         }
     }
 

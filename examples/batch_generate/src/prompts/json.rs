@@ -1,4 +1,4 @@
-//! Prompts in JSON: one in each line, or all in one array; each an object, or a string for one that has no more to say.
+//! Prompts in JSON: one per line, or all in one array. Each is an object, or a string if it has no `max_tokens`.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ use crate::shown;
 ///
 /// # Errors
 ///
-/// If some place in it is not what it should be: the first one is named.
+/// If the text is not JSON, or not JSON of prompts. The message has the line and column of the first error.
 pub(super) fn prompts(text: &str) -> Result<Vec<Prompt>> {
     if text.trim_start().starts_with('[') {
         return read(text, 0, text.trim_end());
@@ -22,7 +22,7 @@ pub(super) fn prompts(text: &str) -> Result<Vec<Prompt>> {
     let mut start = 0;
     let mut prompts = Vec::new();
     for line in text.split_inclusive('\n') {
-        // Without its end, which would put what it lacks into the next line.
+        // Without the end of the line: otherwise the error for an incomplete line would be reported in the next line.
         let content = line.trim_end();
         if !content.is_empty() {
             prompts.push(read(text, start, content)?);
@@ -32,25 +32,26 @@ pub(super) fn prompts(text: &str) -> Result<Vec<Prompt>> {
     Ok(prompts)
 }
 
-/// The part `json` of `text`, which begins at `start`.
+/// Parses `json`, the part of `text` that begins at byte `start`.
 fn read<'a, T: Deserialize<'a>>(text: &str, start: usize, json: &'a str) -> Result<T> {
-    serde_json::from_str(json).or_else(|error| bail!(place(text, start, &error)))
+    serde_json::from_str(json).or_else(|error| bail!(message(text, start, &error)))
 }
 
-/// What is wrong, and where in `text`, if `error` is about what begins there at `start`.
-pub(super) fn place(text: &str, start: usize, error: &serde_json::Error) -> String {
+/// The message of `error` with the line and column in `text`. The JSON that was parsed begins at byte `start` of
+/// `text`.
+pub(super) fn message(text: &str, start: usize, error: &serde_json::Error) -> String {
     let lines_before: usize =
         text[start..].split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum();
     // Columns are counted in bytes, from 1; 0 is the end of the line before.
     let at = start + lines_before + error.column().saturating_sub(1);
-    // The error has its own idea of the place, which is right only if the text begins where it was asked to read.
+    // The error's own line and column count from `start`, so they are replaced.
     let wrong = error.to_string();
     let own = format!(" at line {} column {}", error.line(), error.column());
-    place_of(text, at, wrong.strip_suffix(&own).unwrap_or(&wrong))
+    message_at(text, at, wrong.strip_suffix(&own).unwrap_or(&wrong))
 }
 
-/// What is wrong, and the line and column of byte `at`.
-pub(super) fn place_of(text: &str, at: usize, wrong: &str) -> String {
+/// The message `wrong`, with the line and column of byte `at`.
+pub(super) fn message_at(text: &str, at: usize, wrong: &str) -> String {
     let before = &text[..text.floor_char_boundary(at)];
     let line = before.matches('\n').count() + 1;
     let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
@@ -65,7 +66,7 @@ struct Object {
     max_tokens: Option<Count>,
 }
 
-/// Above 0: refused here, where the line is known.
+/// A number above 0. It is checked here, where the line is known.
 struct Count(usize);
 
 impl<'de> Deserialize<'de> for Count {
@@ -97,7 +98,7 @@ impl<'de> Deserialize<'de> for Prompt {
             type Value = Prompt;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a prompt: a string, or an object with `prompt` and perhaps `max_tokens`")
+                f.write_str("a prompt: a string, or an object with `prompt` and optionally `max_tokens`")
             }
 
             fn visit_str<E>(self, text: &str) -> Result<Prompt, E> {
@@ -129,9 +130,9 @@ mod tests {
     }
 
     #[test]
-    fn an_error_has_one_place_and_says_what_is_wrong_there() {
+    fn an_error_has_a_line_and_a_column_and_says_what_is_wrong() {
         let good = "{\"prompt\": \"ä\"}";
-        let expected = "expected a prompt: a string, or an object with `prompt` and perhaps `max_tokens`";
+        let expected = "expected a prompt: a string, or an object with `prompt` and optionally `max_tokens`";
         for (line, column, wrong) in [
             ("two", 2, "expected ident"),
             ("{\"prompt\": \"ä\"", 14, "EOF while parsing an object"),
@@ -169,7 +170,7 @@ mod tests {
         ] {
             let error = prompts(&format!("{good}\n\n{line}\n{good}\n")).unwrap_err();
             assert_eq!(error.to_string(), format!("line 3, column {column}: {wrong}"), "{line}");
-            // The same between two others in an array.
+            // The same error between two other prompts in an array.
             if !wrong.starts_with("EOF") && !wrong.starts_with("trailing") {
                 let error = prompts(&format!("[{good},\n\n{line},\n{good}]\n")).unwrap_err();
                 assert_eq!(error.to_string(), format!("line 3, column {column}: {wrong}"), "{line}");

@@ -1,5 +1,5 @@
-//! A model small enough to be made on the spot.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // every test binary uses another part
+//! A small model that the tests write themselves.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test binary uses a different part
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -23,7 +23,7 @@ pub fn write(path: &Path, architecture: &str) {
     });
 }
 
-/// The same model after a change.
+/// Writes the same model after `change`.
 pub fn write_changed(path: &Path, change: impl FnOnce(&mut Metadata, &mut Tensors)) {
     let (width, heads, kv_heads, feed) = (32usize, 4u32, 2u32, 64usize);
     let tokens: Vec<Value> =
@@ -94,7 +94,7 @@ pub fn load(path: &Path) -> Model {
     Model::load(&mut Gguf::open(path, Weights::F32).unwrap()).unwrap()
 }
 
-/// The model in a folder that lives as long as the test.
+/// The model, and the temporary folder with its file, which is removed when it is dropped.
 pub fn tiny() -> (tempfile::TempDir, Model) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tiny.gguf");

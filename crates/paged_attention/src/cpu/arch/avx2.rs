@@ -1,4 +1,4 @@
-//! AVX2 with fused multiply-add and half precision conversion: two registers of eight numbers. x86-64 since about 2013.
+//! AVX2 with FMA and F16C (half precision conversion): two registers of eight lanes. x86-64 since about 2013.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
@@ -8,27 +8,28 @@ use half::{bf16, f16};
 use crate::cpu::kernel::Run;
 use crate::cpu::wide::{LANES, Wide};
 
-/// Sixteen numbers in two registers.
+/// Sixteen lanes in two registers.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Avx2(__m256, __m256);
 
-/// Whether this machine can run what [`run`] compiles.
+/// Whether this machine has the instruction sets that [`run`] enables.
 pub(in crate::cpu) fn is_available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
-/// Runs `run` with all of these instructions permitted.
+/// Runs `run` with these instruction sets enabled.
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Avx2>()
 }
 
-/// An instruction of this set, on registers or on a reference to as many bytes as it reads or writes.
+/// Calls an intrinsic of this instruction set, on registers or on an array of exactly the size that it reads or writes.
 macro_rules! instruction {
     ($call:expr) => {{
-        // SAFETY: this type is named in `run` alone, and the chooser calls that only where `is_available` has said that this
-        // CPU has the instructions. Pointers come from references to arrays of exactly the size that is read or written.
+        // SAFETY: this type is named only in `run`, and `Kernel::run` calls that only if `is_available` has confirmed
+        // that this CPU has the instructions. Pointers come from references to arrays of exactly the size that is read
+        // or written.
         unsafe { $call }
     }};
 }
@@ -39,9 +40,9 @@ macro_rules! both {
 }
 
 impl Avx2 {
-    /// Sixteen 16-bit numbers as the upper or lower halves of 32-bit ones.
+    /// Loads sixteen 16-bit numbers into two registers of eight.
     #[inline(always)]
-    fn halves(from: &[bf16; LANES]) -> (__m128i, __m128i) {
+    fn load_16_bit(from: &[bf16; LANES]) -> (__m128i, __m128i) {
         let (low, high) = from.split_at(8);
         (instruction!(_mm_loadu_si128(low.as_ptr().cast())), instruction!(_mm_loadu_si128(high.as_ptr().cast())))
     }
@@ -53,7 +54,7 @@ impl Wide for Avx2 {
     const INT_COLUMNS: usize = 1;
 
     #[inline(always)]
-    fn apart<R: Run>(call: R) -> R::Output {
+    fn outlined<R: Run>(call: R) -> R::Output {
         instruction!(run(call))
     }
 
@@ -85,10 +86,10 @@ impl Wide for Avx2 {
 
     #[inline(always)]
     fn load_bf16(from: &[bf16; LANES]) -> Self {
-        let halves = Self::halves(from);
+        let load_16_bit = Self::load_16_bit(from);
         Self(
-            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves.0)))),
-            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves.1)))),
+            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_16_bit.0)))),
+            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_16_bit.1)))),
         )
     }
 
@@ -118,29 +119,29 @@ impl Wide for Avx2 {
     }
 
     #[inline(always)]
-    fn larger(self, other: Self) -> Self {
+    fn max(self, other: Self) -> Self {
         both!(_mm256_max_ps, self, other)
     }
 
     #[inline(always)]
-    fn smaller(self, other: Self) -> Self {
+    fn min(self, other: Self) -> Self {
         both!(_mm256_min_ps, self, other)
     }
 
     #[inline(always)]
-    fn larger_or_nan(self, other: Self) -> Self {
-        let larger =
+    fn max_or_nan(self, other: Self) -> Self {
+        let max =
             |x, y| instruction!(_mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), _mm256_castps_si256(y))));
-        Self(larger(self.0, other.0), larger(self.1, other.1))
+        Self(max(self.0, other.0), max(self.1, other.1))
     }
 
     #[inline(always)]
-    fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
-        let less = (
+    fn select_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
+        let mask = (
             instruction!(_mm256_cmp_ps::<_CMP_LT_OQ>(self.0, limit.0)),
             instruction!(_mm256_cmp_ps::<_CMP_LT_OQ>(self.1, limit.1)),
         );
-        both!(_mm256_blendv_ps, otherwise, then, less)
+        both!(_mm256_blendv_ps, otherwise, then, mask)
     }
 
     #[inline(always)]
@@ -155,7 +156,7 @@ impl Wide for Avx2 {
     type Quads = (__m256i, __m256i);
 
     #[inline(always)]
-    fn no_ints() -> Self::Ints {
+    fn zero_ints() -> Self::Ints {
         let zero = instruction!(_mm256_setzero_si256());
         (zero, zero)
     }
@@ -166,7 +167,7 @@ impl Wide for Avx2 {
         (instruction!(_mm256_loadu_si256(low.as_ptr().cast())), instruction!(_mm256_loadu_si256(high.as_ptr().cast())))
     }
 
-    // Two products of bytes are added in 16 bits. 255 * 64 * 2 and 127 * 127 * 2 fit.
+    // Two products of bytes are added in a signed 16-bit integer: 255 * 64 * 2 and 127 * 127 * 2 fit.
     #[inline(always)]
     fn dot_unsigned(sums: Self::Ints, quads: Self::Quads, by: [i8; 4]) -> Self::Ints {
         let by = i32::from_ne_bytes(by.map(|x| x as u8));
@@ -191,23 +192,23 @@ impl Wide for Avx2 {
     }
 
     #[inline(always)]
-    fn combine<const SHIFT: i32>(high: Self::Ints, low: Self::Ints, less: i32) -> Self::Ints {
+    fn combine<const SHIFT: i32>(high: Self::Ints, low: Self::Ints, subtract: i32) -> Self::Ints {
         instruction!({
-            let less = _mm256_set1_epi32(less);
+            let subtract = _mm256_set1_epi32(subtract);
             (
-                _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32::<SHIFT>(high.0), low.0), less),
-                _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32::<SHIFT>(high.1), low.1), less),
+                _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32::<SHIFT>(high.0), low.0), subtract),
+                _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32::<SHIFT>(high.1), low.1), subtract),
             )
         })
     }
 
     #[inline(always)]
-    fn floats(ints: Self::Ints) -> Self {
+    fn from_ints(ints: Self::Ints) -> Self {
         Self(instruction!(_mm256_cvtepi32_ps(ints.0)), instruction!(_mm256_cvtepi32_ps(ints.1)))
     }
 
     #[inline(always)]
-    fn rounded(self, to: &mut [i32; LANES]) {
+    fn round_to_ints(self, to: &mut [i32; LANES]) {
         let (low, high) = to.split_at_mut(8);
         instruction!(_mm256_storeu_si256(low.as_mut_ptr().cast(), _mm256_cvtps_epi32(self.0)));
         instruction!(_mm256_storeu_si256(high.as_mut_ptr().cast(), _mm256_cvtps_epi32(self.1)));

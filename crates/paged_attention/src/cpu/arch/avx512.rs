@@ -1,4 +1,4 @@
-//! AVX-512 with VNNI: one register of sixteen numbers. Intel since Ice Lake, AMD since Zen 4.
+//! AVX-512 with VNNI: one register of sixteen lanes. Intel since Ice Lake, AMD since Zen 4.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
@@ -8,11 +8,11 @@ use half::{bf16, f16};
 use crate::cpu::kernel::Run;
 use crate::cpu::wide::{LANES, Wide};
 
-/// Sixteen numbers in a register.
+/// Sixteen lanes in one register.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Avx512(__m512);
 
-/// Whether this machine can run what [`run`] compiles.
+/// Whether this machine has the instruction sets that [`run`] enables.
 pub(in crate::cpu) fn is_available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
@@ -24,18 +24,19 @@ pub(in crate::cpu) fn is_available() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Runs `run` with all of these instructions permitted.
+/// Runs `run` with these instruction sets enabled.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Avx512>()
 }
 
-/// An instruction of this set, on registers or on a reference to as many bytes as it reads or writes.
+/// Calls an intrinsic of this instruction set, on registers or on an array of exactly the size that it reads or writes.
 macro_rules! instruction {
     ($call:expr) => {{
-        // SAFETY: this type is named in `run` alone, and the chooser calls that only where `is_available` has said that this
-        // CPU has the instructions. Pointers come from references to arrays of exactly the size that is read or written.
+        // SAFETY: this type is named only in `run`, and `Kernel::run` calls that only if `is_available` has confirmed
+        // that this CPU has the instructions. Pointers come from references to arrays of exactly the size that is read
+        // or written.
         unsafe { $call }
     }};
 }
@@ -46,7 +47,7 @@ impl Wide for Avx512 {
     const INT_COLUMNS: usize = 2;
 
     #[inline(always)]
-    fn apart<R: Run>(call: R) -> R::Output {
+    fn outlined<R: Run>(call: R) -> R::Output {
         instruction!(run(call))
     }
 
@@ -104,17 +105,17 @@ impl Wide for Avx512 {
     }
 
     #[inline(always)]
-    fn larger(self, other: Self) -> Self {
+    fn max(self, other: Self) -> Self {
         Self(instruction!(_mm512_max_ps(self.0, other.0)))
     }
 
     #[inline(always)]
-    fn smaller(self, other: Self) -> Self {
+    fn min(self, other: Self) -> Self {
         Self(instruction!(_mm512_min_ps(self.0, other.0)))
     }
 
     #[inline(always)]
-    fn larger_or_nan(self, other: Self) -> Self {
+    fn max_or_nan(self, other: Self) -> Self {
         Self(instruction!({
             let (x, y) = (_mm512_castps_si512(self.0), _mm512_castps_si512(other.0));
             _mm512_castsi512_ps(_mm512_max_epu32(x, y))
@@ -122,10 +123,10 @@ impl Wide for Avx512 {
     }
 
     #[inline(always)]
-    fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
+    fn select_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
         Self(instruction!({
-            let less = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, limit.0);
-            _mm512_mask_blend_ps(less, otherwise.0, then.0)
+            let mask = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, limit.0);
+            _mm512_mask_blend_ps(mask, otherwise.0, then.0)
         }))
     }
 
@@ -138,7 +139,7 @@ impl Wide for Avx512 {
     type Quads = __m512i;
 
     #[inline(always)]
-    fn no_ints() -> __m512i {
+    fn zero_ints() -> __m512i {
         instruction!(_mm512_setzero_si512())
     }
 
@@ -159,20 +160,20 @@ impl Wide for Avx512 {
     }
 
     #[inline(always)]
-    fn combine<const SHIFT: i32>(high: __m512i, low: __m512i, less: i32) -> __m512i {
+    fn combine<const SHIFT: i32>(high: __m512i, low: __m512i, subtract: i32) -> __m512i {
         instruction!({
             let shifted = _mm512_sllv_epi32(high, _mm512_set1_epi32(SHIFT));
-            _mm512_sub_epi32(_mm512_add_epi32(shifted, low), _mm512_set1_epi32(less))
+            _mm512_sub_epi32(_mm512_add_epi32(shifted, low), _mm512_set1_epi32(subtract))
         })
     }
 
     #[inline(always)]
-    fn floats(ints: __m512i) -> Self {
+    fn from_ints(ints: __m512i) -> Self {
         Self(instruction!(_mm512_cvtepi32_ps(ints)))
     }
 
     #[inline(always)]
-    fn rounded(self, to: &mut [i32; LANES]) {
+    fn round_to_ints(self, to: &mut [i32; LANES]) {
         instruction!(_mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_cvtps_epi32(self.0)));
     }
 

@@ -1,4 +1,5 @@
-//! The instruction sets: for each a type of sixteen numbers, and a shim that permits the compiler its instructions.
+//! The instruction sets. For each, a vector type of sixteen lanes, and a shim function that is compiled with the
+//! instruction set enabled.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;

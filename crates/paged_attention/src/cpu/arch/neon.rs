@@ -1,4 +1,4 @@
-//! NEON: four registers of four numbers. Every 64-bit Arm has it, so nothing is detected.
+//! NEON: four registers of four lanes. Every 64-bit Arm CPU has it, so it is not detected at run time.
 #![allow(unsafe_code)]
 
 use std::arch::aarch64::*;
@@ -9,22 +9,22 @@ use super::portable::Portable;
 use crate::cpu::kernel::Run;
 use crate::cpu::wide::{LANES, Wide};
 
-/// Sixteen numbers in four registers.
+/// Sixteen lanes in four registers.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Neon([float32x4_t; 4]);
 
-/// Runs `run` on registers of NEON.
+/// Runs `run` with NEON.
 #[inline(never)]
 #[target_feature(enable = "neon")]
 pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Neon>()
 }
 
-/// An instruction of this set, on registers or on a reference to as many bytes as it reads or writes.
+/// Calls an intrinsic of this instruction set, on registers or on an array of exactly the size that it reads or writes.
 macro_rules! instruction {
     ($call:expr) => {{
-        // SAFETY: NEON is a part of every 64-bit Arm CPU that this target stands for. Pointers come from references to arrays
-        // of exactly the size that is read or written.
+        // SAFETY: every 64-bit Arm CPU that this target covers has NEON. Pointers come from references to arrays of
+        // exactly the size that is read or written.
         unsafe { $call }
     }};
 }
@@ -43,7 +43,7 @@ macro_rules! all {
 
 impl Neon {
     #[inline(always)]
-    fn portable(x: Portable) -> Self {
+    fn from_portable(x: Portable) -> Self {
         let mut lanes = [0.0; LANES];
         x.store(&mut lanes);
         Self::load(&lanes)
@@ -56,12 +56,12 @@ fn choose(x: float32x4_t, limit: float32x4_t, then: float32x4_t, otherwise: floa
 }
 
 #[inline(always)]
-fn larger_bits(x: float32x4_t, y: float32x4_t) -> float32x4_t {
+fn max_bits(x: float32x4_t, y: float32x4_t) -> float32x4_t {
     instruction!(vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(x), vreinterpretq_u32_f32(y))))
 }
 
 #[inline(always)]
-fn shift(x: float32x4_t) -> float32x4_t {
+fn shift_to_exponent(x: float32x4_t) -> float32x4_t {
     instruction!(vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(x))))
 }
 
@@ -71,7 +71,7 @@ impl Wide for Neon {
     const INT_COLUMNS: usize = 1;
 
     #[inline(always)]
-    fn apart<R: Run>(call: R) -> R::Output {
+    fn outlined<R: Run>(call: R) -> R::Output {
         instruction!(run(call))
     }
 
@@ -99,15 +99,15 @@ impl Wide for Neon {
         }
     }
 
-    // The compiler makes vectors of the portable conversions.
+    // The compiler vectorises the portable conversions.
     #[inline(always)]
     fn load_f16(from: &[f16; LANES]) -> Self {
-        Self::portable(Portable::load_f16(from))
+        Self::from_portable(Portable::load_f16(from))
     }
 
     #[inline(always)]
     fn load_bf16(from: &[bf16; LANES]) -> Self {
-        Self::portable(Portable::load_bf16(from))
+        Self::from_portable(Portable::load_bf16(from))
     }
 
     #[inline(always)]
@@ -136,27 +136,27 @@ impl Wide for Neon {
     }
 
     #[inline(always)]
-    fn larger(self, other: Self) -> Self {
-        other.if_less(self, self, other)
+    fn max(self, other: Self) -> Self {
+        other.select_less(self, self, other)
     }
 
     #[inline(always)]
-    fn smaller(self, other: Self) -> Self {
-        self.if_less(other, self, other)
+    fn min(self, other: Self) -> Self {
+        self.select_less(other, self, other)
     }
 
     #[inline(always)]
-    fn larger_or_nan(self, other: Self) -> Self {
+    fn max_or_nan(self, other: Self) -> Self {
         Self([
-            larger_bits(self.0[0], other.0[0]),
-            larger_bits(self.0[1], other.0[1]),
-            larger_bits(self.0[2], other.0[2]),
-            larger_bits(self.0[3], other.0[3]),
+            max_bits(self.0[0], other.0[0]),
+            max_bits(self.0[1], other.0[1]),
+            max_bits(self.0[2], other.0[2]),
+            max_bits(self.0[3], other.0[3]),
         ])
     }
 
     #[inline(always)]
-    fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
+    fn select_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
         Self([
             choose(self.0[0], limit.0[0], then.0[0], otherwise.0[0]),
             choose(self.0[1], limit.0[1], then.0[1], otherwise.0[1]),
@@ -167,16 +167,21 @@ impl Wide for Neon {
 
     #[inline(always)]
     fn power_of_two(self) -> Self {
-        Self([shift(self.0[0]), shift(self.0[1]), shift(self.0[2]), shift(self.0[3])])
+        Self([
+            shift_to_exponent(self.0[0]),
+            shift_to_exponent(self.0[1]),
+            shift_to_exponent(self.0[2]),
+            shift_to_exponent(self.0[3]),
+        ])
     }
 
-    // And of its products of integers.
+    // The compiler vectorises the portable products of integers, too.
     type Ints = <Portable as Wide>::Ints;
     type Quads = <Portable as Wide>::Quads;
 
     #[inline(always)]
-    fn no_ints() -> Self::Ints {
-        Portable::no_ints()
+    fn zero_ints() -> Self::Ints {
+        Portable::zero_ints()
     }
 
     #[inline(always)]
@@ -195,19 +200,19 @@ impl Wide for Neon {
     }
 
     #[inline(always)]
-    fn combine<const SHIFT: i32>(high: Self::Ints, low: Self::Ints, less: i32) -> Self::Ints {
-        Portable::combine::<SHIFT>(high, low, less)
+    fn combine<const SHIFT: i32>(high: Self::Ints, low: Self::Ints, subtract: i32) -> Self::Ints {
+        Portable::combine::<SHIFT>(high, low, subtract)
     }
 
     #[inline(always)]
-    fn floats(ints: Self::Ints) -> Self {
-        Self::portable(Portable::floats(ints))
+    fn from_ints(ints: Self::Ints) -> Self {
+        Self::from_portable(Portable::from_ints(ints))
     }
 
     #[inline(always)]
-    fn rounded(self, to: &mut [i32; LANES]) {
+    fn round_to_ints(self, to: &mut [i32; LANES]) {
         let mut lanes = [0.0; LANES];
         self.store(&mut lanes);
-        Portable::load(&lanes).rounded(to);
+        Portable::load(&lanes).round_to_ints(to);
     }
 }

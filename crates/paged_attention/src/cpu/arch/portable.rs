@@ -1,17 +1,17 @@
-//! For every machine: sixteen numbers in an array, in loops that a compiler turns into what vectors there are.
+//! For every machine: sixteen lanes in an array, with loops that the compiler vectorises for the target.
 
 use half::{bf16, f16};
 
 use crate::cpu::kernel::Run;
 use crate::cpu::wide::{LANES, Wide};
 
-/// Sixteen numbers in an array.
+/// Sixteen lanes in an array.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Portable([f32; LANES]);
 
 impl Portable {
     #[inline(always)]
-    fn with(mut self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+    fn zip_with(mut self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         for (x, y) in self.0.iter_mut().zip(other.0) {
             *x = f(*x, y);
         }
@@ -25,7 +25,7 @@ impl Wide for Portable {
     const INT_COLUMNS: usize = 1;
 
     #[inline(always)]
-    fn apart<R: Run>(run: R) -> R::Output {
+    fn outlined<R: Run>(run: R) -> R::Output {
         run.run::<Self>()
     }
 
@@ -54,7 +54,7 @@ impl Wide for Portable {
         Self(from.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16)))
     }
 
-    /// Two roundings: without the instruction, one is a call that computes it in software.
+    /// Rounded twice: without an FMA instruction, a fused multiply-add is a call of a software implementation.
     #[inline(always)]
     fn multiply_add(self, by: Self, plus: Self) -> Self {
         self.mul(by).add(plus)
@@ -62,41 +62,41 @@ impl Wide for Portable {
 
     #[inline(always)]
     fn add(self, other: Self) -> Self {
-        self.with(other, |x, y| x + y)
+        self.zip_with(other, |x, y| x + y)
     }
 
     #[inline(always)]
     fn sub(self, other: Self) -> Self {
-        self.with(other, |x, y| x - y)
+        self.zip_with(other, |x, y| x - y)
     }
 
     #[inline(always)]
     fn mul(self, by: Self) -> Self {
-        self.with(by, |x, y| x * y)
+        self.zip_with(by, |x, y| x * y)
     }
 
     #[inline(always)]
     fn div(self, by: Self) -> Self {
-        self.with(by, |x, y| x / y)
+        self.zip_with(by, |x, y| x / y)
     }
 
     #[inline(always)]
-    fn larger(self, other: Self) -> Self {
-        self.with(other, |x, y| if x > y { x } else { y })
+    fn max(self, other: Self) -> Self {
+        self.zip_with(other, |x, y| if x > y { x } else { y })
     }
 
     #[inline(always)]
-    fn smaller(self, other: Self) -> Self {
-        self.with(other, |x, y| if x < y { x } else { y })
+    fn min(self, other: Self) -> Self {
+        self.zip_with(other, |x, y| if x < y { x } else { y })
     }
 
     #[inline(always)]
-    fn larger_or_nan(self, other: Self) -> Self {
-        self.with(other, |x, y| f32::from_bits(x.to_bits().max(y.to_bits())))
+    fn max_or_nan(self, other: Self) -> Self {
+        self.zip_with(other, |x, y| f32::from_bits(x.to_bits().max(y.to_bits())))
     }
 
     #[inline(always)]
-    fn if_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
+    fn select_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
         let mut out = otherwise;
         for lane in 0..LANES {
             if self.0[lane] < limit.0[lane] {
@@ -115,7 +115,7 @@ impl Wide for Portable {
     type Quads = [[u8; 4]; LANES];
 
     #[inline(always)]
-    fn no_ints() -> Self::Ints {
+    fn zero_ints() -> Self::Ints {
         [0; LANES]
     }
 
@@ -147,34 +147,34 @@ impl Wide for Portable {
     }
 
     #[inline(always)]
-    fn combine<const SHIFT: i32>(mut high: Self::Ints, low: Self::Ints, less: i32) -> Self::Ints {
+    fn combine<const SHIFT: i32>(mut high: Self::Ints, low: Self::Ints, subtract: i32) -> Self::Ints {
         for (high, low) in high.iter_mut().zip(low) {
-            *high = (*high << SHIFT) + low - less;
+            *high = (*high << SHIFT) + low - subtract;
         }
         high
     }
 
     #[inline(always)]
-    fn floats(ints: Self::Ints) -> Self {
+    fn from_ints(ints: Self::Ints) -> Self {
         Self(ints.map(|x| x as f32))
     }
 
     #[inline(always)]
-    fn rounded(self, to: &mut [i32; LANES]) {
+    fn round_to_ints(self, to: &mut [i32; LANES]) {
         for (to, x) in to.iter_mut().zip(self.0) {
             *to = x.round_ties_even() as i32;
         }
     }
 }
 
-/// An f16 as f32, exactly: its bits in their new places, and a multiplication that moves the exponent and makes subnormal
-/// numbers normal ones.
+/// Converts an f16 to f32 exactly: shifts its bits to their places in an f32, and multiplies to correct the exponent
+/// and to normalise subnormal numbers.
 #[inline(always)]
 fn widen_f16(x: f16) -> f32 {
     const EXPONENT: u32 = 0x7c00;
     let bits = u32::from(x.to_bits());
     let size = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
-    // Infinities and what is not a number keep the largest exponent.
+    // Infinities and NaN keep the largest exponent.
     let special = if bits & EXPONENT == EXPONENT { 0x7f80_0000 } else { 0 };
     f32::from_bits(size.to_bits() | special | (bits & 0x8000) << 16)
 }

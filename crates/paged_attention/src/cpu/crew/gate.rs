@@ -1,9 +1,9 @@
-//! A gate to work that borrows from the stack of the thread that opened it.
+//! A gate through which other threads run work that borrows from the stack of the thread that opened it.
 //!
-//! Other threads come when they have time, which may be after that thread has gone on. They bring an `Arc` of the gate
-//! with them, so the gate itself is always there. What is borrowed is there as long as the gate is open, and as long as
-//! somebody is inside: the thread that opened it closes it, by a panic too, and leaves only when all that were let in
-//! have left.
+//! Other threads arrive when they have time, possibly after the opening thread has returned. Each has an `Arc` of the
+//! gate, so the gate itself is still alive. The borrowed data is alive while the gate is open and while a thread is
+//! inside: the opening thread closes the gate, also when it panics, and returns only when all threads that entered have
+//! left.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// For how long the thread that closes the gate looks whether the others leave before it sleeps: about as long as it
-/// takes to be woken.
-const PATIENCE: Duration = Duration::from_micros(50);
+/// How long the closing thread spins until the others have left before it sleeps: about as long as waking a thread
+/// takes.
+const SPIN_TIME: Duration = Duration::from_micros(50);
 
-/// The bit of `Gate::state` that lets nobody in any more. It is never taken back.
+/// The bit of `Gate::state` that means that no thread can enter any more. It is never cleared.
 const CLOSED: usize = 1;
 
 /// What each thread inside adds to `Gate::state`.
@@ -25,21 +25,21 @@ const INSIDE: usize = 2;
 pub(super) struct Gate {
     /// `CLOSED`, and `INSIDE` for each thread inside.
     state: AtomicUsize,
-    /// A borrowed `W`; to be used only between a successful `enter` and its end.
+    /// A borrowed `W`. It is used only between a successful `enter` and the drop of its `Inside`.
     work: *const (),
     /// `call::<W>`.
     call: unsafe fn(*const ()),
     /// The first panic of a thread inside.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    /// Tells the thread that has closed the gate, and waits with the lock of `panic`, that nobody is inside any more.
-    left: Condvar,
+    /// Notifies the thread that closed the gate, and waits on the mutex `panic`, that no thread is inside any more.
+    emptied: Condvar,
 }
 
-// SAFETY: of the fields, only the pointer is not `Send` by itself. The gate reaches through it for a `&W` and nothing
-// else, wherever it is, and `open` demands that `W` is `Sync`. The gate does not own the `W`: dropping the gate does
-// not touch it.
+// SAFETY: of the fields, only the pointer is not `Send` by itself. On any thread, the gate uses it as a `&W` and for
+// nothing else, and `open` demands that `W` is `Sync`. The gate does not own the `W`: dropping the gate does not touch
+// it.
 unsafe impl Send for Gate {}
-// SAFETY: as for `Send`; all that threads change through a `&Gate` is an atomic or behind a mutex.
+// SAFETY: as for `Send`; all that threads change through a `&Gate` is an atomic or inside a mutex.
 unsafe impl Sync for Gate {}
 
 /// # Safety
@@ -52,15 +52,15 @@ unsafe fn call<W: Fn() + Sync>(work: *const ()) {
 }
 
 impl Gate {
-    /// Calls `body`, during which threads that have the gate can enter and call `work`; then closes it, and waits for
-    /// those inside. A panic of one of them goes on here.
+    /// Calls `body`. Until it returns, threads that have the gate can enter and call `work`. Then closes the gate, and
+    /// waits for the threads inside. A panic of one of them is resumed here.
     pub(super) fn open<W: Fn() + Sync, R>(work: &W, body: impl FnOnce(&Arc<Gate>) -> R) -> R {
         let gate = Arc::new(Gate {
             state: AtomicUsize::new(0),
             work: std::ptr::from_ref(work).cast(),
             call: call::<W>,
             panic: Mutex::new(None),
-            left: Condvar::new(),
+            emptied: Condvar::new(),
         });
         let open = Open(&gate);
         let result = body(open.0);
@@ -72,22 +72,23 @@ impl Gate {
         }
     }
 
-    /// Lets this thread in, unless the gate is closed.
+    /// Enters the gate, unless it is closed.
     pub(super) fn enter(&self) -> Option<Inside<'_>> {
-        // Who has the gate has all that was done before it was opened: relaxed operations suffice.
+        // The transfer of the `Arc` has made everything that was done before the gate was opened visible to this
+        // thread: relaxed operations suffice.
         let enter = |state| (state & CLOSED == 0).then_some(state + INSIDE);
         self.state.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).ok().map(|_| Inside(self))
     }
 
-    /// Lets nobody in any more, and returns when nobody is inside.
+    /// Closes the gate to further threads, and returns when no thread is inside.
     fn close(&self) {
-        // Whoever left has released what it did, and this acquires it.
+        // A thread that has left has released its writes, and this acquires them.
         if self.state.fetch_or(CLOSED, Ordering::Acquire) == 0 {
             return;
         }
         let is_empty = || self.state.load(Ordering::Acquire) == CLOSED;
         let start = Instant::now();
-        while start.elapsed() < PATIENCE {
+        while start.elapsed() < SPIN_TIME {
             if is_empty() {
                 return;
             }
@@ -95,7 +96,7 @@ impl Gate {
         }
         let mut guard = self.lock();
         while !is_empty() {
-            guard = self.left.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            guard = self.emptied.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -104,7 +105,7 @@ impl Gate {
     }
 }
 
-/// Closes the gate at its end, also when that is a panic.
+/// Closes the gate when dropped, also by a panic.
 struct Open<'g>(&'g Arc<Gate>);
 
 impl Drop for Open<'_> {
@@ -113,18 +114,19 @@ impl Drop for Open<'_> {
     }
 }
 
-/// A thread inside: the one that opened the gate waits for its end.
+/// A thread inside. The thread that opened the gate waits until this is dropped.
 pub(super) struct Inside<'g>(&'g Gate);
 
 impl Inside<'_> {
-    /// Works. A panic is kept for the thread that opened the gate.
+    /// Calls `work`. A panic is kept for the thread that opened the gate.
     pub(super) fn work(&self) {
         let Gate { work, call, .. } = *self.0;
-        // SAFETY: `work` comes from the `&W` of `open`, and `call` is that of the same `W`. The reference is valid
-        // until `open` ends, by a return or a panic. Both come after `close`, which returns only when `state` counts
-        // nobody inside and nobody can enter any more; this `Inside` has been counted in before `CLOSED` was set, and
-        // is counted out after this call. Every change of `state` reads the one before it, so what a thread did inside,
-        // down to its last use of `work`, happens before `close` reads the count without it.
+        // SAFETY: `work` comes from the `&W` of `open`, and `call` is `call::<W>` for the same `W`. The reference is
+        // valid until `open` ends, by a return or a panic. Both come after `close`, which returns only when `state`
+        // counts no thread inside and no thread can enter any more. This `Inside` was added to the count before
+        // `CLOSED` was set, and is subtracted after this call. Every change of `state` reads the one before it, so
+        // everything that a thread did inside, including its last use of `work`, happens before `close` reads the count
+        // without that thread.
         let done = catch_unwind(AssertUnwindSafe(|| unsafe { call(work) }));
         if let Err(panic) = done {
             self.0.lock().get_or_insert(panic);
@@ -135,9 +137,9 @@ impl Inside<'_> {
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
         if self.0.state.fetch_sub(INSIDE, Ordering::Release) == CLOSED | INSIDE {
-            // With the lock: between its last look at the state and its sleep, who closes has it.
+            // Notify under the lock: the closing thread holds it from its last check of the state until it sleeps.
             let _guard = self.0.lock();
-            self.0.left.notify_one();
+            self.0.emptied.notify_one();
         }
     }
 }

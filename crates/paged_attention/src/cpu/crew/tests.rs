@@ -6,13 +6,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::gate::Gate;
-use super::{MOST_UNANSWERED, UNANSWERED, together};
+use super::{MAX_PENDING_HELPERS, PENDING_HELPERS, run_parallel};
 
 fn pool(threads: usize) -> rayon::ThreadPool {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
 }
 
-/// Waits for what other threads will do, but not for ever.
+/// Waits until other threads have made `done` true. Fails after 60 seconds.
 fn wait_until(what: &str, done: impl Fn() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -22,10 +22,10 @@ fn wait_until(what: &str, done: impl Fn() -> bool) {
 }
 
 #[test]
-fn as_many_threads_as_asked_for_work_at_once() {
+fn the_requested_number_of_threads_works_at_once() {
     let pool = pool(8);
     for threads in 1..=8 {
-        // Whoever comes waits for all others to come: so each is another thread.
+        // Each call waits until all calls have begun, so each runs on a different thread.
         let barrier = Barrier::new(threads);
         let seen = Mutex::new(HashSet::new());
         let work = || {
@@ -33,20 +33,20 @@ fn as_many_threads_as_asked_for_work_at_once() {
             seen.lock().unwrap().insert(thread::current().id());
             Ok::<(), ()>(())
         };
-        pool.install(|| together(threads, work)).unwrap();
+        pool.install(|| run_parallel(threads, work)).unwrap();
         assert_eq!(seen.into_inner().unwrap().len(), threads);
     }
 }
 
 #[test]
-fn the_caller_s_failure_is_returned_and_others_are_not() {
+fn the_error_of_the_caller_is_returned_and_errors_of_helpers_are_not() {
     let pool = pool(2);
     let caller = || thread::current().id();
     let both = Barrier::new(2);
     let outcome = |fails: &(dyn Fn(bool) -> bool + Sync)| {
         pool.install(|| {
             let own = caller();
-            together(2, || {
+            run_parallel(2, || {
                 both.wait();
                 if fails(caller() == own) { Err("failed") } else { Ok(()) }
             })
@@ -57,7 +57,7 @@ fn the_caller_s_failure_is_returned_and_others_are_not() {
 }
 
 #[test]
-fn a_panic_of_a_helper_goes_on_in_the_caller() {
+fn a_panic_of_a_helper_is_resumed_in_the_caller() {
     let pool = pool(4);
     for round in 0..100 {
         let barrier = Barrier::new(3);
@@ -65,7 +65,7 @@ fn a_panic_of_a_helper_goes_on_in_the_caller() {
         let call = || {
             pool.install(|| {
                 let own = thread::current().id();
-                together(3, || {
+                run_parallel(3, || {
                     barrier.wait();
                     if thread::current().id() != own {
                         resume_unwind(Box::new(round));
@@ -77,14 +77,14 @@ fn a_panic_of_a_helper_goes_on_in_the_caller() {
         };
         let panic = catch_unwind(AssertUnwindSafe(call)).unwrap_err();
         assert_eq!(panic.downcast_ref(), Some(&round));
-        assert_eq!(finished.load(Ordering::Relaxed), 1, "the caller has done its part");
+        assert_eq!(finished.load(Ordering::Relaxed), 1, "the caller has finished its work");
     }
-    assert_eq!(pool.install(|| together(4, || Ok::<(), ()>(()))), Ok(()), "the pool is as before");
+    assert_eq!(pool.install(|| run_parallel(4, || Ok::<(), ()>(()))), Ok(()), "the pool still works");
 }
 
-/// What helpers borrow must outlive them, also when the caller does not get to the end of its own work.
+/// What helpers borrow must outlive them, also when the caller panics in its own work.
 #[test]
-fn a_caller_that_panics_waits_for_those_inside() {
+fn a_caller_that_panics_waits_for_the_helpers_inside() {
     let pool = pool(2);
     for round in 0..100 {
         let barrier = Barrier::new(2);
@@ -92,12 +92,12 @@ fn a_caller_that_panics_waits_for_those_inside() {
         let call = || {
             pool.install(|| {
                 let own = thread::current().id();
-                together(2, || {
+                run_parallel(2, || {
                     barrier.wait();
                     if thread::current().id() == own {
                         resume_unwind(Box::new("the caller's"));
                     }
-                    // Longer than the caller spins, at times.
+                    // In later rounds longer than the caller spins.
                     thread::sleep(Duration::from_micros(round * 4));
                     done.store(true, Ordering::Relaxed);
                     Ok::<(), ()>(())
@@ -106,12 +106,12 @@ fn a_caller_that_panics_waits_for_those_inside() {
         };
         let panic = catch_unwind(AssertUnwindSafe(call)).unwrap_err();
         assert_eq!(panic.downcast_ref(), Some(&"the caller's"));
-        assert!(done.load(Ordering::Relaxed), "round {round}: the caller has left before the helper");
+        assert!(done.load(Ordering::Relaxed), "round {round}: the caller returned before the helper");
     }
 }
 
 #[test]
-fn nobody_enters_a_closed_gate_and_those_inside_are_waited_for() {
+fn a_closed_gate_cannot_be_entered_and_threads_inside_are_waited_for() {
     let (calls, slow) = (AtomicUsize::new(0), AtomicBool::new(false));
     let work = || {
         if slow.load(Ordering::Relaxed) {
@@ -129,7 +129,7 @@ fn nobody_enters_a_closed_gate_and_those_inside_are_waited_for() {
     assert!(kept.unwrap().enter().is_none(), "closed");
 
     slow.store(true, Ordering::Relaxed);
-    let (entered, has_entered) = mpsc::channel();
+    let (entered, helper_has_entered) = mpsc::channel();
     let helper = Gate::open(&work, |gate| {
         let gate = gate.clone();
         let helper = thread::spawn(move || {
@@ -137,17 +137,17 @@ fn nobody_enters_a_closed_gate_and_those_inside_are_waited_for() {
             entered.send(()).unwrap();
             inside.work();
         });
-        has_entered.recv().unwrap();
+        helper_has_entered.recv().unwrap();
         helper
     });
-    assert_eq!(calls.load(Ordering::Relaxed), 3, "the gate was left before its work was done");
+    assert_eq!(calls.load(Ordering::Relaxed), 3, "`open` returned before the work inside was done");
     helper.join().unwrap();
 }
 
-/// Thousands of short calls, by callers in the pool and outside, nested ones too, each over a stack of its own that is
-/// overwritten as soon as the call returns.
+/// Thousands of short calls, by callers inside the pool and outside, some of them nested. Each borrows from its own
+/// stack frame, which is overwritten as soon as the call returns.
 #[test]
-fn short_calls_under_contention_never_touch_what_has_gone() {
+fn short_calls_under_contention_never_touch_a_freed_stack_frame() {
     const CALLS: usize = 2_000;
     const TASKS: usize = 7;
     fn call(deeper: bool) {
@@ -165,8 +165,8 @@ fn short_calls_under_contention_never_touch_what_has_gone() {
                     cell.fetch_add(at + 1, Ordering::Relaxed);
                 }
             };
-            together(4, work).unwrap();
-            // Not atomic any more: whoever were still there would race with this.
+            run_parallel(4, work).unwrap();
+            // These accesses are not atomic: a helper that were still running would race with them.
             for (done, cell) in done.iter_mut().zip(cells) {
                 *done = cell.into_inner();
             }
@@ -186,11 +186,11 @@ fn short_calls_under_contention_never_touch_what_has_gone() {
     });
 }
 
-/// A pool whose threads are busy for hours must not be handed a list of calls that have long been answered.
+/// The queue of a pool whose threads are busy for hours must not fill with helpers for calls that have long returned.
 #[test]
-fn calls_to_busy_threads_do_not_pile_up() {
+fn helpers_spawned_for_busy_threads_do_not_pile_up() {
     let pool = pool(3);
-    let unanswered = || UNANSWERED.with(|calls| calls.load(Ordering::Relaxed));
+    let pending = || PENDING_HELPERS.with(|calls| calls.load(Ordering::Relaxed));
     let release = Barrier::new(3);
     pool.in_place_scope(|scope| {
         let (busy, are_busy) = mpsc::channel();
@@ -205,22 +205,22 @@ fn calls_to_busy_threads_do_not_pile_up() {
         let (done, is_done) = mpsc::channel();
         let release = &release;
         scope.spawn(move |_| {
-            let before = unanswered();
+            let before = pending();
             let mut most = 0;
-            for _ in 0..10 * MOST_UNANSWERED {
-                together(3, || Ok::<(), ()>(())).unwrap();
-                most = most.max(unanswered());
+            for _ in 0..10 * MAX_PENDING_HELPERS {
+                run_parallel(3, || Ok::<(), ()>(())).unwrap();
+                most = most.max(pending());
             }
             release.wait();
-            // The others are free again, and answer.
-            wait_until("calls are answered", || unanswered() == 0);
+            // The other threads are free again, and start the helpers.
+            wait_until("all helpers are started", || pending() == 0);
             let all = Barrier::new(3);
-            let together = together(3, || {
+            let outcome = run_parallel(3, || {
                 all.wait();
                 Ok::<(), ()>(())
             });
-            done.send((before, most, together)).unwrap();
+            done.send((before, most, outcome)).unwrap();
         });
-        assert_eq!(is_done.recv().unwrap(), (0, MOST_UNANSWERED, Ok(())));
+        assert_eq!(is_done.recv().unwrap(), (0, MAX_PENDING_HELPERS, Ok(())));
     });
 }

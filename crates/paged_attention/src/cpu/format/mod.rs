@@ -1,4 +1,4 @@
-//! How keys and values are stored, and what is computed with them as they are stored.
+//! The storage formats of keys and values, and the products over keys and values in these formats.
 
 mod float;
 mod int8;
@@ -7,22 +7,22 @@ use block_pool::KvLayout;
 
 pub(super) use float::{Float, Number};
 pub(super) use int8::Int8;
-pub(crate) use int8::MOST_DIMS as MOST_INT8_DIMS;
+pub(crate) use int8::MAX_DIMS as MOST_INT8_DIMS;
 
 use super::tile::{Panels, Scores};
 use super::wide::{LANES, Wide};
 
-/// Rows that a product takes at a time.
+/// Rows per group: a product computes up to this many rows at a time.
 pub(super) const ROWS: usize = 4;
 
-/// A way to store keys and values.
+/// A storage format of keys and values.
 ///
-/// Panels are runs of sixteen tokens in the order of a [`KvLayout`], or empty where no token is seen. Rows are query heads
-/// of new tokens, in groups of up to four.
+/// Panels are runs of sixteen tokens in the order of a [`KvLayout`], or empty if they have no token to read. Rows are
+/// query heads of new tokens, in groups of up to four.
 pub(super) trait Format: 'static {
-    /// What a tensor holds.
+    /// The element type of the tensor.
     type Number: Copy + Default + Send + Sync;
-    /// Query rows, made ready for products.
+    /// Query rows, packed for the products.
     type Queries: Default + Send + Sync;
 
     /// Stores one token's key and value in one head of a block.
@@ -31,27 +31,28 @@ pub(super) trait Format: 'static {
     /// Reads one token's key and value in one head of a block.
     fn load(layout: &KvLayout, block: &[Self::Number], offset: usize, head: usize, k: &mut [f32], v: &mut [f32]);
 
-    /// The sizes of a whole panel's keys and values when they are copied together with `dims` dimensions.
+    /// The sizes, in elements, of the keys and of the values of a gathered panel whose values have `dims` dimensions.
     fn panel_sizes(head_dim: usize, dims: usize) -> [usize; 2];
 
-    /// Copies one token's key and value from a block to place `at` of a panel of `dims` dimensions.
+    /// Copies one token's key and value from a block to token `index` of a gathered panel whose values have `dims`
+    /// dimensions.
     fn copy(
         layout: &KvLayout,
         block: &[Self::Number],
         offset: usize,
         head: usize,
         to: (&mut [Self::Number], &mut [Self::Number]),
-        at: usize,
+        index: usize,
         dims: usize,
     );
 
-    /// Takes out all query rows.
+    /// Removes all query rows.
     fn clear(queries: &mut Self::Queries);
 
-    /// Adds a group of query rows `(rows, head_dim)`, each times `factor`.
+    /// Appends a group of query rows `(rows, head_dim)`, multiplied by `factor`.
     fn prepare(queries: &mut Self::Queries, rows: &[f32], head_dim: usize, factor: f32);
 
-    /// `scores (rows, panels, sixteen) = q (rows, head_dim) kᵀ` for the rows of a group. Asks for the keys in `next`
+    /// `scores (rows, panels, 16) = q (rows, head_dim) kᵀ` for the rows of a group. Prefetches the keys in `next`
     /// meanwhile.
     fn scores<V: Wide>(
         queries: &Self::Queries,
@@ -61,20 +62,20 @@ pub(super) trait Format: 'static {
         scores: &mut [Scores],
     );
 
-    /// `sums (rows, dims) += weights (rows, tokens) v (tokens, dims)` for the first `tokens` of a tile. Asks for the values
-    /// in `next` meanwhile.
-    fn weigh<V: Wide>(
+    /// `sums (rows, dims) += weights (rows, tokens) v (tokens, dims)` for the first `tokens` of a tile. Prefetches the
+    /// values in `next` meanwhile.
+    fn accumulate<V: Wide>(
         weights: &[Scores],
         tokens: usize,
         values: &Panels<'_, Self::Number>,
         next: Option<&Panels<'_, Self::Number>>,
         sums: &mut [[f32; LANES]],
-        space: &mut Space,
+        weight_buffer: &mut WeightBuffer,
     );
 }
 
-/// Memory for what a format makes of weights.
+/// A buffer for weights that a format has quantised.
 #[derive(Default)]
-pub(super) struct Space {
+pub(super) struct WeightBuffer {
     weights: Vec<int8::Weights>,
 }

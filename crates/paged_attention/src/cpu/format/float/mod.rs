@@ -1,4 +1,4 @@
-//! Keys and values as f32, f16 or bf16. Arithmetic is in f32; numbers are widened as they are loaded.
+//! Keys and values as f32, f16 or bf16. Arithmetic is in f32: numbers are converted when they are loaded.
 
 mod scores;
 mod sums;
@@ -9,12 +9,12 @@ use block_pool::{KvLayout, PANEL, STRIP};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::{Format, ROWS, Space};
+use super::{Format, ROWS, WeightBuffer};
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::tile::{Panels, Scores};
 use crate::cpu::wide::{LANES, Wide};
 
-/// A floating point number, as a caller gives it or as it is stored.
+/// A floating point type of queries, keys and values.
 pub(in crate::cpu) trait Number: Copy + Default + Send + Sync + 'static {
     fn widen(from: &[Self], to: &mut [f32]);
     fn narrow(from: &[f32], to: &mut [Self]);
@@ -66,13 +66,13 @@ impl Number for bf16 {
     }
 }
 
-/// Numbers as they are.
+/// Storage as floats of type `T`.
 pub(in crate::cpu) struct Float<T>(PhantomData<T>);
 
-/// Query rows, four by four.
+/// Query rows, packed in groups of four.
 #[derive(Default)]
 pub(in crate::cpu) struct Rows {
-    /// `(groups, head_dim, 4)`: a step of a product finds its four side by side.
+    /// `(groups, head_dim, 4)`: the four numbers that one step of a product reads are adjacent.
     numbers: Vec<[f32; ROWS]>,
     head_dim: usize,
 }
@@ -82,7 +82,7 @@ impl<T: Number> Format for Float<T> {
     type Queries = Rows;
 
     fn store(layout: &KvLayout, block: &mut [T], offset: usize, head: usize, k: &[f32], v: &[f32]) {
-        // Neighbouring dimensions of a key are as far apart as the panel has tokens.
+        // Keys are transposed: the stride between two dimensions of a key is the number of tokens in its panel.
         let width = PANEL.min(layout.block_size - offset / PANEL * PANEL);
         let mut keys = block[layout.key(offset, head, 0)..].iter_mut().step_by(width);
         let mut narrow = [T::default(); STRIP];
@@ -118,19 +118,19 @@ impl<T: Number> Format for Float<T> {
         offset: usize,
         head: usize,
         to: (&mut [T], &mut [T]),
-        at: usize,
+        index: usize,
         dims: usize,
     ) {
         let width = PANEL.min(layout.block_size - offset / PANEL * PANEL);
         let keys = block[layout.key(offset, head, 0)..].iter().step_by(width);
         let (columns, _) = to.0.as_chunks_mut::<PANEL>();
-        columns.iter_mut().zip(keys).for_each(|(to, from)| to[at] = *from);
-        let whole = KvLayout { block_size: PANEL, kv_heads: 1, head_dim: dims, ..*layout };
-        let values = whole.value_panel(0, 0).start;
+        columns.iter_mut().zip(keys).for_each(|(to, from)| to[index] = *from);
+        let panel_layout = KvLayout { block_size: PANEL, kv_heads: 1, head_dim: dims, ..*layout };
+        let values = panel_layout.value_panel(0, 0).start;
         for first in (0..layout.head_dim).step_by(STRIP) {
-            let own = STRIP.min(layout.head_dim - first);
-            let from = &block[layout.value(offset, head, first)..][..own];
-            to.1[whole.value(at, 0, first) - values..][..own].copy_from_slice(from);
+            let dims_here = STRIP.min(layout.head_dim - first);
+            let from = &block[layout.value(offset, head, first)..][..dims_here];
+            to.1[panel_layout.value(index, 0, first) - values..][..dims_here].copy_from_slice(from);
         }
     }
 
@@ -169,13 +169,13 @@ impl<T: Number> Format for Float<T> {
     }
 
     #[inline(always)]
-    fn weigh<V: Wide>(
+    fn accumulate<V: Wide>(
         weights: &[Scores],
         tokens: usize,
         values: &Panels<'_, T>,
         next: Option<&Panels<'_, T>>,
         sums: &mut [[f32; LANES]],
-        _: &mut Space,
+        _: &mut WeightBuffer,
     ) {
         match weights.len() {
             1 => sums::tile::<V, T, 1>(weights, tokens, values, next, sums),
@@ -186,25 +186,26 @@ impl<T: Number> Format for Float<T> {
     }
 }
 
-/// A run of numbers, sixteen by sixteen.
+/// A run of numbers as vectors of sixteen.
 #[inline(always)]
-fn chunks<T>(run: &[T]) -> &[[T; LANES]] {
+fn vectors<T>(run: &[T]) -> &[[T; LANES]] {
     run.as_chunks().0
 }
 
-/// Asks for chunk number `at` of a run, if it is the first of a line of memory; of f32 only if it is the first of as many as
-/// are in a page: further ahead than a page the processor does not read by itself, within one it does, and requests are in
-/// its way. With 16-bit numbers they are not (measured).
+/// Prefetches the vector with index `index` of a run if it begins a cache line, or, with f32, if it begins a 4096-byte
+/// page. The hardware prefetcher reads ahead within a page, but not across pages, and with f32 more software prefetches
+/// slow it down. With 16-bit numbers they do not (measured).
 #[inline(always)]
-fn ask<T>(at: usize, chunk: &[T; LANES]) {
+fn prefetch_vector<T>(index: usize, chunk: &[T; LANES]) {
     let bytes = if size_of::<T>() == size_of::<f32>() { 4096 } else { 64 };
-    if at.is_multiple_of(bytes / size_of::<[T; LANES]>()) {
+    if index.is_multiple_of(bytes / size_of::<[T; LANES]>()) {
         prefetch(chunk);
     }
 }
 
-/// What to ask for: where nothing is known of what comes next, what is here already, which costs least.
+/// The run to prefetch: `next`, or if it is empty `current`, which is in the cache already, so that the prefetch costs
+/// least.
 #[inline(always)]
-fn known<'a, T>(next: &'a [T], here: &'a [T]) -> &'a [T] {
-    if next.is_empty() { here } else { next }
+fn or_current<'a, T>(next: &'a [T], current: &'a [T]) -> &'a [T] {
+    if next.is_empty() { current } else { next }
 }

@@ -1,21 +1,22 @@
-//! Sums of a tile: weights times values.
-// Loops over all registers are unrolled when their bounds are constants, and only then stay registers.
+//! Accumulates a tile: weights times values.
+// Loops over arrays of vectors have constant bounds, so that they are unrolled: only then the arrays stay in registers.
 #![allow(clippy::needless_range_loop)]
 
 use std::array::from_fn;
 
 use block_pool::{PANEL, STRIP};
 
-use super::{ask, chunks, known};
+use super::{or_current, prefetch_vector, vectors};
 use crate::cpu::format::Number;
 use crate::cpu::kernel::Run;
 use crate::cpu::tile::{Panels, Scores, TILE_PANELS};
 use crate::cpu::wide::{LANES, Wide};
 
-/// Chunks of a whole strip.
-const STRIP_CHUNKS: usize = STRIP / LANES;
+/// Vectors per full strip.
+const STRIP_VECTORS: usize = STRIP / LANES;
 
-/// `sums (R, dims) += weights (R, tokens) values (tokens, dims)` for the first `tokens` of a tile, strip after strip.
+/// `sums (R, dims) += weights (R, tokens) values (tokens, dims)` for the first `tokens` of a tile, one strip after
+/// another.
 #[inline(always)]
 pub(super) fn tile<V: Wide, T: Number, const R: usize>(
     weights: &[Scores],
@@ -26,35 +27,36 @@ pub(super) fn tile<V: Wide, T: Number, const R: usize>(
 ) {
     let Some(weights) = weights.first_chunk::<R>() else { return };
     let stride = sums.len() / R;
-    // Slots behind the last token hold anything, NaN included: they are not read. Nor are blocks that were given back.
+    // Slots after the last token can contain anything, NaN included, so they are not read. Nor are blocks that were
+    // freed.
     let count = |panel: usize| PANEL.min(tokens.saturating_sub(panel * PANEL));
     let tokens: [_; TILE_PANELS] = from_fn(|panel| if values[panel].is_empty() { 0 } else { count(panel) });
-    let tile = Weighed { weights, values, tokens, next: next.unwrap_or(values), stride };
-    let whole = tokens.iter().all(|&tokens| tokens == PANEL);
-    for first in (0..stride).step_by(STRIP_CHUNKS) {
-        let width = STRIP_CHUNKS.min(stride - first);
+    let tile = Inputs { weights, values, tokens, next: next.unwrap_or(values), stride };
+    let full = tokens.iter().all(|&tokens| tokens == PANEL);
+    for first in (0..stride).step_by(STRIP_VECTORS) {
+        let width = STRIP_VECTORS.min(stride - first);
         let strip = Strip { first, width, column: 0 };
-        if V::COLUMNS == STRIP_CHUNKS && width == STRIP_CHUNKS {
-            sum::<V, T, R, STRIP_CHUNKS>(&tile, strip, whole, next.is_some(), sums);
+        if V::COLUMNS == STRIP_VECTORS && width == STRIP_VECTORS {
+            sum::<V, T, R, STRIP_VECTORS>(&tile, strip, full, next.is_some(), sums);
         } else {
             (0..width)
-                .for_each(|column| sum::<V, T, R, 1>(&tile, Strip { column, ..strip }, whole, next.is_some(), sums));
+                .for_each(|column| sum::<V, T, R, 1>(&tile, Strip { column, ..strip }, full, next.is_some(), sums));
         }
     }
 }
 
-/// A tile's values and their weights, and the values to ask for.
-struct Weighed<'a, T, const R: usize> {
+/// A tile's values and their weights, and the values to prefetch.
+struct Inputs<'a, T, const R: usize> {
     weights: &'a [Scores; R],
     values: &'a Panels<'a, T>,
-    /// How many of each panel's tokens there are.
+    /// How many tokens of each panel are read.
     tokens: [usize; TILE_PANELS],
     next: &'a Panels<'a, T>,
-    /// Chunks of a row of sums.
+    /// Vectors per row of `sums`.
     stride: usize,
 }
 
-/// A strip: the chunks of each value from `first` on, `width` of them; and one of these.
+/// A strip: `width` vectors of each value, from vector `first` on. `column` is the vector of the strip to begin with.
 #[derive(Clone, Copy)]
 struct Strip {
     first: usize,
@@ -63,57 +65,57 @@ struct Strip {
 }
 
 impl Strip {
-    /// This strip of a panel; nothing where there is no token.
+    /// This strip of a panel; empty if the panel is empty.
     #[inline(always)]
     fn of<'a, T>(&self, panel: &'a [T]) -> &'a [[T; LANES]] {
-        chunks(panel).get(self.first * PANEL..(self.first + self.width) * PANEL).unwrap_or_default()
+        vectors(panel).get(self.first * PANEL..(self.first + self.width) * PANEL).unwrap_or_default()
     }
 }
 
 #[inline(always)]
 fn sum<V: Wide, T: Number, const R: usize, const C: usize>(
-    tile: &Weighed<'_, T, R>,
+    tile: &Inputs<'_, T, R>,
     strip: Strip,
-    whole: bool,
-    ask: bool,
+    full: bool,
+    prefetch_vector: bool,
     sums: &mut [[f32; LANES]],
 ) {
-    match (whole, ask) {
-        (true, true) => V::apart(Sum::<T, R, C, true, true> { tile, strip, sums }),
-        (true, false) => V::apart(Sum::<T, R, C, true, false> { tile, strip, sums }),
-        (false, _) => V::apart(Sum::<T, R, C, false, false> { tile, strip, sums }),
+    match (full, prefetch_vector) {
+        (true, true) => V::outlined(Sum::<T, R, C, true, true> { tile, strip, sums }),
+        (true, false) => V::outlined(Sum::<T, R, C, true, false> { tile, strip, sums }),
+        (false, _) => V::outlined(Sum::<T, R, C, false, false> { tile, strip, sums }),
     }
 }
 
-/// Adds C of a strip's chunks, from its `column` on, to each row's sums. Whether panels are whole and there is something to
-/// ask for is known beforehand.
-struct Sum<'a, T, const R: usize, const C: usize, const WHOLE: bool, const ASK: bool> {
-    tile: &'a Weighed<'a, T, R>,
+/// Accumulates C vectors of a strip, from its `column` on, into each row's sums. `FULL`: all panels have sixteen
+/// tokens. `PREFETCH`: there are values to prefetch.
+struct Sum<'a, T, const R: usize, const C: usize, const FULL: bool, const PREFETCH: bool> {
+    tile: &'a Inputs<'a, T, R>,
     strip: Strip,
     sums: &'a mut [[f32; LANES]],
 }
 
-impl<T: Number, const R: usize, const C: usize, const WHOLE: bool, const ASK: bool> Run
-    for Sum<'_, T, R, C, WHOLE, ASK>
+impl<T: Number, const R: usize, const C: usize, const FULL: bool, const PREFETCH: bool> Run
+    for Sum<'_, T, R, C, FULL, PREFETCH>
 {
     type Output = ();
 
-    /// Goes through the panels side by side, as scores do: each is a run of memory that the processor reads ahead in, and
-    /// several keep more of it under way than one.
+    /// Reads the panels in parallel, as the scores do: each is a sequential stream for the hardware prefetcher, and
+    /// several streams keep more memory reads in flight than one.
     #[inline(always)]
     fn run<V: Wide>(self) {
-        let Self { tile: &Weighed { weights, values, ref tokens, next, stride }, mut strip, sums: rows } = self;
-        if C == STRIP_CHUNKS {
-            // Known when this is compiled, where all of a strip is summed at once.
+        let Self { tile: &Inputs { weights, values, ref tokens, next, stride }, mut strip, sums: rows } = self;
+        if C == STRIP_VECTORS {
+            // These are constants if a full strip is accumulated at once.
             (strip.width, strip.column) = (C, 0);
         }
         let Strip { first, width, column } = strip;
         let (mut strips, mut ahead) = ([&[][..]; TILE_PANELS], [&[][..]; TILE_PANELS]);
         for panel in 0..TILE_PANELS {
             strips[panel] = strip.of(values[panel]);
-            ahead[panel] = strip.of(known(next[panel], values[panel]));
-            if WHOLE {
-                // Cut to one length, which the compiler then knows.
+            ahead[panel] = strip.of(or_current(next[panel], values[panel]));
+            if FULL {
+                // Cut to one length that the compiler knows, so that no bounds are checked in the loop.
                 strips[panel] = &strips[panel][..PANEL * width];
                 ahead[panel] = &ahead[panel][..PANEL * width];
             }
@@ -127,15 +129,15 @@ impl<T: Number, const R: usize, const C: usize, const WHOLE: bool, const ASK: bo
         }
         for token in 0..PANEL {
             for panel in 0..TILE_PANELS {
-                if !WHOLE && token >= tokens[panel] {
+                if !FULL && token >= tokens[panel] {
                     continue;
                 }
-                let at = token * width + column;
+                let index = token * width + column;
                 let mut row = [V::splat(0.0); C];
                 for c in 0..C {
-                    row[c] = T::load(&strips[panel][at + c]);
-                    if ASK {
-                        ask(at + c, &ahead[panel][at + c]);
+                    row[c] = T::load(&strips[panel][index + c]);
+                    if PREFETCH {
+                        prefetch_vector(index + c, &ahead[panel][index + c]);
                     }
                 }
                 for r in 0..R {

@@ -1,108 +1,112 @@
 //! Keys and values as bytes with a scale for each token and head, multiplied as integers.
 //!
-//! A key `k` is stored as `s` and `round(k / s) + 128` with `s = max |k| / 127`, a value as `s` and `round(v / s)`: one side
-//! unsigned, one signed, as the instructions for products of bytes want it. Queries and weights, the other sides, are each
-//! the sum of two bytes, so that next to nothing is lost by them:
+//! A key `k` is stored as `s` and `round(k / s) + 128` with `s = max |k| / 127`, a value as `s` and `round(v / s)`. The
+//! instructions for products of bytes multiply unsigned bytes by signed ones: keys are unsigned and queries signed,
+//! values are signed and weights unsigned. Queries and weights are each split into two bytes, so that their
+//! quantisation loses almost no accuracy:
 //!
 //! ```text
 //! q = t (64 high + low)     high from -64 to 64, low from -32 to 31      t = max |q| / 4095
 //! p = t (128 high + low)    high and low from 0 to 127                   t = max p / 16383
 //! ```
 //!
-//! A number that is not finite makes the scale of its row NaN, and with it the whole row when it is read. Where a row is so
-//! small that its scale has few bits, or none, the scale is rounded up, and the numbers are divided by it as it is stored.
+//! A number that is not finite makes the scale of its row NaN, and with it the whole row when it is read. If the
+//! numbers of a row are so small that its scale is subnormal or 0, the scale is rounded up, and the numbers are divided
+//! by the rounded scale.
 //!
-//! The ranges are such that AVX2, which adds two products in 16 bits, has room for them. Sums of integers are exact: the
-//! instruction sets differ in nothing.
+//! The ranges are chosen so that AVX2, which adds two products in 16 bits, does not overflow. Sums of integers are
+//! exact: they are the same with every instruction set.
 
 mod scores;
 mod sums;
 
 use block_pool::{KvLayout, PANEL};
 
-use super::{Format, ROWS, Space};
+use super::{Format, ROWS, WeightBuffer};
 use crate::cpu::tile::{Panels, Scores, TILE_PANELS};
 use crate::cpu::wide::{LANES, Wide};
 
 /// Keys and values as bytes.
 pub(in crate::cpu) struct Int8;
 
-/// The most dimensions for which sums of products cannot overflow.
-pub(crate) const MOST_DIMS: usize = 2048;
+/// The largest `head_dim` for which the sums of products cannot overflow.
+pub(crate) const MAX_DIMS: usize = 2048;
 
-/// What is added to a key's numbers to make them unsigned.
+/// Added to the integers of a key to make them unsigned.
 const OFFSET: i32 = 128;
 const Q_SHIFT: i32 = 6;
 const Q_LARGEST: f32 = 4095.0;
 const P_SHIFT: i32 = 7;
 const P_LARGEST: f32 = 16383.0;
-/// Bytes of a panel's scales.
+/// Bytes of the scales of a panel's keys, or of its values.
 const SCALES: usize = PANEL * 4;
 
 /// High bytes and low bytes of four numbers.
 type Quad<T> = [[T; 4]; 2];
 
-/// A row's weights of a tile times their values' scales, as bytes: four tokens by four, panel after panel.
+/// A row's weights of a tile, multiplied by the scales of the values and quantised, one panel after another.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Weights {
     high: [[u8; PANEL]; TILE_PANELS],
     low: [[u8; PANEL]; TILE_PANELS],
-    /// What 1 stands for.
+    /// The value of the integer 1.
     scale: f32,
 }
 
-/// Query rows as integers, four by four.
+/// Query rows as integers, packed in groups of four.
 #[derive(Default)]
 pub(in crate::cpu) struct Rows {
-    /// `(groups, head_dim / 4, 4)`: a step of a product finds its four rows side by side.
+    /// `(groups, head_dim / 4, 4)`: the four rows that one step of a product reads are adjacent.
     quads: Vec<[Quad<i8>; ROWS]>,
-    /// `(groups, 4)`: what 1 stands for.
+    /// `(groups, 4)`: the value of the integer 1.
     scales: Vec<[f32; ROWS]>,
-    /// `(groups, 4)`: the sum of a row's integers, times the offset of keys.
+    /// `(groups, 4)`: the sum of a row's integers, times [`OFFSET`]. It is subtracted from the product with a key.
     offsets: Vec<[i32; ROWS]>,
 }
 
-/// How the numbers of a row become integers.
+/// Quantises the numbers of a row to integers.
 #[derive(Clone, Copy)]
-struct Scale {
-    /// What 1 stands for. NaN for a row with a number that is not finite.
-    one: f32,
-    /// What numbers are multiplied with, `first` and then `then`: one factor can be beyond f32.
+struct Quantiser {
+    /// The value of the integer 1. NaN for a row with a number that is not finite.
+    scale: f32,
+    /// Numbers are multiplied by `first` and then by `then`, since their product can be too large for f32.
     first: f32,
     then: f32,
-    /// The largest integer, on either side.
-    most: f32,
+    /// Integers are from `-limit` to `limit`.
+    limit: f32,
 }
 
-impl Scale {
-    /// So that the largest of a row's numbers becomes `most`.
-    fn of(row: &[f32], most: f32) -> Self {
+impl Quantiser {
+    /// The quantiser that maps the largest of the row's absolute values to `limit`.
+    fn of(row: &[f32], limit: f32) -> Self {
         let largest = row.iter().fold(0f32, |m, x| if x.abs() > m || x.is_nan() { x.abs() } else { m });
-        let one = largest / most;
+        let scale = largest / limit;
         if !largest.is_finite() {
-            return Self { one: f32::NAN, first: 0.0, then: 0.0, most };
+            return Self { scale: f32::NAN, first: 0.0, then: 0.0, limit };
         }
-        if largest > 0.0 && one < f32::MIN_POSITIVE {
-            // Rounded up, so that the largest number is within reach. Multiplied by `GROW` a scale has all its bits.
-            let one = if f64::from(one) * f64::from(most) < f64::from(largest) { one.next_up() } else { one };
-            return Self { one, first: GROW, then: 1.0 / (one * GROW), most };
+        if largest > 0.0 && scale < f32::MIN_POSITIVE {
+            // Rounded up, so that the largest number is at most `limit` times the scale. Multiplied by `SCALE_UP`, a
+            // subnormal scale is a normal number.
+            let scale = if f64::from(scale) * f64::from(limit) < f64::from(largest) { scale.next_up() } else { scale };
+            return Self { scale, first: SCALE_UP, then: 1.0 / (scale * SCALE_UP), limit };
         }
-        // The largest number there is, divided and multiplied again, must not become infinite.
-        let one = if (one * most).is_finite() { one } else { one.next_down() };
-        Self { one, first: 1.0, then: if largest == 0.0 { 0.0 } else { most / largest }, most }
+        // For numbers close to the largest f32, `scale * limit` must not become infinite.
+        let scale = if (scale * limit).is_finite() { scale } else { scale.next_down() };
+        Self { scale, first: 1.0, then: if largest == 0.0 { 0.0 } else { limit / largest }, limit }
     }
 
-    /// The integer nearest to a number of the row.
+    /// The integer that is nearest to a number of the row, in units of the scale.
     #[inline]
-    fn whole(&self, x: f32) -> i32 {
-        /// The sum has no bits behind the point left.
+    fn quantise(&self, x: f32) -> i32 {
+        /// `1.5 * 2^23`: adding it rounds to an integer.
         const ROUND: f32 = 12_582_912.0;
-        ((x * self.first * self.then).max(-self.most).min(self.most) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
+        ((x * self.first * self.then).max(-self.limit).min(self.limit) + ROUND).to_bits() as i32
+            - ROUND.to_bits() as i32
     }
 }
 
-/// What makes the smallest scale a number with all its bits.
-const GROW: f32 = (1u128 << 100) as f32;
+/// A factor that makes the smallest subnormal scale a normal number.
+const SCALE_UP: f32 = (1u128 << 100) as f32;
 
 fn read_scale(bytes: &[u8]) -> f32 {
     bytes.first_chunk().map_or(f32::NAN, |bytes| f32::from_ne_bytes(*bytes))
@@ -113,15 +117,15 @@ impl Format for Int8 {
     type Queries = Rows;
 
     fn store(layout: &KvLayout, block: &mut [u8], offset: usize, head: usize, k: &[f32], v: &[f32]) {
-        let (of_k, of_v) = (Scale::of(k, 127.0), Scale::of(v, 127.0));
+        let (k_quantiser, v_quantiser) = (Quantiser::of(k, 127.0), Quantiser::of(v, 127.0));
         for (dim, x) in k.iter().enumerate() {
-            block[layout.key(offset, head, dim)] = (of_k.whole(*x) + OFFSET) as u8;
+            block[layout.key(offset, head, dim)] = (k_quantiser.quantise(*x) + OFFSET) as u8;
         }
         for (dim, x) in v.iter().enumerate() {
-            block[layout.value(offset, head, dim)] = of_v.whole(*x) as u8;
+            block[layout.value(offset, head, dim)] = v_quantiser.quantise(*x) as u8;
         }
-        block[layout.key_scale(offset, head)].copy_from_slice(&of_k.one.to_ne_bytes());
-        block[layout.value_scale(offset, head)].copy_from_slice(&of_v.one.to_ne_bytes());
+        block[layout.key_scale(offset, head)].copy_from_slice(&k_quantiser.scale.to_ne_bytes());
+        block[layout.value_scale(offset, head)].copy_from_slice(&v_quantiser.scale.to_ne_bytes());
     }
 
     fn load(layout: &KvLayout, block: &[u8], offset: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
@@ -143,19 +147,19 @@ impl Format for Int8 {
         offset: usize,
         head: usize,
         to: (&mut [u8], &mut [u8]),
-        at: usize,
+        index: usize,
         dims: usize,
     ) {
         let (keys, values) = to;
-        let whole = KvLayout { block_size: PANEL, kv_heads: 1, ..*layout };
-        let wide = KvLayout { head_dim: dims, ..whole };
-        let first = wide.value_panel(0, 0).start;
+        let panel_layout = KvLayout { block_size: PANEL, kv_heads: 1, ..*layout };
+        let padded_layout = KvLayout { head_dim: dims, ..panel_layout };
+        let first = padded_layout.value_panel(0, 0).start;
         for dim in 0..layout.head_dim {
-            keys[whole.key(at, 0, dim)] = block[layout.key(offset, head, dim)];
-            values[wide.value(at, 0, dim) - first] = block[layout.value(offset, head, dim)];
+            keys[panel_layout.key(index, 0, dim)] = block[layout.key(offset, head, dim)];
+            values[padded_layout.value(index, 0, dim) - first] = block[layout.value(offset, head, dim)];
         }
-        keys[whole.key_scale(at, 0)].copy_from_slice(&block[layout.key_scale(offset, head)]);
-        values[PANEL * dims + at * 4..][..4].copy_from_slice(&block[layout.value_scale(offset, head)]);
+        keys[panel_layout.key_scale(index, 0)].copy_from_slice(&block[layout.key_scale(offset, head)]);
+        values[PANEL * dims + index * 4..][..4].copy_from_slice(&block[layout.value_scale(offset, head)]);
     }
 
     fn clear(queries: &mut Rows) {
@@ -170,16 +174,16 @@ impl Format for Int8 {
         quads.resize(start + head_dim.div_ceil(4), [[[0; 4]; 2]; ROWS]);
         let (mut row_scales, mut row_offsets) = ([0f32; ROWS], [0i32; ROWS]);
         for (r, row) in rows.chunks_exact(head_dim).enumerate() {
-            let scale = Scale::of(row, Q_LARGEST);
+            let quantiser = Quantiser::of(row, Q_LARGEST);
             let mut sum = 0;
             for (dim, x) in row.iter().enumerate() {
-                let x = scale.whole(*x);
+                let x = quantiser.quantise(*x);
                 let high = (x + (1 << (Q_SHIFT - 1))) >> Q_SHIFT;
                 let [highs, lows] = &mut quads[start + dim / 4][r];
                 (highs[dim % 4], lows[dim % 4]) = (high as i8, (x - (high << Q_SHIFT)) as i8);
                 sum += x;
             }
-            row_scales[r] = scale.one * factor;
+            row_scales[r] = quantiser.scale * factor;
             row_offsets[r] = sum * OFFSET;
         }
         scales.push(row_scales);
@@ -208,19 +212,19 @@ impl Format for Int8 {
     }
 
     #[inline(always)]
-    fn weigh<V: Wide>(
+    fn accumulate<V: Wide>(
         weights: &[Scores],
         tokens: usize,
         values: &Panels<'_, u8>,
         next: Option<&Panels<'_, u8>>,
         sums: &mut [[f32; LANES]],
-        space: &mut Space,
+        weight_buffer: &mut WeightBuffer,
     ) {
         let stride = sums.len() / weights.len();
-        V::apart(sums::Split { weights, tokens, values, space });
+        V::outlined(sums::QuantiseWeights { weights, tokens, values, weight_buffer });
         let mut next = next;
         for (i, sums) in sums.chunks_mut(V::INT_ROWS * stride).enumerate() {
-            let rows = &space.weights[i * V::INT_ROWS..];
+            let rows = &weight_buffer.weights[i * V::INT_ROWS..];
             match sums.len() / stride {
                 1 => sums::tile::<V, 1>(rows, tokens, values, next, sums),
                 2 => sums::tile::<V, 2>(rows, tokens, values, next, sums),
@@ -232,9 +236,9 @@ impl Format for Int8 {
     }
 }
 
-/// A panel's registers, and behind them its scales.
+/// Splits the keys, or the values, of a panel into vectors of 64 bytes and the scales that follow them.
 #[inline(always)]
-fn parts(panel: &[u8]) -> (&[[u8; 4 * LANES]], &[[u8; 4]; PANEL]) {
+fn split_scales(panel: &[u8]) -> (&[[u8; 4 * LANES]], &[[u8; 4]; PANEL]) {
     const NONE: &[[u8; 4]; PANEL] = &[[0; 4]; PANEL];
     let Some((quads, scales)) = panel.split_last_chunk::<SCALES>() else {
         return (&[], NONE);
@@ -251,9 +255,10 @@ fn scales_of<V: Wide>(bytes: &[[u8; 4]; PANEL]) -> V {
     V::load(&scales)
 }
 
-/// The lines of a panel to ask for: where nothing is known of what comes next, what is here already, which costs least.
+/// The cache lines to prefetch for a panel: those of `next`, or if there are none those of `current`, which are in the
+/// cache already, so that the prefetch costs least.
 #[inline(always)]
-fn ahead<'a>(next: Option<&Panels<'a, u8>>, panel: usize, here: &'a [u8]) -> &'a [[u8; 4 * LANES]] {
-    let next = next.map_or(here, |next| if next[panel].is_empty() { here } else { next[panel] });
+fn lines_to_prefetch<'a>(next: Option<&Panels<'a, u8>>, panel: usize, current: &'a [u8]) -> &'a [[u8; 4 * LANES]] {
+    let next = next.map_or(current, |next| if next[panel].is_empty() { current } else { next[panel] });
     next.as_chunks().0
 }

@@ -1,18 +1,18 @@
-//! Scores of a tile: queries times keys, as integers.
-// Loops over all registers are unrolled when their bounds are constants, and only then stay registers.
+//! Scores of a tile: `q kᵀ`, as integers.
+// Loops over arrays of vectors have constant bounds, so that they are unrolled: only then the arrays stay in registers.
 #![allow(clippy::needless_range_loop)]
 
-use super::{Q_SHIFT, Quad, Rows, ahead, parts, scales_of};
+use super::{Q_SHIFT, Quad, Rows, lines_to_prefetch, scales_of, split_scales};
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::format::ROWS;
 use crate::cpu::kernel::Run;
 use crate::cpu::tile::{Panels, Scores, TILE_PANELS};
 use crate::cpu::wide::{LANES, Wide};
 
-/// Panels side by side, where the registers hold their sums.
+/// Panels that are computed at once if the registers can hold their sums.
 const PAIR: usize = 2;
 
-/// The scores of a tile's panels that have tokens, for R rows of a group, from its row `first` on.
+/// The scores of a tile's panels that have tokens, for R rows of a group, from row `first` of the group on.
 #[inline(always)]
 pub(super) fn tile<V: Wide, const R: usize>(
     queries: &Rows,
@@ -28,28 +28,29 @@ pub(super) fn tile<V: Wide, const R: usize>(
     let (scales, offsets) = (&queries.scales[group], &queries.offsets[group]);
     for panel in (0..TILE_PANELS).step_by(PAIR) {
         let keys = [keys[panel], keys[panel + 1]];
-        let ahead = [ahead(next, panel, keys[0]), ahead(next, panel + 1, keys[1])];
+        let lines = [lines_to_prefetch(next, panel, keys[0]), lines_to_prefetch(next, panel + 1, keys[1])];
         if V::INT_COLUMNS == PAIR && keys.iter().all(|keys| !keys.is_empty()) {
-            V::apart(Product::<R, PAIR> { q, scales, offsets, first, keys, ahead, panel, scores });
+            V::outlined(Product::<R, PAIR> { q, scales, offsets, first, keys, lines, panel, scores });
             continue;
         }
-        for (i, (keys, ahead)) in keys.into_iter().zip(ahead).enumerate().filter(|(_, (keys, _))| !keys.is_empty()) {
-            let (keys, ahead, panel) = ([keys], [ahead], panel + i);
-            V::apart(Product::<R, 1> { q, scales, offsets, first, keys, ahead, panel, scores });
+        for (i, (keys, lines)) in keys.into_iter().zip(lines).enumerate().filter(|(_, (keys, _))| !keys.is_empty()) {
+            let (keys, lines, panel) = ([keys], [lines], panel + i);
+            V::outlined(Product::<R, 1> { q, scales, offsets, first, keys, lines, panel, scores });
         }
     }
 }
 
-/// The scores of C panels, each score two sums of integers: those of the queries' high bytes and those of the low ones.
+/// The scores of C panels. Each score is made of two sums of integers: one of products with the query's high bytes, one
+/// of products with its low bytes.
 struct Product<'a, 's, const R: usize, const C: usize> {
     q: &'a [[Quad<i8>; ROWS]],
     scales: &'a [f32; ROWS],
     offsets: &'a [i32; ROWS],
     first: usize,
     keys: [&'a [u8]; C],
-    /// As many lines, to be asked for.
-    ahead: [&'a [[u8; 4 * LANES]]; C],
-    /// The panel whose scores come first.
+    /// Cache lines to prefetch, as many as `keys` has.
+    lines: [&'a [[u8; 4 * LANES]]; C],
+    /// The index of the first of the C panels.
     panel: usize,
     scores: &'s mut [Scores; R],
 }
@@ -60,15 +61,15 @@ impl<const R: usize, const C: usize> Run for Product<'_, '_, R, C> {
     #[inline(always)]
     fn run<V: Wide>(self) {
         let steps = self.q.len();
-        let (mut quads, mut ahead) = ([&[][..]; C], [&[][..]; C]);
+        let (mut quads, mut lines) = ([&[][..]; C], [&[][..]; C]);
         for c in 0..C {
-            quads[c] = &parts(self.keys[c]).0[..steps];
-            ahead[c] = &self.ahead[c][..steps];
+            quads[c] = &split_scales(self.keys[c]).0[..steps];
+            lines[c] = &self.lines[c][..steps];
         }
-        let [mut high, mut low] = [[[V::no_ints(); C]; R]; 2];
+        let [mut high, mut low] = [[[V::zero_ints(); C]; R]; 2];
         for step in 0..steps {
             for c in 0..C {
-                prefetch(&ahead[c][step]);
+                prefetch(&lines[c][step]);
                 let keys = V::load_quads(&quads[c][step]);
                 for r in 0..R {
                     let [by_high, by_low] = self.q[step][(self.first + r) % ROWS];
@@ -78,10 +79,10 @@ impl<const R: usize, const C: usize> Run for Product<'_, '_, R, C> {
             }
         }
         for c in 0..C {
-            let scales = scales_of::<V>(parts(self.keys[c]).1);
+            let scales = scales_of::<V>(split_scales(self.keys[c]).1);
             for r in 0..R {
                 let row = (self.first + r) % ROWS;
-                let sum = V::floats(V::combine::<Q_SHIFT>(high[r][c], low[r][c], self.offsets[row]));
+                let sum = V::from_ints(V::combine::<Q_SHIFT>(high[r][c], low[r][c], self.offsets[row]));
                 let scores = &mut self.scores[r][self.panel + c];
                 sum.mul(V::splat(self.scales[row])).mul(scales).store(scores);
             }

@@ -1,24 +1,26 @@
-//! Attention over sequences that lie in several caches, and keys and values written without a step.
+//! Attention over sequences that lie in several caches, and writes and reads without a step.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use common::{Random, dense, difference, poison, stored_as, tensor, ways};
-use paged_attention::{Attention, BlockTable, KvCache, KvDtype, KvShape, Part, TableOptions, Window, attend_parts};
+use common::{Random, backends, dense, difference, poison, stored_as, tensor};
+use paged_attention::{
+    Attention, BlockTable, KvCache, KvDtype, KvShape, Segment, TableOptions, Window, attend_segments,
+};
 
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 24 };
 const HEADS: usize = 6;
 const WIDTH: usize = SHAPE.kv_heads * SHAPE.head_dim;
 const LAYER: usize = 1;
 
-/// Numbers of `tokens` tokens of each of two sequences.
+/// Random numbers for `tokens` tokens of each of two sequences.
 fn sequences(random: &mut Random, tokens: usize, width: usize) -> [Vec<f32>; 2] {
     [random.numbers(tokens * width), random.numbers(tokens * width)]
 }
 
-/// `(2 * tokens, kv_heads, head_dim)` of tokens `range` of both.
+/// The tokens `range` of both sequences, packed: `(2 * tokens, heads, head_dim)`.
 fn packed(of: &[Vec<f32>; 2], range: std::ops::Range<usize>, heads: usize) -> Tensor {
     let width = heads * SHAPE.head_dim;
     let both: Vec<f32> = of.iter().flat_map(|one| &one[range.start * width..range.end * width]).copied().collect();
@@ -30,41 +32,42 @@ fn write(cache: &KvCache, tables: &mut [BlockTable], at: usize, k: &Tensor, v: &
     for table in tables.iter_mut() {
         table.reserve(at + tokens - table.len()).unwrap();
     }
-    cache.write_at(LAYER, tables, at, k, v).unwrap();
+    cache.write(LAYER, tables, at, k, v).unwrap();
     tables.iter_mut().for_each(|table| table.commit(tokens).unwrap());
 }
 
 #[test]
-fn parts_together_are_as_one() {
+fn segments_equal_one_cache() {
     let mut random = Random::new(3);
     let scale = 0.25f32;
-    for (way, choose) in ways() {
+    for (name, configure) in backends() {
         for (first_dtype, len, cut) in
             [(KvDtype::F32, 70, 33), (KvDtype::F16, 40, 39), (KvDtype::Int8, 1300, 1200), (KvDtype::Int8, 90, 5)]
         {
-            let first_dtype = if way == "gather" && first_dtype == KvDtype::Int8 { KvDtype::Bf16 } else { first_dtype };
+            let first_dtype =
+                if name == "gather" && first_dtype == KvDtype::Int8 { KvDtype::Bf16 } else { first_dtype };
             let bound = if first_dtype == KvDtype::Int8 { 2e-4 } else { 1e-5 };
             let (k, v) = (sequences(&mut random, len, WIDTH), sequences(&mut random, len, WIDTH));
             let q = sequences(&mut random, len, HEADS * SHAPE.head_dim);
             let make = |dtype, block_size| {
-                let cache = choose(KvCache::builder(SHAPE).dtype(dtype)).block_size(block_size);
+                let cache = configure(KvCache::builder(SHAPE).dtype(dtype)).block_size(block_size);
                 let cache = cache.blocks(2 * len.div_ceil(block_size) + 2).build().unwrap();
                 poison(&cache);
                 let tables = vec![cache.table(), cache.table()];
                 (cache, tables)
             };
             let ((early, mut early_tables), (late, mut late_tables)) = (make(first_dtype, 16), make(KvDtype::F32, 4));
-            let halves = |range: std::ops::Range<usize>| (packed(&k, range.clone(), 2), packed(&v, range, 2));
-            let (a, b) = halves(0..cut);
+            let pack = |range: std::ops::Range<usize>| (packed(&k, range.clone(), 2), packed(&v, range, 2));
+            let (a, b) = pack(0..cut);
             write(&early, &mut early_tables, 0, &a, &b);
-            // What is written again is what counts.
-            let (junk, _) = halves(cut..len);
+            // Written twice: the second write replaces the first.
+            let (junk, _) = pack(cut..len);
             write(&late, &mut late_tables, 0, &junk, &junk);
-            let (a, b) = halves(cut..len);
-            late.write_at(LAYER, &mut late_tables, 0, &a, &b).unwrap();
-            let parts = [
-                Part { cache: &early, tables: &early_tables, start: 0, end: cut },
-                Part { cache: &late, tables: &late_tables, start: cut, end: len },
+            let (a, b) = pack(cut..len);
+            late.write(LAYER, &mut late_tables, 0, &a, &b).unwrap();
+            let segments = [
+                Segment { cache: &early, tables: &early_tables, start: 0, end: cut },
+                Segment { cache: &late, tables: &late_tables, start: cut, end: len },
             ];
             for (rows, causal, window) in
                 [(1, true, None), (len - cut, true, None), (7, false, None), (1, true, Some(9))]
@@ -73,7 +76,7 @@ fn parts_together_are_as_one() {
                 let attention = Attention::new(scale).causal(causal).soft_cap(3.0);
                 let attention = window.map_or(attention.clone(), |window| attention.window(Window::new(window)));
                 let query = packed(&q, len - rows..len, HEADS);
-                let got = attend_parts(&parts, LAYER, len - rows, &query, &attention).unwrap();
+                let got = attend_segments(&segments, LAYER, len - rows, &query, &attention).unwrap();
                 let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
                 let mut expected = Vec::new();
                 for sequence in 0..2 {
@@ -92,14 +95,14 @@ fn parts_together_are_as_one() {
                     }
                 }
                 let off = difference(&got, &expected);
-                assert!(off < bound, "{way} {first_dtype} {len} at {cut}, {rows} rows, {window:?}: {off}");
+                assert!(off < bound, "{name} {first_dtype} {len} at {cut}, {rows} rows, {window:?}: {off}");
             }
         }
     }
 }
 
 #[test]
-fn one_part_is_a_step_to_the_last_bit() {
+fn one_segment_equals_a_step_to_the_last_bit() {
     let mut random = Random::new(4);
     let cache = KvCache::builder(SHAPE).blocks(80).build().unwrap();
     let (k, v) = (sequences(&mut random, 600, WIDTH), sequences(&mut random, 600, WIDTH));
@@ -114,18 +117,18 @@ fn one_part_is_a_step_to_the_last_bit() {
     let stepped = step.attend(LAYER, &q, &k, &v, &attention).unwrap();
     step.leave_unwritten(0..LAYER).unwrap();
     step.commit().unwrap();
-    let parts = [Part { cache: &cache, tables: &tables, start: 0, end: 600 }];
-    let got = attend_parts(&parts, LAYER, 0, &q, &attention).unwrap();
+    let segments = [Segment { cache: &cache, tables: &tables, start: 0, end: 600 }];
+    let got = attend_segments(&segments, LAYER, 0, &q, &attention).unwrap();
     let numbers = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_eq!(numbers(got), numbers(stepped));
 }
 
 #[test]
-fn writing_without_a_step_copies_what_others_read() {
+fn writing_without_a_step_copies_shared_blocks() {
     let cache = KvCache::builder(SHAPE).blocks(8).block_size(4).build().unwrap();
     let full = |x: f32, n: usize| Tensor::full(x, (n, 2, 24), &Device::Cpu).unwrap();
     let first = |table: &BlockTable, range| -> Vec<f32> {
-        let (k, _) = cache.read_at(LAYER, table, range).unwrap();
+        let (k, _) = cache.read(LAYER, table, range).unwrap();
         k.narrow(1, 0, 1).unwrap().narrow(2, 0, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap()
     };
     let mut table = cache.table();
@@ -135,40 +138,42 @@ fn writing_without_a_step_copies_what_others_read() {
     step.leave_unwritten(0..LAYER).unwrap();
     step.commit().unwrap();
     let mut fork = [table.fork()];
-    cache.write_at(LAYER, &mut fork, 2, &full(2.0, 3), &full(2.0, 3)).unwrap();
+    cache.write(LAYER, &mut fork, 2, &full(2.0, 3), &full(2.0, 3)).unwrap();
     assert_eq!((first(&table, 0..6), first(&fork[0], 1..6)), (vec![1.0; 6], vec![1.0, 2.0, 2.0, 2.0, 1.0]));
-    // It no longer holds what its tokens say, so nobody finds more of it.
+    // The fork's keys and values no longer match its token ids, so its blocks are not cached.
     fork[0].reserve(2).unwrap();
     fork[0].commit_tokens(&[7, 8]).unwrap();
     let mut other = cache.table();
-    assert_eq!(other.reuse(&[1, 2, 3, 4, 5, 6, 7, 8, 9]), 4);
+    assert_eq!(other.match_prefix(&[1, 2, 3, 4, 5, 6, 7, 8, 9]), 4);
     assert_eq!(first(&other, 0..4), [1.0; 4]);
 
-    for (start, message) in [(7, "7..10 are not reserved: 8 is not held, the table ends at 8"), (8, "8..11")] {
-        let error = cache.write_at(LAYER, &mut fork, start, &full(3.0, 3), &full(3.0, 3)).unwrap_err();
+    for (start, message) in
+        [(7, "7..10 are not all reserved: position 8 is not held by the table, whose capacity is 8"), (8, "8..11")]
+    {
+        let error = cache.write(LAYER, &mut fork, start, &full(3.0, 3), &full(3.0, 3)).unwrap_err();
         assert!(error.to_string().contains(message), "{error}");
     }
-    assert!(cache.read_at(LAYER, &table, 6..9).is_err());
-    assert!(cache.read_at(7, &table, 0..1).unwrap_err().to_string().contains("no layer 7"));
+    assert!(cache.read(LAYER, &table, 6..9).is_err());
+    assert!(cache.read(7, &table, 0..1).unwrap_err().to_string().contains("no layer 7"));
 }
 
 #[test]
-fn what_lies_before_a_position_can_be_given_back() {
+fn blocks_before_a_position_can_be_freed() {
     let cache = KvCache::builder(SHAPE).blocks(8).block_size(4).build().unwrap();
     let mut tables = [cache.table_with(&TableOptions::default().private())];
     let numbers = Random::new(5).numbers(22 * WIDTH);
     let k = tensor(&numbers, 2, 24, DType::F32);
     write(&cache, &mut tables, 0, &k, &k);
-    tables[0].release_before(11);
-    assert_eq!((cache.pool().held(), tables[0].len(), tables[0].slot(7)), (4, 22, None));
-    assert!(cache.read_at(LAYER, &tables[0], 7..9).is_err());
-    let (held, _) = cache.read_at(LAYER, &tables[0], 9..22).unwrap();
-    let held: Vec<f32> = held.flatten_all().unwrap().to_vec1().unwrap();
-    assert_eq!(held, numbers[9 * WIDTH..]);
-    // The part begins where its first block does, and ends before the last token.
+    tables[0].free_before(11);
+    assert_eq!((cache.pool().in_use(), tables[0].len(), tables[0].slot(7)), (4, 22, None));
+    assert!(cache.read(LAYER, &tables[0], 7..9).is_err());
+    let (kept, _) = cache.read(LAYER, &tables[0], 9..22).unwrap();
+    let kept: Vec<f32> = kept.flatten_all().unwrap().to_vec1().unwrap();
+    assert_eq!(kept, numbers[9 * WIDTH..]);
+    // The segment begins at the first block that was not freed, and ends before the last token.
     let q = tensor(&Random::new(6).numbers(6 * 24), 6, 24, DType::F32);
-    let part = |end| [Part { cache: &cache, tables: &tables, start: 0, end }];
-    let got = attend_parts(&part(20), LAYER, 19, &q, &Attention::new(0.3)).unwrap();
+    let segment = |end| [Segment { cache: &cache, tables: &tables, start: 0, end }];
+    let got = attend_segments(&segment(20), LAYER, 19, &q, &Attention::new(0.3)).unwrap();
     let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
     let q: Vec<f32> = q.flatten_all().unwrap().to_vec1().unwrap();
     let expected =
@@ -176,24 +181,24 @@ fn what_lies_before_a_position_can_be_given_back() {
     assert!(difference(&got, &expected) < 1e-5);
 
     let error = tables[0].truncate(5).unwrap_err();
-    assert_eq!((error.len, error.held), (5, 8));
+    assert_eq!((error.len, error.kept), (5, 8));
     tables[0].truncate(9).unwrap();
-    assert_eq!(cache.pool().held(), 1);
+    assert_eq!(cache.pool().in_use(), 1);
     tables[0].reserve(20).unwrap();
     tables[0].shrink_to(14);
-    assert_eq!((cache.pool().held(), tables[0].capacity()), (2, 16));
+    assert_eq!((cache.pool().in_use(), tables[0].capacity()), (2, 16));
 }
 
 #[test]
-fn a_step_does_not_see_what_was_given_back() {
-    for (way, choose) in ways() {
-        let cache = choose(KvCache::builder(SHAPE).blocks(8).block_size(4)).build().unwrap();
+fn a_step_does_not_see_freed_blocks() {
+    for (name, configure) in backends() {
+        let cache = configure(KvCache::builder(SHAPE).blocks(8).block_size(4)).build().unwrap();
         let mut tables = [cache.table_with(&TableOptions::default().private())];
         let numbers = Random::new(5).numbers(23 * WIDTH);
         let k = tensor(&numbers, 2, 24, DType::F32);
         let (old, new) = (k.narrow(0, 0, 22).unwrap(), k.narrow(0, 22, 1).unwrap());
         write(&cache, &mut tables, 0, &old, &old);
-        tables[0].release_before(11);
+        tables[0].free_before(11);
         let numbers_of_q = Random::new(6).numbers(6 * 24);
         let q = tensor(&numbers_of_q, 6, 24, DType::F32);
         let mut step = cache.step();
@@ -203,27 +208,27 @@ fn a_step_does_not_see_what_was_given_back() {
         let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
         let seen: Vec<_> = (8..23).collect();
         let expected = dense(&numbers_of_q, &numbers, &numbers, &seen, 2, 24, 0.3f32.into(), |_, _, score| score);
-        assert!(difference(&got, &expected) < 1e-5, "{way}");
+        assert!(difference(&got, &expected) < 1e-5, "{name}");
     }
 }
 
 #[test]
-fn a_part_of_a_ring_may_end_before_what_the_ring_still_holds() {
+fn a_segment_with_a_window_may_end_before_the_positions_that_it_has_kept() {
     let cache = KvCache::builder(SHAPE).blocks(20).block_size(4).build().unwrap();
     let mut table = cache.table_with(&TableOptions::default().window(Window::new(6)));
     (0..40).for_each(|_| table.append(1).unwrap());
     let tables = [table];
     let q = tensor(&Random::new(6).numbers(6 * 24), 6, 24, DType::F32);
     for end in [4, 20, 30] {
-        let part = [Part { cache: &cache, tables: &tables, start: 0, end }];
-        let got = attend_parts(&part, LAYER, 39, &q, &Attention::new(0.3)).unwrap();
+        let segment = [Segment { cache: &cache, tables: &tables, start: 0, end }];
+        let got = attend_segments(&segment, LAYER, 39, &q, &Attention::new(0.3)).unwrap();
         let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
-        assert!(got.iter().all(|x| *x == 0.0), "nothing that is seen lies before {end}");
+        assert!(got.iter().all(|x| *x == 0.0), "no position before {end} is seen");
     }
 }
 
 #[test]
-fn parts_that_do_not_fit_are_refused() {
+fn segments_that_do_not_fit_are_refused() {
     let cache = KvCache::builder(SHAPE).blocks(20).block_size(4).build().unwrap();
     let other = KvCache::builder(KvShape { head_dim: 8, ..SHAPE }).blocks(4).build().unwrap();
     let twin = KvCache::builder(SHAPE).blocks(4).build().unwrap();
@@ -234,27 +239,27 @@ fn parts_that_do_not_fit_are_refused() {
     };
     let plain = TableOptions::default();
     let (a, b, odd) = (filled(&cache, &plain), filled(&cache, &plain), filled(&other, &plain));
-    let ring = filled(&cache, &plain.clone().window(Window::new(6)));
-    fn part<'a>(cache: &'a KvCache, tables: &'a [BlockTable], start: usize) -> Part<'a> {
-        Part { cache, tables, start, end: start + 8 }
+    let windowed = filled(&cache, &plain.clone().window(Window::new(6)));
+    fn segment<'a>(cache: &'a KvCache, tables: &'a [BlockTable], start: usize) -> Segment<'a> {
+        Segment { cache, tables, start, end: start + 8 }
     }
     let q = |rows| Tensor::zeros((rows, HEADS, 24), DType::F32, &Device::Cpu).unwrap();
     let causal = Attention::new(1.0);
-    let (first, second) = (part(&cache, &a, 0), part(&cache, &b, 8));
-    let sinks = causal.clone().window(Window::new(3).with_sinks(1));
+    let (first, second) = (segment(&cache, &a, 0), segment(&cache, &b, 8));
+    let with_sink_tokens = causal.clone().window(Window::new(3).with_sink_tokens(1));
     let cases = [
-        ("no part", vec![], 0, 1, &causal),
-        ("begins at 9 does not follow", vec![first, part(&cache, &b, 9)], 15, 1, &causal),
-        ("different heads", vec![first, part(&other, &odd, 8)], 15, 1, &causal),
-        ("another pool", vec![part(&twin, &a, 0)], 7, 1, &causal),
-        ("queries at 7 do not come behind position 8", vec![first, second], 7, 2, &causal),
-        ("lies in a table for 8", vec![Part { end: 9, ..first }], 8, 1, &causal),
-        ("window", vec![first, part(&cache, &ring, 8)], 15, 1, &causal),
-        ("window", vec![first, second], 15, 1, &sinks),
+        ("no segment", vec![], 0, 1, &causal),
+        ("begins at 9 does not follow", vec![first, segment(&cache, &b, 9)], 15, 1, &causal),
+        ("different numbers of heads", vec![first, segment(&other, &odd, 8)], 15, 1, &causal),
+        ("another pool", vec![segment(&twin, &a, 0)], 7, 1, &causal),
+        ("queries at 7 come before position 8", vec![first, second], 7, 2, &causal),
+        ("lies in a table with a capacity of 8", vec![Segment { end: 9, ..first }], 8, 1, &causal),
+        ("window", vec![first, segment(&cache, &windowed, 8)], 15, 1, &causal),
+        ("window", vec![first, second], 15, 1, &with_sink_tokens),
     ];
-    for (message, parts, at, rows, attention) in cases {
-        let error = attend_parts(&parts, LAYER, at, &q(rows), attention).unwrap_err().to_string();
+    for (message, segments, at, rows, attention) in cases {
+        let error = attend_segments(&segments, LAYER, at, &q(rows), attention).unwrap_err().to_string();
         assert!(error.contains(message), "{error:?} lacks {message:?}");
     }
-    assert!(attend_parts(&[first, second], LAYER, 15, &q(1), &causal).is_ok());
+    assert!(attend_segments(&[first, second], LAYER, 15, &q(1), &causal).is_ok());
 }

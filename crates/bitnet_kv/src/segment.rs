@@ -1,4 +1,4 @@
-//! Consecutive tokens of a cache's sequences, in one pool.
+//! A segment: consecutive tokens of a cache's sequences, in one pool.
 
 use std::ops::Range;
 
@@ -7,22 +7,24 @@ use paged_attention::{BlockTable, KvCache, OutOfBlocks, ReserveError, TableOptio
 use crate::error::Result;
 use crate::stores::Stores;
 
-/// How often a pool that had room a moment ago may turn out to be full: others take blocks meanwhile.
+/// How often to try again when a pool that had room is full after all, because other caches allocated blocks meanwhile.
 const TRIES: usize = 16;
 
+/// A segment with its own tables; [`paged_attention::Segment`] borrows them.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub(crate) struct OwnedSegment {
     pub(crate) cache: KvCache,
-    /// One for each sequence, all with as many tokens. Committed are the tokens that all layers have.
+    /// One table for each sequence, all of the same length. The tokens that all layers have are committed.
     pub(crate) tables: Vec<BlockTable>,
-    /// Which position of the sequence a table's first one is.
+    /// The position in the sequence of a table's position 0.
     pub(crate) start: usize,
-    /// Whether it holds what has been moved to 8-bit storage.
+    /// Whether its tokens were moved to 8-bit storage.
     pub(crate) old: bool,
 }
 
-impl Part {
-    /// A part with slots for `tokens` tokens of each sequence from position `start` on, in a pool of `stores` that has room.
+impl OwnedSegment {
+    /// A segment with slots for `tokens` tokens of each sequence from position `start` on, in a pool of `stores` that
+    /// has room for them.
     pub(crate) fn new(
         stores: &Stores,
         options: &TableOptions,
@@ -37,24 +39,25 @@ impl Part {
         loop {
             let cache = stores.with_room(blocks)?;
             let tables = (0..batch).map(|_| cache.table_with(options)).collect();
-            let mut part = Self { cache, tables, start, old };
-            match part.reserve(start + tokens) {
+            let mut segment = Self { cache, tables, start, old };
+            match segment.reserve(start + tokens) {
                 Err(ReserveError::OutOfBlocks(_)) if tries < TRIES => tries += 1,
-                other => return other.map(|()| part).map_err(Into::into),
+                other => return other.map(|()| segment).map_err(Into::into),
             }
         }
     }
 
-    /// The position of the first token that it holds, or could; with a window 0, whatever has been left behind.
+    /// The position of the first token that the segment has, or can have. With a window it is `start`, whatever the
+    /// window has freed.
     pub(crate) fn first(&self) -> usize {
-        let given_back = |table: &BlockTable| match table.window() {
+        let freed = |table: &BlockTable| match table.window() {
             Some(_) => 0,
-            None => table.gap().1 * table.pool().block_size(),
+            None => table.freed_blocks().len() * table.pool().block_size(),
         };
-        self.start + self.tables.first().map_or(0, given_back)
+        self.start + self.tables.first().map_or(0, freed)
     }
 
-    /// The position behind the last token that all layers have.
+    /// The position after the last committed token.
     pub(crate) fn committed(&self) -> usize {
         self.start + self.tables.first().map_or(0, BlockTable::len)
     }
@@ -64,7 +67,7 @@ impl Part {
         self.start + self.tables.first().map_or(0, BlockTable::capacity)
     }
 
-    /// Makes slots up to position `end`, in all tables or none.
+    /// Makes slots up to position `end`, in all tables or in none.
     pub(crate) fn reserve(&mut self, end: usize) -> std::result::Result<(), ReserveError> {
         let (before, committed) = (self.capacity() - self.start, self.committed());
         let wanted = end.saturating_sub(committed);
@@ -77,7 +80,7 @@ impl Part {
         Ok(())
     }
 
-    /// A full pool, seen by all sequences together.
+    /// The error for one table, with the number of blocks that all tables together need.
     fn for_all_tables(&self, error: ReserveError, wanted: usize) -> ReserveError {
         match error {
             ReserveError::OutOfBlocks(full) if self.tables.len() > 1 => {
@@ -93,7 +96,7 @@ impl Part {
         }
     }
 
-    /// Keeps the positions before `end`.
+    /// Keeps the positions before `end`, and frees the blocks after them.
     pub(crate) fn truncate(&mut self, end: usize) -> Result<()> {
         let end = end - self.start;
         for table in &mut self.tables {
@@ -106,13 +109,14 @@ impl Part {
         Ok(())
     }
 
-    /// The positions of part `at` of those that follow each other: up to where the next one begins, or as far as it has slots.
-    pub(crate) fn bounds(parts: &[Self], at: usize) -> Range<usize> {
-        let part = &parts[at];
-        part.first()..parts.get(at + 1).map_or_else(|| part.capacity(), Self::first)
+    /// The positions of segment `at` of consecutive segments: up to the first position of the next segment, or, in the
+    /// last segment, up to its capacity.
+    pub(crate) fn bounds(segments: &[Self], at: usize) -> Range<usize> {
+        let segment = &segments[at];
+        segment.first()..segments.get(at + 1).map_or_else(|| segment.capacity(), Self::first)
     }
 
-    /// Blocks that its tables hold.
+    /// How many blocks its tables have, shared ones counted for each table.
     pub(crate) fn blocks(&self) -> usize {
         self.tables.iter().map(|table| table.blocks().len()).sum()
     }

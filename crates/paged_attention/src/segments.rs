@@ -1,0 +1,380 @@
+//! Writes, reads and attention without a step: for callers whose layers take their tokens at different times, or whose
+//! sequences lie in several caches.
+
+use std::ops::Range;
+
+use block_pool::{KvShape, Order};
+use block_table::BlockTable;
+use candle_core::{DType, Result, Tensor};
+
+use crate::gather::Sequence;
+use crate::plan::{Plan, Span, freed_of};
+use crate::{AttendError, Attention, KvCache, cpu, gather, validate, wrap_error};
+
+/// The largest possible position. Distances between positions are signed, so a position has to fit into `isize`.
+const LAST_POSITION: usize = isize::MAX as usize;
+
+/// Consecutive tokens of one or more sequences in one cache; see [`attend_segments`].
+#[derive(Debug, Clone, Copy)]
+pub struct Segment<'a> {
+    /// The cache that holds the tokens.
+    pub cache: &'a KvCache,
+    /// One table for each sequence. Every table has slots for the same positions.
+    pub tables: &'a [BlockTable],
+    /// The position in the sequence of the first token of each table.
+    pub start: usize,
+    /// The position in the sequence after the last token that is attended to. Not less than `start`.
+    pub end: usize,
+}
+
+impl KvCache {
+    /// Writes keys and values to one layer, at the positions from `start` on of each table. `k` and `v` are both
+    /// `(tables * tokens, kv_heads, head_dim)`, table after table. The slots must have been
+    /// [reserved](BlockTable::reserve). Blocks with other readers are copied first ([`BlockTable::make_writable`]).
+    ///
+    /// A [`Step`](crate::Step) does this for all layers of a pass, and rolls back after a failure. Here the caller has
+    /// to do both: commit a token only when all layers have it, and roll back what failed.
+    ///
+    /// # Errors
+    ///
+    /// [`AttendError`], wrapped, when the layer does not exist, a shape, dtype or device is wrong, a position has no
+    /// slot, or positions go beyond `usize::MAX`; nothing was written then. Otherwise the error of the device, or of
+    /// the pool when it has no block for a copy.
+    pub fn write(&self, layer: usize, tables: &mut [BlockTable], start: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        let tensor = validate::layer(self.tensors(), layer)?;
+        let rows = k.dims().first().copied().unwrap_or(0);
+        validate::keys_and_values(self, rows, k, v)?;
+        let tokens = rows.checked_div(tables.len()).unwrap_or(0);
+        if tokens * tables.len() != rows {
+            return segments_error(format!("{rows} rows cannot be divided equally among {} tables", tables.len()));
+        }
+        let Some(end) = start.checked_add(tokens) else {
+            return segments_error(format!(
+                "{tokens} tokens from position {start} on go beyond position {}",
+                usize::MAX
+            ));
+        };
+        for table in tables.iter() {
+            validate::table(self.pool(), table)?;
+            // The window may have freed some of the positions.
+            if let Some(missing) = (start..end).find(|&at| table.slot(at).is_none()) {
+                let capacity = table.capacity();
+                return segments_error(format!(
+                    "positions {start}..{end} are not all reserved: position {missing} is not held by the table, whose \
+                     capacity is {capacity}"
+                ));
+            }
+        }
+        let mut plan = Plan::default();
+        for table in tables {
+            table.make_writable(start..end).map_err(wrap_error)?;
+            plan.slot_mapping.extend((start..end).filter_map(|at| table.slot(at)).map(|slot| slot as u32));
+        }
+        match self.layout().order {
+            Order::Panels | Order::QuadPanels => cpu::write(tensor, k, v, self.layout(), &plan),
+            Order::Nhd => gather::write(tensor, self.layout(), &plan, k, v),
+        }
+    }
+
+    /// Copies the keys and values at `positions` of a table out of one layer, each `(tokens, kv_heads, head_dim)`.
+    ///
+    /// The result has the type in which they are stored, or f32 if that is 8-bit. Positions that were reserved and not
+    /// written have arbitrary content. An empty range returns no tokens, whatever its start.
+    ///
+    /// # Errors
+    ///
+    /// [`AttendError`], wrapped, when the layer does not exist, the table belongs to another pool, the range ends
+    /// before it starts, or a position has no slot. Otherwise the error of the device.
+    pub fn read(&self, layer: usize, table: &BlockTable, positions: Range<usize>) -> Result<(Tensor, Tensor)> {
+        let tensor = validate::layer(self.tensors(), layer)?;
+        validate::table(self.pool(), table)?;
+        let Range { start, end } = positions;
+        if end < start {
+            return segments_error(format!("positions {start}..{end} end before they start"));
+        }
+        let block_size = self.pool().block_size();
+        let (mut before, tokens) = (start % block_size, end - start);
+        let mut blocks = start / block_size..end.div_ceil(block_size);
+        if tokens == 0 {
+            (before, blocks) = (0, 0..0);
+        }
+        // The iteration ends at the first block that is missing, so that a range that is far too long costs nothing.
+        let slots = blocks.map(|block| table.slot(block * block_size));
+        let Some(blocks) = slots.map(|slot| Some((slot? / block_size) as u32)).collect::<Option<Vec<_>>>() else {
+            return segments_error(format!("not all positions of {start}..{end} have a slot in the table"));
+        };
+        let (k, v) = match self.layout().order {
+            Order::Panels | Order::QuadPanels => cpu::read(tensor, self.layout(), &blocks, before + tokens)?,
+            Order::Nhd => gather::gather(tensor, self.layout(), &blocks, before + tokens)?,
+        };
+        Ok((k.narrow(0, before, tokens)?, v.narrow(0, before, tokens)?))
+    }
+}
+
+/// Computes the attention of `q (sequences * tokens, heads, head_dim)` over several segments in one layer. The result
+/// has the shape and the type of `q`.
+///
+/// Each segment begins where the previous one ends. The queries are the tokens of each sequence from position `at` on.
+///
+/// A sequence begins where its first segment begins, so the sink tokens are the first tokens of that segment. Tokens
+/// that a table without a window has freed ([`BlockTable::free_before`]) are not part of the sequence. A query that
+/// sees no token gets zeros.
+///
+/// With the fused backend, each segment is read in place. The results of the segments are merged by the logarithms of
+/// the sums of their weights ("Flash-Decoding", Dao et al. 2023), so segments may be stored in different types. If a
+/// cache has the gather backend, the segments are copied into one tensor.
+///
+/// # Errors
+///
+/// [`AttendError`], wrapped:
+///
+/// - a shape, dtype or device is wrong, or the layer does not exist;
+/// - the segments do not fit each other, or have no tokens;
+/// - a query comes before the start of the last segment although its position matters: attention is causal, has a
+///   window, or weighs by distance (ALiBi);
+/// - a query sees a position that a table's window has freed;
+/// - there are several segments, and a table has a window or the layer's window has sink tokens;
+/// - a position is greater than `isize::MAX`.
+///
+/// Otherwise the error of the device.
+pub fn attend_segments(
+    segments: &[Segment<'_>],
+    layer: usize,
+    at: usize,
+    q: &Tensor,
+    attention: &Attention,
+) -> Result<Tensor> {
+    let heads = check(segments, layer, at, q, attention)?;
+    let segments: Vec<_> = segments.iter().filter(|segment| segment.first() < segment.end).collect();
+    if segments.iter().any(|segment| segment.cache.layout().order == Order::Nhd) {
+        return attend_gathered(&segments, layer, at, q, attention);
+    }
+    let one = |segment: &Segment<'_>| {
+        let plan = segment.plan(at, q.dims()[0]);
+        let (layout, kernel) = (segment.cache.layout(), segment.cache.kernel());
+        let tensor = validate::layer(segment.cache.tensors(), layer)?;
+        cpu::attend_part(tensor, q, &cpu::Call { layout, plan: &plan, heads, attention, kernel })
+    };
+    let mut outs = segments.iter().map(|segment| one(segment)).collect::<Result<Vec<_>>>()?;
+    let head_dim = q.dims()[2];
+    let mut out = match outs.len() {
+        1 => std::mem::take(&mut outs[0].0),
+        _ => merge(&outs, head_dim),
+    };
+    if outs.len() > 1 && out.iter().any(|x| !x.is_finite()) {
+        recompute(&segments, layer, at, q, attention, &mut out)?;
+    }
+    cpu::like(out, q)
+}
+
+impl Segment<'_> {
+    /// The position of the first token that is attended to.
+    fn first(&self) -> usize {
+        self.start + self.tables.first().map_or(0, |table| freed_of(table).1)
+    }
+
+    /// Checks that no query sees a position that the window of a table has freed. A window that has moved on has freed
+    /// positions that earlier queries see. (A [`Step`](crate::Step) needs no such check: its new tokens come after all
+    /// tokens of the table, and the table keeps every position that they see.)
+    fn check_freed(&self, at: usize, rows: usize, attention: &Attention) -> Result<()> {
+        for table in self.tables {
+            let (freed, block_size) = (freed_of(table).0, table.pool().block_size());
+            if freed.is_empty() {
+                continue;
+            }
+            let (freed_start, freed_end) = (freed.start * block_size, freed.end * block_size);
+            let span = Span::of_queries(0..rows, at.saturating_sub(self.start), self.end - self.start, table.window());
+            // Sink tokens are never freed.
+            let sees_freed = |row: usize| {
+                let recent = span.visible(row, attention).recent;
+                let seen = recent.start.max(freed_start);
+                (seen < recent.end.min(freed_end)).then_some((at + row, self.start + seen))
+            };
+            if let Some((query, seen)) = (0..rows).find_map(sees_freed) {
+                let kept = self.start + freed_end;
+                return segments_error(format!(
+                    "the query at position {query} sees position {seen}, which was given back to the pool: the window \
+                     has kept the positions from {kept} on"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn plan(&self, at: usize, rows: usize) -> Plan {
+        let mut plan = Plan::default();
+        for table in self.tables {
+            let rows = rows / self.tables.len();
+            plan.push_queries(table, rows, at.saturating_sub(self.start), self.end - self.start);
+        }
+        plan
+    }
+}
+
+/// Merges the results of several segments: their means, weighted by `2^log` of each segment and row. A row is not
+/// finite if the result of one of its segments is not finite.
+fn merge(segments: &[(Vec<f32>, Vec<f32>)], head_dim: usize) -> Vec<f32> {
+    let Some((first, _)) = segments.first() else { return Vec::new() };
+    let mut out = vec![0f32; first.len()];
+    for (row, out) in out.chunks_exact_mut(head_dim).enumerate() {
+        let largest = segments.iter().fold(f32::NEG_INFINITY, |largest, (_, logs)| largest.max(logs[row]));
+        if largest == f32::NEG_INFINITY {
+            // Either the row sees nothing, and all means are zeros; or the tokens that it sees are not finite, nor are
+            // the means.
+            let means = segments.iter().map(|(means, _)| &means[row * head_dim..]);
+            means.for_each(|means| out.iter_mut().zip(means).for_each(|(out, mean)| *out += mean));
+            continue;
+        }
+        let weights = segments.iter().map(|(_, logs)| (logs[row] - largest).exp2());
+        let total: f32 = weights.clone().sum();
+        for ((means, _), weight) in segments.iter().zip(weights) {
+            for (out, mean) in out.iter_mut().zip(&means[row * head_dim..]) {
+                *out += mean * (weight / total);
+            }
+        }
+    }
+    out
+}
+
+/// Recomputes the rows of `out (rows, heads, head_dim)` that are not finite in f64, over all segments together: a
+/// segment whose result is not finite can have a weight of zero compared with another segment.
+fn recompute(
+    segments: &[&Segment<'_>],
+    layer: usize,
+    at: usize,
+    q: &Tensor,
+    attention: &Attention,
+    out: &mut [f32],
+) -> Result<()> {
+    let sequences = segments.first().map_or(1, |segment| segment.tables.len());
+    for (i, out) in out.chunks_mut((out.len() / sequences).max(1)).enumerate() {
+        if out.iter().any(|x| !x.is_finite()) {
+            gathered_sequence(segments, layer, at, q, attention, i)?.in_f64(out, |_, _| false)?;
+        }
+    }
+    Ok(())
+}
+
+/// Attention over the segments with the gather backend, for every device: each sequence is copied into one tensor.
+fn attend_gathered(
+    segments: &[&Segment<'_>],
+    layer: usize,
+    at: usize,
+    q: &Tensor,
+    attention: &Attention,
+) -> Result<Tensor> {
+    let sequences = segments.first().map_or(0, |segment| segment.tables.len());
+    let outputs = (0..sequences).map(|i| gathered_sequence(segments, layer, at, q, attention, i)?.attend());
+    Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 0)?.to_dtype(q.dtype())
+}
+
+/// Sequence number `i`, with its keys and values of all segments copied into one tensor each.
+fn gathered_sequence<'a>(
+    segments: &[&Segment<'_>],
+    layer: usize,
+    at: usize,
+    q: &Tensor,
+    attention: &'a Attention,
+    i: usize,
+) -> Result<Sequence<'a>> {
+    let (_, heads, head_dim) = q.dims3()?;
+    let kv_heads = segments.first().map_or(heads, |segment| segment.cache.shape().kv_heads);
+    // Positions are counted from the first token of the first segment, as in the fused backend.
+    let origin = segments.first().map_or(0, |segment| segment.first());
+    let nothing = Tensor::zeros((0, kv_heads, head_dim), DType::F32, q.device())?;
+    let (mut positions, mut keys, mut values) = (Vec::new(), vec![nothing.clone()], vec![nothing]);
+    for segment in segments {
+        let table = &segment.tables[i];
+        let (freed, block_size) = (table.freed_blocks(), table.pool().block_size());
+        let end = segment.end - segment.start;
+        let runs = [0..end.min(freed.start * block_size), end.min(freed.end * block_size)..end];
+        for run in runs.into_iter().filter(|run| !run.is_empty()) {
+            positions.extend(run.clone().map(|position| segment.start + position - origin));
+            let (k, v) = segment.cache.read(layer, table, run)?;
+            keys.push(k.to_dtype(DType::F32)?);
+            values.push(v.to_dtype(DType::F32)?);
+        }
+    }
+    let (sequences, window) =
+        segments.first().map_or((1, None), |segment| (segment.tables.len(), segment.tables[i].window()));
+    let end = segments.last().map_or(0, |segment| segment.end - origin);
+    let rows = q.dim(0)? / sequences;
+    let span = Span::of_queries(0..rows, at.saturating_sub(origin), end, window);
+    let q = q.narrow(0, i * rows, rows)?;
+    Sequence::new(span, attention, positions, &q, &Tensor::cat(&keys, 0)?, &Tensor::cat(&values, 0)?)
+}
+
+/// Checks all arguments of [`attend_segments`]. Returns the number of query heads.
+fn check(segments: &[Segment<'_>], layer: usize, at: usize, q: &Tensor, attention: &Attention) -> Result<usize> {
+    let Some(first) = segments.first() else { return segments_error("there is no segment to attend to".into()) };
+    let rows = q.dims().first().copied().unwrap_or(0);
+    let heads = validate::queries_alone(first.cache, rows, q, attention)?;
+    let sequences = first.tables.len();
+    if sequences == 0 || !rows.is_multiple_of(sequences) {
+        return segments_error(format!("{rows} queries cannot be divided equally among {sequences} sequences"));
+    }
+    let rows = rows / sequences;
+    if at.checked_add(rows).is_none_or(|end| end > LAST_POSITION) {
+        return segments_error(format!("{rows} queries from position {at} on go beyond position {LAST_POSITION}"));
+    }
+    let mut before: Option<&Segment<'_>> = None;
+    for segment in segments {
+        let Segment { start, end, .. } = *segment;
+        if end < start || end > LAST_POSITION {
+            return segments_error(format!(
+                "a segment at {start}..{end} ends before it starts, or beyond position {LAST_POSITION}"
+            ));
+        }
+        validate::layer(segment.cache.tensors(), layer)?;
+        let (KvShape { kv_heads, head_dim, .. }, expected) = (segment.cache.shape(), first.cache.shape());
+        if (kv_heads, head_dim) != (expected.kv_heads, expected.head_dim) || segment.tables.len() != sequences {
+            return segments_error("the segments have different numbers of heads, dimensions or sequences".into());
+        }
+        for table in segment.tables {
+            validate::table(segment.cache.pool(), table)?;
+            if table.capacity() < end - start {
+                let capacity = table.capacity();
+                return segments_error(format!(
+                    "a segment at {start}..{end} lies in a table with a capacity of {capacity} tokens"
+                ));
+            }
+            if table.freed_blocks() != segment.tables[0].freed_blocks() {
+                return segments_error("the tables of a segment have freed different blocks".into());
+            }
+        }
+        if before.is_some_and(|before| before.end != segment.first()) {
+            return segments_error(format!(
+                "a segment that begins at {} does not follow the previous segment",
+                segment.first()
+            ));
+        }
+        before = Some(segment);
+    }
+    if segments.iter().all(|segment| segment.end <= segment.first()) {
+        return segments_error("the segments have no tokens to attend to".into());
+    }
+    let windowed = segments.iter().any(|segment| segment.tables.iter().any(|table| table.window().is_some()));
+    let last = before.map_or(0, Segment::first);
+    // A query before the start of a segment has no position in it.
+    let position_matters = attention.causal || attention.window.is_some() || attention.slopes.is_some() || windowed;
+    if position_matters && at < last {
+        return segments_error(format!(
+            "queries at {at} come before position {last}, where the last segment begins, but what they see depends on \
+             their position"
+        ));
+    }
+    let has_sink_tokens = attention.window.is_some_and(|window| window.sink_tokens() > 0);
+    if segments.len() > 1 && (has_sink_tokens || windowed) {
+        return segments_error(
+            "a table with a window, or a window with sink tokens, cannot be used with several segments".into(),
+        );
+    }
+    for segment in segments {
+        segment.check_freed(at, rows, attention)?;
+    }
+    Ok(heads)
+}
+
+fn segments_error<T>(what: String) -> Result<T> {
+    Err(wrap_error(AttendError::Segments(what)))
+}
