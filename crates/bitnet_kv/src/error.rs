@@ -1,159 +1,160 @@
-//! What can go wrong, in the host's words where it has them.
+//! The errors of a cache. Where the host has the same error, the text is the host's.
 
 use paged_attention::{CacheError, OutOfBlocks, OutOfWindow, ReserveError, StorageError, find_error, wrap_error};
 use thiserror::Error;
 
-/// A cache cannot do as asked. It is as it was before.
+/// Why a call failed. After an error, the cache is unchanged.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum KvError {
     /// The layer does not exist.
     #[error("Layer index {layer} out of bounds: the cache has {layers} layers")]
     Layer {
-        /// The layer asked for.
+        /// The index of the layer.
         layer: usize,
-        /// The layers there are.
+        /// How many layers the cache has.
         layers: usize,
     },
-    /// A number that a cache is made of is 0.
+    /// A dimension or a length of the cache is 0.
     #[error("{0} must be > 0")]
     Zero(&'static str),
-    /// Heads have an odd number of dimensions.
+    /// The number of dimensions of a head is 0 or not divisible by 4.
     #[error("head_dim must be > 0 and divisible by 4, got {0}")]
     HeadDim(usize),
-    /// The choices of a cache do not go together.
+    /// Some options of a cache exclude each other.
     #[error("{0}")]
     Options(String),
-    /// Keys and values have other shapes than the cache takes.
+    /// The keys or values have a wrong shape.
     #[error("KV cache expects {expected}, but received k {k:?} and v {v:?}")]
     Shape {
         /// The shape of the keys.
         k: Vec<usize>,
         /// The shape of the values.
         v: Vec<usize>,
-        /// What they should be.
+        /// The shapes that the cache takes.
         expected: String,
     },
-    /// Keys have another number of heads than the cache.
+    /// The number of key heads is not that of the cache.
     #[error("KV cache expects {expected} heads, but received K tensor with {got} heads (k {k:?}, v {v:?})")]
     Heads {
-        /// The heads of the cache.
+        /// How many heads of keys the cache has.
         expected: usize,
-        /// The heads of the keys.
+        /// How many heads the keys have.
         got: usize,
         /// The shape of the keys.
         k: Vec<usize>,
         /// The shape of the values.
         v: Vec<usize>,
     },
-    /// A cache holds as many sequences as it began with.
-    #[error("KV cache holds a batch of {expected}, but received one of {got} (k {k:?}, v {v:?})")]
+    /// The number of sequences in the batch is not that of the cache.
+    #[error("KV cache has a batch of {expected}, but received one of {got} (k {k:?}, v {v:?})")]
     Batch {
-        /// The sequences of the cache.
+        /// How many sequences the cache has.
         expected: usize,
-        /// The sequences given.
+        /// How many sequences the keys and values have.
         got: usize,
         /// The shape of the keys.
         k: Vec<usize>,
         /// The shape of the values.
         v: Vec<usize>,
     },
-    /// The tokens given do not lead from the length there is to the length asked for.
+    /// The number of tokens does not match the change in length that `seq_len` asks for.
     #[error(
-        "{tokens} tokens (k {k:?}, v {v:?}) do not lead from a length of {current} to {seq_len}: expected {expected}"
+        "{tokens} tokens (k {k:?}, v {v:?}) do not bring a layer of {current} tokens to seq_len {seq_len}: expected \
+         {expected}"
     )]
     Length {
-        /// The tokens given.
+        /// How many tokens the keys and values have.
         tokens: usize,
-        /// The tokens that the layer holds.
+        /// How many tokens the layer has.
         current: usize,
-        /// The length asked for.
+        /// The length that the layer was to have.
         seq_len: usize,
-        /// How many tokens would lead there.
+        /// How many tokens are expected.
         expected: String,
         /// The shape of the keys.
         k: Vec<usize>,
         /// The shape of the values.
         v: Vec<usize>,
     },
-    /// The tokens given as a whole sequence are not those that the layer holds.
+    /// Keys and values of a whole sequence differ from those that the layer has.
     #[error(
-        "token {at} of the {tokens} given is not the one that the layer holds, which has {current}: clear the cache for another \
-         sequence; seq_len is the length of the sequence, so a pass of {tokens} tokens behind it leads to {}",
+        "token {at} of the {tokens} given differs from the layer's, which has {current} tokens: clear the cache before \
+         another sequence; seq_len is the length of the whole sequence, so to append {tokens} tokens pass {}",
         current + tokens
     )]
     OtherTokens {
         /// The first position that differs.
         at: usize,
-        /// The tokens given.
+        /// How many tokens the keys and values have.
         tokens: usize,
-        /// The tokens that the layer holds.
+        /// How many tokens the layer has.
         current: usize,
     },
-    /// Queries have another shape than fits the cache.
+    /// The queries have a wrong shape.
     #[error("q has shape {got:?}, expected {expected}")]
     Queries {
-        /// Their shape.
+        /// The shape of the queries.
         got: Vec<usize>,
-        /// The shape they should have.
+        /// The shape that the cache takes.
         expected: String,
     },
-    /// A tensor has another type than the cache.
+    /// The type of a tensor is not that of the cache.
     #[error("{tensor} is {got}, the cache takes {expected}")]
     DType {
         /// `k`, `v` or `q`.
         tensor: &'static str,
-        /// Its type.
+        /// The type of the tensor.
         got: &'static str,
         /// The type of the cache.
         expected: &'static str,
     },
-    /// A tensor lies on another device than the cache.
+    /// A tensor is on another device than the cache.
     #[error("{tensor} is on {got}, the cache is on {expected}")]
     Device {
-        /// `k`, `v` or `q`.
+        /// `k`, `v` or `q`; `clear` for the device given to [`KVCache::clear`](crate::KVCache::clear).
         tensor: &'static str,
-        /// Where it lies.
+        /// The device of the tensor.
         got: String,
-        /// Where the cache lies.
+        /// The device of the cache.
         expected: String,
     },
-    /// The sequence would be longer than the cache was made for. Other answers can be chosen: see
-    /// [`Overflow`](crate::Overflow).
-    #[error("KV cache overflow: a length of {len}, max_seq_len is {max_seq_len}")]
+    /// The sequence would be longer than `max_seq_len`. [`Overflow`](crate::Overflow) has the alternatives to this
+    /// error.
+    #[error("KV cache overflow: length {len} exceeds max_seq_len {max_seq_len}")]
     Overflow {
-        /// The length asked for.
+        /// The length that the sequence would have.
         len: usize,
-        /// The most the cache was made for.
+        /// The longest length that the cache allows.
         max_seq_len: usize,
     },
-    /// The pool has too few free blocks: wait, or drop another request's cache.
+    /// The pool has too few available blocks: wait, or drop another request's cache.
     #[error("the KV cache's pool is full: {0}")]
     OutOfBlocks(OutOfBlocks),
-    /// A circular cache has given back what the last token would see again.
+    /// A circular cache has freed blocks that the last token would see after the truncation.
     #[error(transparent)]
     OutOfWindow(#[from] OutOfWindow),
-    /// A prefix is sought for a cache that is empty, and holds one sequence.
-    #[error("a prefix can be reused by an empty cache of one sequence: this one has {len} tokens, {batch} sequences")]
+    /// A prefix can only be matched by an empty cache of one sequence.
+    #[error("only an empty cache of one sequence can match a prefix: this one has {len} tokens and a batch of {batch}")]
     NotEmpty {
-        /// The tokens it has.
+        /// How many tokens the cache has.
         len: usize,
-        /// The sequences it holds.
+        /// How many sequences the cache has.
         batch: usize,
     },
-    /// One list of tokens was given to a cache that holds several sequences.
-    #[error("the tokens are those of one sequence, and this cache holds a batch of {0}")]
+    /// A cache of several sequences was given the tokens of one.
+    #[error("the tokens are those of one sequence, but the cache has a batch of {0}")]
     Sequences(usize),
-    /// A layer of the same cache attends or is copied at this moment, and what it reads cannot be changed meanwhile.
-    #[error("a layer of this cache is being read, and it cannot be changed meanwhile")]
+    /// A layer of this cache is being attended to or copied, so its blocks cannot be changed at this moment.
+    #[error("the cache cannot be changed while one of its layers is being read")]
     Busy,
-    /// The pool cannot be made.
+    /// The pool could not be built.
     #[error(transparent)]
     Cache(#[from] CacheError),
     /// A shared block could not be copied.
     #[error(transparent)]
     Storage(#[from] StorageError),
-    /// The tensor library refused.
+    /// An error of candle.
     #[error(transparent)]
     Candle(candle_core::Error),
 }
@@ -173,7 +174,7 @@ impl From<ReserveError> for KvError {
     }
 }
 
-/// A pool without room stays one, however deep it was found.
+/// [`OutOfBlocks`] stays [`KvError::OutOfBlocks`], however deep in `error` it is.
 impl From<candle_core::Error> for KvError {
     fn from(error: candle_core::Error) -> Self {
         match find_error(&error) {
@@ -183,7 +184,7 @@ impl From<candle_core::Error> for KvError {
     }
 }
 
-/// So that `?` works inside a model. [`KvError::find`] takes it out again.
+/// Makes `?` work inside a model. [`KvError::find`] finds the error again.
 impl From<KvError> for candle_core::Error {
     fn from(error: KvError) -> Self {
         match error {
@@ -194,8 +195,8 @@ impl From<KvError> for candle_core::Error {
 }
 
 impl KvError {
-    /// Looks for such an error in another one: in a `candle_core::Error` that a model has returned, or in whatever was made
-    /// of that, as long as it names its `source`. So a scheduler sees that there was no room.
+    /// Finds a `KvError` inside another error: in a `candle_core::Error` that a model returned, or in any error whose
+    /// chain of `source`s has one. A scheduler uses it to see that the pool was full.
     ///
     /// ```
     /// use bitnet_kv::{KvError, OutOfBlocks};

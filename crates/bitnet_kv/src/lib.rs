@@ -26,7 +26,7 @@ pub use update::KVCache;
 
 pub use paged_attention::{CacheError, KvDtype, KvShape, OutOfBlocks, OutOfWindow, Salt, StorageError};
 
-/// The page whose examples are compiled and run as tests.
+/// Compiles and runs the examples of this page as tests.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/bitnet-inference.md")]
 mod page {}

@@ -1,4 +1,4 @@
-//! What a cache can be told.
+//! The options of caches.
 
 use paged_attention::{KvDtype, Salt, Window};
 
@@ -9,23 +9,25 @@ pub enum Overflow {
     /// [`KvError::Overflow`](crate::KvError::Overflow), and nothing changes.
     #[default]
     Error,
-    /// The cache goes on as a ring: a token sees the first `sink_tokens` tokens of its sequence and the last
-    /// `max_seq_len - sink_tokens`, itself included. Positions go on counting. Blocks that neither the last token of any layer sees,
-    /// nor a later one, are given back when the next pass begins. So a layer can be read at any time, and going back over the
-    /// last pass always works.
+    /// The cache continues as a ring: a token sees the first `sink_tokens` tokens of its sequence and the last
+    /// `max_seq_len - sink_tokens` tokens, itself included. Positions keep increasing.
     ///
-    /// A pass over several tokens holds all of them until the next one begins, so the pool needs room for a ring and the
+    /// When the next pass begins, the cache frees the blocks that are visible neither to the last token of any layer
+    /// nor to a later token. So a layer can be read at any time, and the last pass can always be truncated.
+    ///
+    /// All tokens of a pass stay in the pool until the next pass begins, so the pool needs room for the ring and the
     /// longest pass.
     Circular {
-        /// Tokens at the start that are always kept; fewer than `max_seq_len`.
+        /// How many tokens at the start are always kept: fewer than `max_seq_len`.
         sink_tokens: usize,
     },
-    /// The cache takes more memory, as much as it has, and copies nothing: the sequence goes on in the new segment.
+    /// The cache allocates as much memory again as it has, and the sequence continues in a new segment. Nothing is
+    /// copied.
     Grow,
 }
 
 impl Overflow {
-    /// What a token sees of a cache that is circular.
+    /// What a token sees, if the cache is circular.
     pub(crate) fn window(self, max_seq_len: usize) -> Option<Window> {
         match self {
             Self::Circular { sink_tokens } => {
@@ -35,21 +37,21 @@ impl Overflow {
         }
     }
 
-    /// What the tables of a circular cache keep. A table's window holds what the *next* token sees, and a cache is asked for
-    /// what the *last* one sees, which begins one position earlier.
-    pub(crate) fn held(self, max_seq_len: usize) -> Option<Window> {
+    /// The window of a circular cache's tables. A table keeps what its *next* token sees, but a cache must also keep
+    /// what its *last* token sees, which begins one position earlier.
+    pub(crate) fn kept_window(self, max_seq_len: usize) -> Option<Window> {
         let window = self.window(max_seq_len)?;
         Some(Window::new(window.tokens().saturating_add(1)).with_sink_tokens(window.sink_tokens()))
     }
 }
 
-/// What a request's cache differs in from others of the same pool.
+/// The options of one request's cache.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CacheOptions {
-    /// Sequences that it holds side by side; 1 unless told. Only a cache of one can reuse prefixes.
+    /// How many sequences the cache has: 1 by default. Only a cache of one sequence can match prefixes.
     pub batch: usize,
-    /// What must match, beside the tokens, for a prefix to be shared: a tenant, an adapter.
+    /// What must match, in addition to the tokens, for a prefix to be shared, such as a tenant or an adapter.
     pub salt: Salt,
 }
 
@@ -60,45 +62,46 @@ impl Default for CacheOptions {
 }
 
 impl CacheOptions {
-    /// This many sequences side by side.
+    /// Sets the number of sequences.
     #[must_use]
     pub fn batch(self, batch: usize) -> Self {
         Self { batch, ..self }
     }
 
-    /// Prefixes are shared with caches of the same salt only.
+    /// Sets the salt. Prefixes are shared only with caches of the same salt.
     #[must_use]
     pub fn salt(self, salt: Salt) -> Self {
         Self { salt, ..self }
     }
 }
 
-/// What a [`KVCache`](crate::KVCache) differs in from one made by [`KVCache::new`](crate::KVCache::new).
+/// The options of a [`KVCache`](crate::KVCache).
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct KVCacheOptions {
-    /// What happens past `max_seq_len`.
+    /// What happens past `max_seq_len`: an error by default.
     pub overflow: Overflow,
-    /// Tokens older than the last so many are kept in 8-bit storage.
+    /// If set, tokens that are older than this many last tokens are kept in 8-bit storage.
     pub compress_older_than: Option<usize>,
-    /// How new tokens are stored, and given.
+    /// The type in which new tokens are stored and passed in: f32 by default. Tokens stored in 8 bits are passed in as
+    /// f32.
     pub dtype: KvDtype,
 }
 
 impl KVCacheOptions {
-    /// What happens past `max_seq_len`; an error unless told.
+    /// Sets what happens past `max_seq_len`.
     #[must_use]
     pub fn overflow(self, overflow: Overflow) -> Self {
         Self { overflow, ..self }
     }
 
-    /// Keeps tokens that are older than the last `n` in 8-bit storage.
+    /// Keeps tokens that are older than the last `n` tokens in 8-bit storage.
     #[must_use]
     pub fn compress_older_than(self, n: usize) -> Self {
         Self { compress_older_than: Some(n), ..self }
     }
 
-    /// How new tokens are stored, and given; as f32 unless told.
+    /// Sets the type of new tokens.
     #[must_use]
     pub fn dtype(self, dtype: KvDtype) -> Self {
         Self { dtype, ..self }

@@ -1,4 +1,4 @@
-//! What takes the place of `bitnet_transformer`'s `KVCache` and `LayerKVCache`.
+//! The replacement for `bitnet_transformer`'s `KVCache` and `LayerKVCache`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,12 +10,12 @@ use crate::read::View;
 use crate::sequence::Sequence;
 use crate::{BlocksInUse, CacheOptions, KvError, PagedKVPool};
 
-/// One request's keys and values, all layers: made by [`PagedKVPool::cache`]. It is `Send`, and owns what it needs, so it fits
-/// through a `&mut dyn Any`. Dropping it gives its blocks back.
+/// The keys and values of one request, all layers. [`PagedKVPool::cache`] makes it. It is `Send` and `'static`, so it
+/// can be passed as a `&mut dyn Any`. Dropping it frees its blocks.
 ///
-/// A pass gives each layer its tokens in turn, by [`append`](PagedLayerKVCache::append). The first layer that goes beyond all
-/// others takes the blocks for all of them, so a pass that begins has room to end. Layers that are cleared or appended to on
-/// their own keep lengths of their own.
+/// A pass appends its tokens to one layer after the other, with [`append`](PagedLayerKVCache::append). The first layer
+/// that grows past all others allocates the blocks for all layers, so a pass that has begun does not run out of blocks.
+/// Each layer has its own length: it can be cleared and appended to alone.
 #[derive(Debug)]
 pub struct PagedKVCache {
     layers: Vec<PagedLayerKVCache>,
@@ -23,7 +23,7 @@ pub struct PagedKVCache {
     pool: PagedKVPool,
 }
 
-/// One layer of a [`PagedKVCache`], or a layer that stands alone.
+/// One layer of a [`PagedKVCache`], or a single layer with its own pool.
 #[derive(Debug)]
 pub struct PagedLayerKVCache {
     layer: usize,
@@ -31,8 +31,8 @@ pub struct PagedLayerKVCache {
     pool: PagedKVPool,
 }
 
-/// The sequence that the layers of a cache belong to. Nobody who has it attends meanwhile, nor waits for threads inside rayon:
-/// whoever waits for it gets on, also as a task in the pool of threads in which another one attends.
+/// The sequence that the layers of a cache share, under a lock. The lock is never held during attention, nor while
+/// waiting for rayon's threads. Otherwise a rayon task that waits for the lock could block the attention that holds it.
 #[derive(Debug, Clone)]
 struct Shared(Arc<Mutex<Sequence>>);
 
@@ -51,30 +51,32 @@ impl PagedKVCache {
         Self { layers, shared, pool: pool.clone() }
     }
 
-    /// The layers, the first one first.
+    /// The layers, in order.
     pub fn layers(&self) -> &[PagedLayerKVCache] {
         &self.layers
     }
 
-    /// The layers, to append to.
+    /// The layers, in order, for appending to them.
     pub fn layers_mut(&mut self) -> &mut [PagedLayerKVCache] {
         &mut self.layers
     }
 
-    /// The layer with this index, if there is one.
+    /// The layer with this index, or `None` if there is none.
     pub fn layer_mut(&mut self, idx: usize) -> Option<&mut PagedLayerKVCache> {
         self.layers.get_mut(idx)
     }
 
-    /// Prepares a pass over a sequence of these tokens, whatever the cache holds, and says how many of the first need not be
-    /// computed: feed the model `tokens[n..]`. At least the last is always left, since its logits are needed.
+    /// Prepares a pass over a sequence of these tokens, whatever the cache has. Returns how many of the first tokens
+    /// need not be computed, `n`: feed the model `tokens[n..]`. The last token is always computed, because its logits
+    /// are needed.
     ///
-    /// The cache knows the tokens it holds: those that it was told, and that all layers have. So it keeps what these begin with
-    /// like those, and cuts the rest; where the pool knows more of them, it takes that instead, and a circular cache that has
-    /// given back what it would need begins anew. A pass that succeeds makes its tokens held ones, and one that fails does not.
+    /// The cache compares `tokens` with the tokens that all of its layers have and whose ids it was given. It keeps
+    /// their common prefix and truncates the rest. If the pool has a longer cached prefix of `tokens`, the cache starts
+    /// with that instead. A circular cache that has freed blocks that it would need starts again. After a pass that
+    /// succeeds, the cache has the tokens of the pass; after one that fails, it does not.
     ///
-    /// Ask before every pass, with all tokens of the sequence from its first one on: prompt, answer so far, and what was just
-    /// sampled.
+    /// Call it before every pass, with all tokens of the sequence from the first one on: the prompt, the answer so far,
+    /// and the token that was just sampled.
     ///
     /// ```
     /// # use bitnet_kv::{KvShape, PagedKVCache, PagedKVPool};
@@ -87,9 +89,9 @@ impl PagedKVCache {
     /// let mut cache = pool.cache();
     /// for (tokens, to_compute) in [
     ///     (vec![5, 6, 7], 3),    // a prompt
-    ///     (vec![5, 6, 7], 1),    // once more: its last token alone
-    ///     (vec![5, 6, 7, 8], 1), // a sampled token behind it
-    ///     (vec![5, 9], 1),       // another prompt, with a common start
+    ///     (vec![5, 6, 7], 1),    // the same prompt: only its last token
+    ///     (vec![5, 6, 7, 8], 1), // a sampled token after it
+    ///     (vec![5, 9], 1),       // another prompt, with a common prefix
     /// ] {
     ///     let n = cache.begin_pass(&tokens)?;
     ///     assert_eq!(tokens.len() - n, to_compute);
@@ -100,29 +102,31 @@ impl PagedKVCache {
     ///
     /// # Errors
     ///
-    /// [`KvError::Sequences`] when the cache holds several sequences; [`KvError::Busy`] when a layer still attends to what would
-    /// be given back.
+    /// [`KvError::Sequences`] when the cache has several sequences; [`KvError::Busy`] when a layer that is still being
+    /// read uses blocks that would be freed.
     pub fn begin_pass(&mut self, tokens: &[u32]) -> Result<usize> {
         self.shared.lock().begin_pass(tokens)
     }
 
-    /// Starts with what the pool knows of these tokens, the request's from its first one on, and says how many of them need
-    /// not be computed: feed the model `tokens[n..]`. At least the last is always left, since its logits are needed. For an empty
-    /// cache, whose caller then counts himself: [`begin_pass`](Self::begin_pass) needs no counting.
+    /// Starts an empty cache with the longest cached prefix of `tokens`, which are the request's tokens from the first
+    /// one on. Returns how many of them need not be computed, `n`: feed the model `tokens[n..]`. The last token is
+    /// always computed, because its logits are needed. After this call, the caller keeps track of what to compute;
+    /// [`begin_pass`](Self::begin_pass) does it for the caller.
     ///
-    /// The tokens are remembered: when they have been computed, other requests find them, also after this one has gone. Tell
-    /// later ones with [`note_tokens`](Self::note_tokens).
+    /// The cache stores the ids of `tokens`. Once the tokens are computed, other requests can match them, even after
+    /// this cache is dropped. Pass the ids of later tokens to [`note_tokens`](Self::note_tokens).
     ///
     /// # Errors
     ///
-    /// [`KvError::NotEmpty`] when the cache has tokens already, or holds several sequences; [`KvError::Busy`] when a layer
-    /// still attends to what has been cleared.
+    /// [`KvError::NotEmpty`] when the cache already has tokens, or has several sequences; [`KvError::Busy`] when a
+    /// layer is still reading blocks that were cleared.
     pub fn match_prefix(&mut self, tokens: &[u32]) -> Result<usize> {
         self.shared.lock().match_prefix(tokens)
     }
 
-    /// Says which tokens the next pass appends, so that they can be found, too: what was sampled, or the next message of a
-    /// conversation. Without it they are kept for this request alone, and so are those behind them.
+    /// Sets the ids of the tokens that the next pass appends, so that other requests can match them too: a sampled
+    /// token, or the next message of a conversation. Without this call, only this request uses these tokens and all
+    /// tokens after them. Ignored when the ids of the tokens before are not known.
     pub fn note_tokens(&mut self, tokens: &[u32]) {
         self.shared.lock().note_tokens(tokens);
     }
@@ -132,49 +136,51 @@ impl PagedKVCache {
         self.shared.lock().shortest()
     }
 
-    /// How long the cache may become, or how far it sees if it is circular.
+    /// The longest length that the cache may have; in a circular cache, how many tokens a token sees.
     pub fn max_seq_len(&self) -> usize {
         self.pool.max_seq_len()
     }
 
-    /// Keeps the first `len` tokens of all layers: what a sliding prompt or a rejected draft leaves. Does nothing to layers
-    /// that have no more. Blocks that a layer still attends to are given back when it has.
+    /// Keeps the first `len` tokens of all layers, for example after a prompt was shortened or draft tokens were
+    /// rejected. Layers with at most `len` tokens are unchanged. Blocks that a layer is still reading are freed when it
+    /// is done.
     ///
     /// # Errors
     ///
-    /// [`KvError::OutOfWindow`] when a circular cache has given back what the last of the `len` tokens sees; it is then
-    /// unchanged. Going back over the last pass always works.
+    /// [`KvError::OutOfWindow`] when a circular cache has freed blocks that the last of the `len` tokens sees. The
+    /// cache is then unchanged. The last pass can always be truncated.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.shared.lock().truncate(len)
     }
 
-    /// Forgets all tokens and gives all blocks back; those that a layer still attends to follow when it has.
+    /// Removes all tokens and frees all blocks. Blocks that a layer is still reading are freed when it is done.
     pub fn clear(&mut self) {
         self.shared.lock().clear();
     }
 
-    /// Blocks that the cache holds: for new tokens, and in 8-bit storage. Those that it shares with others count.
+    /// The numbers of blocks that the cache uses, in the storage of new tokens and in 8-bit storage. Blocks that it
+    /// shares with other caches count.
     pub fn blocks_in_use(&self) -> BlocksInUse {
         self.shared.lock().blocks()
     }
 
-    /// Bytes of the blocks that the cache holds.
+    /// Bytes of the blocks that the cache uses, shared ones included.
     pub fn bytes_in_use(&self) -> usize {
         self.shared.lock().bytes()
     }
 
-    /// The pool that its blocks come from.
+    /// The pool of the cache.
     pub fn pool(&self) -> &PagedKVPool {
         &self.pool
     }
 }
 
 impl PagedLayerKVCache {
-    /// A layer that stands alone, with a pool of its own for `batch_size` sequences of up to `max_seq_len` tokens.
+    /// A single layer with its own pool, for `batch_size` sequences of up to `max_seq_len` tokens.
     ///
     /// # Errors
     ///
-    /// [`KvError`] when a number is 0 or the memory cannot be had.
+    /// [`KvError`] when a number is 0 or the memory cannot be allocated.
     pub fn new(
         batch_size: usize,
         n_kv_heads: usize,
@@ -191,21 +197,21 @@ impl PagedLayerKVCache {
         let blocks = max_seq_len.div_ceil(16).max(1).saturating_mul(batch_size);
         let pool = builder.max_seq_len(max_seq_len).blocks(blocks).build()?;
         let mut cache = pool.cache_with(&CacheOptions::default().batch(batch_size));
-        // A pool that was built has its layer.
+        // The pool was built with one layer, so there is one.
         cache.layers.pop().ok_or(KvError::Zero("layers"))
     }
 
-    /// Adds the keys, after the rotary embedding, and values of new tokens, each `[B, H_kv, T, D]` in the cache's type. In place:
-    /// nothing that is there is copied.
+    /// Appends the keys, after the rotary embedding, and the values of new tokens, each `[B, H_kv, T, D]` in the
+    /// cache's type. Earlier tokens are not copied.
     ///
-    /// They come after all that the layer has. An engine that goes back, or begins another sequence, says so before its pass:
-    /// see [`PagedKVCache::begin_pass`].
+    /// The new tokens come after all tokens of the layer. To truncate the sequence, or to begin another one, an engine
+    /// calls [`PagedKVCache::begin_pass`] before its pass.
     ///
     /// # Errors
     ///
     /// [`KvError`] when a shape, batch, type or device is wrong, the cache would be longer than `max_seq_len`
-    /// ([`KvError::Overflow`]), the pool is full ([`KvError::OutOfBlocks`]), or another layer attends at this moment
-    /// ([`KvError::Busy`]). The cache is then as it was.
+    /// ([`KvError::Overflow`]), the pool is full ([`KvError::OutOfBlocks`]), or another layer of the cache is being
+    /// read at this moment ([`KvError::Busy`]). The cache is then unchanged.
     pub fn append(&mut self, k_new: &Tensor, v_new: &Tensor) -> Result<()> {
         let rows = self.pool.0.taken.rows(k_new, v_new, false)?;
         let mut sequence = self.shared.lock();
@@ -216,67 +222,67 @@ impl PagedLayerKVCache {
         sequence.append(self.layer, &rows)
     }
 
-    /// Attends with the last `T` tokens of the layer, `q [B, n * H_kv, T, D]`, to all that they see of it:
-    /// `softmax(scale * q kᵀ) v`, the same shape. Query head `h` reads key head `h / n` (grouped-query attention). With
-    /// `causal` a token sees itself and those before it, without it all tokens.
+    /// Attention of the layer's last `T` tokens, with the queries `q [B, n * H_kv, T, D]`, over the layer's tokens:
+    /// `softmax(scale * q kᵀ) v`, in the shape of `q`. Query head `h` reads key head `h / n` (grouped-query attention).
+    /// With `causal`, a token sees itself and the tokens before it; without, it sees all tokens.
     ///
-    /// It takes the place of repeating keys and values, scores, mask, softmax and the second product; keys and values are read
-    /// where they lie. The result is a view of `(B, T, heads, D)`: to go on with `[B, T, heads * D]`, transpose and reshape it,
-    /// which copies nothing.
+    /// It replaces repeating keys and values for each query head, the scores, the mask, the softmax and the second
+    /// product. Keys and values are read from their blocks, without a copy. The result is a view of a tensor
+    /// `(B, T, heads, D)`, so transposing and reshaping it to `[B, T, heads * D]` copies nothing.
     ///
     /// # Errors
     ///
-    /// [`KvError`] when q has another shape, type or device, or more tokens than the layer, or when one of them sees what a
-    /// circular cache has given back: those of the last pass do not.
+    /// [`KvError`] when `q` has a wrong shape, type or device, or more tokens than the layer, or when one of its tokens
+    /// sees blocks that a circular cache has freed. The tokens of the last pass never do.
     pub fn attend(&self, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
-        self.look(|view| view.attend(q, scale, causal))
+        self.with_view(|view| view.attend(q, scale, causal))
     }
 
-    /// A copy of the keys, `[B, H_kv, seq_len, D]`; of a circular cache those that its last token sees.
+    /// A copy of the keys, `[B, H_kv, seq_len, D]`; in a circular cache, of those that the last token sees.
     ///
     /// # Errors
     ///
-    /// When the tensor library refuses.
+    /// An error of candle.
     pub fn keys(&self) -> Result<Tensor> {
-        Ok(self.look(View::keys_and_values)?.0.transpose(1, 2)?.contiguous()?)
+        Ok(self.with_view(View::keys_and_values)?.0.transpose(1, 2)?.contiguous()?)
     }
 
-    /// A copy of the values, as [`keys`](Self::keys).
+    /// A copy of the values, in the shape of [`keys`](Self::keys).
     ///
     /// # Errors
     ///
-    /// When the tensor library refuses.
+    /// An error of candle.
     pub fn values(&self) -> Result<Tensor> {
-        Ok(self.look(View::keys_and_values)?.1.transpose(1, 2)?.contiguous()?)
+        Ok(self.with_view(View::keys_and_values)?.1.transpose(1, 2)?.contiguous()?)
     }
 
-    /// How many tokens the layer has: the position of the next one.
+    /// How many tokens the layer has. This is also the position of the next token.
     pub fn seq_len(&self) -> usize {
         self.shared.lock().len(self.layer)
     }
 
-    /// How long the cache may become, or how far it sees if it is circular.
+    /// The longest length that the cache may have; in a circular cache, how many tokens a token sees.
     pub fn max_seq_len(&self) -> usize {
         self.pool.max_seq_len()
     }
 
-    /// Heads of keys and values.
+    /// The number of heads of keys and values.
     pub fn n_kv_heads(&self) -> usize {
         self.pool.shape().kv_heads
     }
 
-    /// Forgets the layer's tokens. Blocks are given back when all layers have been cleared.
+    /// Removes the layer's tokens. Blocks are freed when all layers have been cleared.
     pub fn clear(&mut self) {
-        // There is nothing that going back to the beginning would see.
+        // It cannot fail: truncated to 0, a layer needs none of the freed blocks.
         drop(self.shared.lock().truncate_layer(self.layer, 0));
     }
 
-    /// Looks at what the layer holds, without keeping anybody waiting.
-    fn look<T>(&self, with: impl FnOnce(&View) -> Result<T>) -> Result<T> {
+    /// Calls `with` with a view of the layer. The lock is not held meanwhile.
+    fn with_view<T>(&self, with: impl FnOnce(&View) -> Result<T>) -> Result<T> {
         let view = self.shared.lock().view(self.layer)?;
         let result = with(&view);
         drop(view);
-        // What could not be given back meanwhile goes now; whether it did is nothing to the one who looked.
+        // Free the blocks that could not be freed while the view existed. An error of this is not one of `with`.
         drop(self.shared.lock().tidy());
         result
     }

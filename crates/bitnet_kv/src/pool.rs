@@ -1,4 +1,4 @@
-//! The memory that many requests' caches share.
+//! The pool that the caches of many requests share.
 
 use std::sync::Arc;
 
@@ -11,7 +11,8 @@ use crate::stats::Counters;
 use crate::stores::Stores;
 use crate::{CacheOptions, CacheStats, KvError, Overflow, PagedKVCache};
 
-/// Blocks for the keys and values of many requests. Cloning gives another handle to the same ones; threads share it freely.
+/// A pool of blocks for the keys and values of many requests. A clone is another handle to the same pool, and threads
+/// can share it.
 ///
 /// ```
 /// use bitnet_kv::{KvShape, PagedKVPool};
@@ -37,14 +38,14 @@ pub(crate) struct Inner {
     pub(crate) max_seq_len: usize,
     pub(crate) overflow: Overflow,
     pub(crate) older_than: Option<usize>,
-    /// Where new tokens go.
+    /// The storage of new tokens.
     pub(crate) recent: Stores,
-    /// Where tokens go that are older than so many.
+    /// The 8-bit storage of tokens that are older than the last `older_than` tokens.
     pub(crate) old: Option<Stores>,
     pub(crate) counters: Counters,
 }
 
-/// Collects what a [`PagedKVPool`] is made of.
+/// Builds a [`PagedKVPool`].
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct PagedKVPoolBuilder {
@@ -62,7 +63,7 @@ pub struct PagedKVPoolBuilder {
 }
 
 impl PagedKVPool {
-    /// Chooses what the pool is made of. `shape` has the layers, the heads of keys and values, and their dimensions.
+    /// A builder for a pool. `shape` is the number of layers, of heads of keys and values, and of dimensions per head.
     pub fn builder(shape: KvShape) -> PagedKVPoolBuilder {
         PagedKVPoolBuilder {
             shape,
@@ -79,62 +80,62 @@ impl PagedKVPool {
         }
     }
 
-    /// The cache of a new request. It takes blocks as it grows, and gives them back when it is dropped.
+    /// A cache for a new request. It allocates blocks as it grows, and frees them when it is dropped.
     pub fn cache(&self) -> PagedKVCache {
         self.cache_with(&CacheOptions::default())
     }
 
-    /// The cache of a new request, for several sequences side by side, or with a salt.
+    /// A cache for a new request with these options: several sequences, or a salt.
     pub fn cache_with(&self, options: &CacheOptions) -> PagedKVCache {
         PagedKVCache::over(self, options)
     }
 
-    /// How a request's first table is made.
+    /// The options of a request's first table.
     pub(crate) fn table_options(&self, options: &CacheOptions) -> TableOptions {
         let table = TableOptions::default().salt(options.salt.clone());
         let table = if options.batch == 1 { table } else { table.private() };
-        match self.0.overflow.held(self.0.max_seq_len) {
+        match self.0.overflow.kept_window(self.0.max_seq_len) {
             Some(window) => table.window(window),
             None => table,
         }
     }
 
-    /// Layers, heads and dimensions.
+    /// The number of layers, of heads of keys and values, and of dimensions per head.
     pub fn shape(&self) -> KvShape {
         self.0.taken.shape
     }
 
-    /// The length that a cache may have, or sees if it is circular.
+    /// The longest length that a cache may have; in a circular cache, how many tokens a token sees.
     pub fn max_seq_len(&self) -> usize {
         self.0.max_seq_len
     }
 
-    /// The length beyond which a cache is refused more tokens; `None` if it goes on as a ring, or grows.
+    /// The length past which a cache returns [`KvError::Overflow`]; `None` if caches are circular or grow.
     pub fn length_limit(&self) -> Option<usize> {
         (self.0.overflow == Overflow::Error).then_some(self.0.max_seq_len)
     }
 
-    /// Blocks of new tokens that somebody holds. One that several requests share counts once.
+    /// How many blocks are in use in the storage of new tokens. A block that several requests share counts once.
     pub fn blocks_in_use(&self) -> usize {
         self.0.recent.sum(|cache| cache.pool().in_use())
     }
 
-    /// Blocks in 8-bit storage that somebody holds.
+    /// How many blocks are in use in 8-bit storage.
     pub fn compressed_blocks_in_use(&self) -> usize {
         self.0.old.as_ref().map_or(0, |old| old.sum(|cache| cache.pool().in_use()))
     }
 
-    /// Blocks of new tokens that a request could get without growth.
+    /// How many blocks for new tokens can be allocated without growth.
     pub fn blocks_available(&self) -> usize {
         self.0.recent.sum(|cache| cache.pool().available())
     }
 
-    /// Forgets all remembered prefixes: after the weights have changed, say.
+    /// Uncaches all prefixes, for example after the weights have changed. Blocks in use stay in use.
     pub fn reset_prefix_cache(&self) {
         self.0.recent.all().iter().for_each(|cache| cache.pool().reset_prefix_cache());
     }
 
-    /// What the pool has done, and what it holds.
+    /// Statistics of the pool and of all its caches.
     pub fn stats(&self) -> CacheStats {
         self.0.stats()
     }
@@ -146,17 +147,17 @@ impl Inner {
         let bytes = |stores: &Stores, blocks: fn(&KvCache) -> usize| {
             stores.sum(|cache| blocks(cache) * cache.bytes_per_block())
         };
-        let held = |stores| bytes(stores, |cache| cache.pool().in_use());
-        let reserved = |stores| bytes(stores, |cache| cache.pool().blocks());
+        let in_use = |stores| bytes(stores, |cache| cache.pool().in_use());
+        let allocated = |stores| bytes(stores, |cache| cache.pool().blocks());
         let old = self.old.as_ref();
-        let bytes_compressed = old.map_or(0, held);
+        let bytes_compressed = old.map_or(0, in_use);
         let recent_bytes_per_block = self.recent.sum(KvCache::bytes_per_block) / self.recent.all().len().max(1);
         let uncompressed = old.map_or(0, |old| old.sum(|cache| cache.pool().in_use() * recent_bytes_per_block));
         let evicted = self.recent.sum(|cache| cache.pool().stats().evictions as usize) as u64;
         CacheStats {
             evictions: counted.evictions + evicted,
-            bytes_in_use: held(&self.recent) + bytes_compressed,
-            bytes_allocated: reserved(&self.recent) + old.map_or(0, reserved),
+            bytes_in_use: in_use(&self.recent) + bytes_compressed,
+            bytes_allocated: allocated(&self.recent) + old.map_or(0, allocated),
             growth_events: self.recent.growths() + old.map_or(0, Stores::growths),
             bytes_compressed,
             bytes_saved: uncompressed.saturating_sub(bytes_compressed),
@@ -166,63 +167,64 @@ impl Inner {
 }
 
 impl PagedKVPoolBuilder {
-    /// Blocks for new tokens, all requests together; 1024 unless told.
+    /// Sets the number of blocks for new tokens, all requests together: 1024 by default.
     pub fn blocks(self, blocks: usize) -> Self {
         Self { blocks, ..self }
     }
 
-    /// No more blocks for new tokens than fit into this many bytes, all layers together.
+    /// Limits the blocks for new tokens to those that fit into this many bytes, all layers together.
     pub fn memory_limit(self, bytes: usize) -> Self {
         Self { memory_limit: Some(bytes), ..self }
     }
 
-    /// Tokens per block; 16 unless told.
+    /// Sets the number of tokens per block: 16 by default.
     pub fn block_size(self, block_size: usize) -> Self {
         Self { block_size, ..self }
     }
 
-    /// How long a cache may become; 4096 tokens unless told.
+    /// Sets the longest length of a cache, in tokens: 4096 by default.
     pub fn max_seq_len(self, max_seq_len: usize) -> Self {
         Self { max_seq_len, ..self }
     }
 
-    /// How keys and values are stored; as f32 unless told. They are given, and come back, as the same type, or as f32 if that
-    /// is 8-bit.
+    /// Sets the type in which keys and values are stored: f32 by default. Callers pass and get tensors of the same
+    /// type; for 8-bit types, of f32.
     pub fn dtype(self, dtype: KvDtype) -> Self {
         Self { dtype, ..self }
     }
 
-    /// Where they are stored; on the CPU unless told.
+    /// Sets the device of the pool: the CPU by default.
     pub fn device(self, device: &Device) -> Self {
         Self { device: device.clone(), ..self }
     }
 
-    /// What happens past `max_seq_len`; an error unless told.
+    /// Sets what happens past `max_seq_len`: an error by default.
     pub fn overflow(self, overflow: Overflow) -> Self {
         Self { overflow, ..self }
     }
 
-    /// Keeps tokens that are older than the last `n` in 8-bit storage, a quarter of the size of f32: whole blocks, moved when
-    /// the next pass begins. On a CPU.
+    /// Keeps tokens that are older than the last `n` tokens in 8-bit storage, a quarter of the size of f32. Whole
+    /// blocks are moved, when the next pass begins. Only on a CPU.
     pub fn compress_older_than(self, n: usize) -> Self {
         Self { older_than: Some(n), ..self }
     }
 
-    /// Blocks in 8-bit storage; as many as for new tokens unless told. What finds no room there stays as it is.
+    /// Sets the number of blocks in 8-bit storage: by default that of the blocks for new tokens. Tokens that 8-bit
+    /// storage has no room for stay where they are.
     pub fn compressed_blocks(self, blocks: usize) -> Self {
         Self { compressed_blocks: Some(blocks), ..self }
     }
 
-    /// What the pool is called in metrics; `bitnet_kv` unless told.
+    /// Sets the name of the pool in metrics: `bitnet_kv` by default.
     pub fn name(self, name: impl Into<String>) -> Self {
         Self { name: name.into(), ..self }
     }
 
-    /// Allocates the pool. On a CPU memory is touched only when tokens come.
+    /// Allocates the pool. On a CPU, memory is touched only when tokens are written to it.
     ///
     /// # Errors
     ///
-    /// [`KvError`] when a number is 0, the choices do not go together, or the memory cannot be had.
+    /// [`KvError`] when a number is 0, some options exclude each other, or the memory cannot be allocated.
     pub fn build(self) -> Result<PagedKVPool> {
         if self.max_seq_len == 0 {
             return Err(KvError::Zero("max_seq_len"));
@@ -231,15 +233,15 @@ impl PagedKVPoolBuilder {
             if sink_tokens >= self.max_seq_len {
                 let max_seq_len = self.max_seq_len;
                 return Err(KvError::Options(format!(
-                    "{sink_tokens} sink tokens leave nothing of a ring of {max_seq_len} tokens"
+                    "{sink_tokens} sink tokens leave no window: max_seq_len is {max_seq_len}"
                 )));
             }
             if self.older_than.is_some() {
-                return Err(KvError::Options("a circular cache gives old tokens back: it has none to compress".into()));
+                return Err(KvError::Options("a circular cache frees old tokens, so it cannot compress them".into()));
             }
         }
         if self.older_than.is_some() && !self.device.is_cpu() {
-            return Err(KvError::Options("8-bit storage is read on CPUs only".into()));
+            return Err(KvError::Options("only a cache on a CPU can compress old tokens".into()));
         }
         let blocks = self.block_count()?;
         let grows = self.overflow == Overflow::Grow;
@@ -264,7 +266,7 @@ impl PagedKVPoolBuilder {
         let bytes_per_block = self.shape.bytes_per_block(self.block_size, self.dtype).unwrap_or(usize::MAX);
         match bytes.checked_div(bytes_per_block) {
             Some(0) => Err(CacheError::TooLittleMemory { bytes, bytes_per_block }.into()),
-            fitting => Ok(fitting.map_or(self.blocks, |fitting| fitting.min(self.blocks))),
+            limit => Ok(limit.map_or(self.blocks, |limit| limit.min(self.blocks))),
         }
     }
 }

@@ -381,7 +381,7 @@ mod tests {
         own.truncate_layer(0, 0).unwrap();
         append(&mut own, 0, 4, 2.0).unwrap();
         let error = append(&mut own, 0, 40, 2.0).unwrap_err().to_string();
-        assert!(error.contains("4 is not held"), "{error}");
+        assert!(error.contains("4 has no slot"), "{error}");
         assert_eq!((own.len(0), own.len(1), keys(&own.view(0).unwrap())), (4, 60, vec![2.0; 4]));
     }
 

@@ -1,4 +1,4 @@
-//! What takes the place of `bitnet_inference`'s `layers::attention::KVCache`.
+//! The replacement for `bitnet_inference`'s `layers::attention::KVCache`.
 
 use std::cmp::Ordering::{Equal, Greater, Less};
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ use crate::sequence::Sequence;
 use crate::stats::Counters;
 use crate::{BlocksInUse, CacheOptions, CacheStats, KVCacheOptions, KvError, Overflow, PagedKVPool};
 
-/// Keys and values of all layers, updated in place: a layer grows by its new tokens, and nothing else is touched.
+/// The keys and values of all layers, updated in place: adding tokens to a layer does not copy the tokens before.
 ///
 /// ```
 /// use bitnet_kv::KVCache;
@@ -26,30 +26,31 @@ use crate::{BlocksInUse, CacheOptions, CacheStats, KVCacheOptions, KvError, Over
 ///
 /// for layer in 0..2 {
 ///     cache.update(layer, tokens(5)?, tokens(5)?, 5)?; // a prompt
-///     cache.update(layer, tokens(1)?, tokens(1)?, 6)?; // and a token behind it
+///     cache.update(layer, tokens(1)?, tokens(1)?, 6)?; // and a token after it
 /// }
 /// assert_eq!(cache.get(1)?.0.dims(), [6, 4, 8]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct KVCache {
-    /// None until the first tokens say how many sequences they belong to.
+    /// `None` until the first tokens, whose shape gives the number of sequences.
     sequence: Option<Sequence>,
-    /// Nobody else has it.
+    /// No other cache uses it.
     pool: PagedKVPool,
-    /// The blocks that one sequence takes.
+    /// How many blocks one sequence needs.
     blocks: usize,
     overflow: Overflow,
-    /// What [`get`](Self::get) has copied of each layer.
+    /// The copy of each layer that [`get`](Self::get) has made.
     copies: Mutex<Vec<Option<Contiguous>>>,
 }
 
 impl KVCache {
-    /// A cache for sequences of up to `max_seq_len` tokens of f32, which refuses more.
+    /// A cache for sequences of up to `max_seq_len` tokens, stored in f32. Past that length it returns
+    /// [`KvError::Overflow`].
     ///
     /// # Errors
     ///
-    /// [`KvError`] when a number is 0, `head_dim` is not divisible by 4, or the memory cannot be had.
+    /// [`KvError`] when a number is 0, `head_dim` is not divisible by 4, or the memory cannot be allocated.
     pub fn new(
         max_seq_len: usize,
         num_layers: usize,
@@ -60,11 +61,11 @@ impl KVCache {
         Self::with_options(max_seq_len, num_layers, num_heads, head_dim, device, &KVCacheOptions::default())
     }
 
-    /// The same with more to choose.
+    /// The same with options.
     ///
     /// # Errors
     ///
-    /// As [`new`](Self::new), and when the options do not go together.
+    /// As [`new`](Self::new), and when some options exclude each other.
     pub fn with_options(
         max_seq_len: usize,
         num_layers: usize,
@@ -83,7 +84,7 @@ impl KVCache {
         }
         let KVCacheOptions { overflow, compress_older_than, dtype } = *options;
         let shape = KvShape { layers: num_layers, kv_heads: num_heads, head_dim };
-        // A ring holds what it sees, and what comes until all layers have it: as much again.
+        // A ring needs blocks for its window, and for the tokens of a pass until the next one begins: as much again.
         let tokens =
             if matches!(overflow, Overflow::Circular { .. }) { max_seq_len.saturating_mul(2) } else { max_seq_len };
         let blocks = (tokens.div_ceil(16) + if tokens > max_seq_len { 2 } else { 0 }).max(1);
@@ -94,25 +95,27 @@ impl KVCache {
         Ok(Self { sequence: None, pool, blocks, overflow, copies })
     }
 
-    /// Brings a layer to `seq_len` tokens: the length of the sequence, not of the pass. `k` and `v` are `[T, H, D]` or
-    /// `[B, H, T, D]`, and hold either new tokens or the whole sequence.
+    /// Brings a layer to `seq_len` tokens, which is the length of the sequence, not of the pass. `k` and `v` are `[T,
+    /// H, D]` or `[B, H, T, D]`, and are either the new tokens or the whole sequence.
     ///
-    /// - `seq_len` grows: `T` new tokens are appended. If `T` is `seq_len`, the whole sequence is given, and what is new of it
-    ///   is appended.
-    /// - It shrinks: the layer keeps its first `seq_len` tokens; `T` is `seq_len`, or 0.
-    /// - It stays: the last `T` tokens are overwritten in place. If `T` is `seq_len`, these are all, and the whole sequence.
+    /// - `seq_len` is larger than the layer's length: the `T` new tokens are appended. If `T` is `seq_len`, the tensors
+    ///   are the whole sequence, and its new tokens are appended.
+    /// - `seq_len` is smaller: the layer keeps its first `seq_len` tokens. `T` is `seq_len` or 0.
+    /// - `seq_len` is equal: the last `T` tokens are overwritten in place. If `T` is `seq_len`, the tensors are the
+    ///   whole sequence.
     ///
-    /// A whole sequence has to begin as the one that the layer holds, to about a hundredth of each row's largest number: so
-    /// another prompt, or a `seq_len` that counts the pass alone, is an error. It is compared, which costs a copy of what is
-    /// held. What looks like the tokens that are there passes for them; and a pass of `T` tokens in place of the last `T` is
-    /// meant to be one.
+    /// A whole sequence must begin with the keys and values that the layer has, to within about a hundredth of the
+    /// largest number of each row. So another prompt is an error, and so is a `seq_len` that counts only the pass. The
+    /// comparison costs a copy of the layer. It cannot tell tokens apart whose keys and values are that close. When
+    /// `seq_len` is equal and `T` is less, nothing is compared: the new tokens replace the last `T`.
     ///
     /// # Errors
     ///
-    /// [`KvError`] when the layer does not exist, a shape, type or device is wrong, the batch is another than before, `T` does
-    /// not lead to `seq_len`, other tokens are given than the layer holds ([`KvError::OtherTokens`]), there is no room, or a
-    /// circular cache has given back what the last of `seq_len` tokens sees ([`KvError::OutOfWindow`]). The cache is then as
-    /// it was.
+    /// [`KvError`] when the layer does not exist, a shape, type or device is wrong, the batch is not that of the cache,
+    /// `T` does not fit `seq_len` ([`KvError::Length`]), the whole sequence differs from the layer
+    /// ([`KvError::OtherTokens`]), there is no room ([`KvError::Overflow`], [`KvError::OutOfBlocks`]), or a circular
+    /// cache has freed blocks that the last of the `seq_len` tokens sees ([`KvError::OutOfWindow`]). The cache is then
+    /// unchanged.
     pub fn update(&mut self, layer_idx: usize, k: Tensor, v: Tensor, seq_len: usize) -> Result<()> {
         self.layer(layer_idx)?;
         let rows = self.pool.0.taken.rows(&k, &v, true)?;
@@ -144,16 +147,17 @@ impl KVCache {
         }
     }
 
-    /// A layer's keys and values, `[S, H, D]` each for its `S` tokens, or `[B, H, S, D]` if it holds a batch of several
-    /// sequences. Of a circular cache, those that its last token sees.
+    /// The keys and values of a layer's `S` tokens, each `[S, H, D]`, or `[B, H, S, D]` for a batch of several
+    /// sequences. In a circular cache, of the tokens that the last one sees.
     ///
-    /// The first call copies the layer, and what it has copied is kept beside the blocks: the next one copies what is new, and
-    /// gives views. Views never change. A layer that was cut or overwritten is copied anew, and so is each time one that is
-    /// circular or keeps old tokens in 8 bits. [`attend`](Self::attend) needs no copy.
+    /// The first call copies the layer. The copy is kept in addition to the blocks: the next call copies only the new
+    /// tokens and returns views. Views never change. A layer that was truncated or overwritten is copied again. A cache
+    /// that is circular or keeps old tokens in 8-bit storage is copied at each call. [`attend`](Self::attend) needs no
+    /// copy.
     ///
     /// # Errors
     ///
-    /// [`KvError::Layer`] when the layer does not exist; otherwise when the tensor library refuses.
+    /// [`KvError::Layer`] when the layer does not exist; otherwise an error of candle.
     pub fn get(&self, layer_idx: usize) -> Result<(Tensor, Tensor)> {
         self.layer(layer_idx)?;
         let counters = &self.pool.0.counters;
@@ -171,10 +175,10 @@ impl KVCache {
         if view.window.is_some() || self.pool.0.older_than.is_some() {
             return view.shaped(view.keys_and_values()?);
         }
-        // Nobody waits for who reads: whoever comes meanwhile makes a copy of his own.
+        // The lock is not held while copying. A call from another thread meanwhile makes its own copy.
         let most = if sequence.overflow == Overflow::Grow { usize::MAX } else { self.pool.max_seq_len() };
-        let kept = self.copies()[layer_idx].take();
-        let copy = match kept {
+        let cached = self.copies()[layer_idx].take();
+        let copy = match cached {
             Some(mut copy) => copy.extend(&view, most).map(|()| copy)?,
             None => Contiguous::new(&view, most)?,
         };
@@ -183,12 +187,12 @@ impl KVCache {
         views
     }
 
-    /// Attends with the last `T` tokens of a layer, `q [B, n * H, T, D]`, without copying keys and values together: see
-    /// [`PagedLayerKVCache::attend`](crate::PagedLayerKVCache::attend).
+    /// Attention of a layer's last `T` tokens, with the queries `q [B, n * H, T, D]`, without a copy of the keys and
+    /// values: as [`PagedLayerKVCache::attend`](crate::PagedLayerKVCache::attend).
     ///
     /// # Errors
     ///
-    /// As there, and [`KvError::Layer`].
+    /// As there, and [`KvError::Layer`] when the layer does not exist.
     pub fn attend(&self, layer_idx: usize, q: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
         self.layer(layer_idx)?;
         match &self.sequence {
@@ -200,16 +204,20 @@ impl KVCache {
         }
     }
 
-    /// How many tokens a layer has; 0 if there is no such layer.
+    /// How many tokens a layer has; 0 if the layer does not exist.
     pub fn seq_len(&self, layer_idx: usize) -> usize {
         let sequence = self.sequence.as_ref().filter(|sequence| sequence.layer(layer_idx).is_ok());
         sequence.map_or(0, |sequence| sequence.len(layer_idx))
     }
 
-    /// The host's numbers, as it counts them: `current_sequence_length` of the longest layer, `max_sequence_length`, which grows
-    /// with a cache that grows, and `tensor_memory_bytes` of as many tokens of each sequence. Beside them
-    /// `reserved_memory_bytes` of all blocks, `held_memory_bytes` of those that hold tokens, and `copied_memory_bytes` of what
-    /// [`get`](Self::get) keeps.
+    /// Lengths and memory sizes, under these keys. The first three are the host's, counted as the host does.
+    ///
+    /// - `current_sequence_length`: the length of the longest layer.
+    /// - `max_sequence_length`: `max_seq_len`, or the length of a cache that has grown past it.
+    /// - `tensor_memory_bytes`: bytes of `max_sequence_length` tokens of each sequence.
+    /// - `reserved_memory_bytes`: bytes of all blocks.
+    /// - `held_memory_bytes`: bytes of the blocks in use.
+    /// - `copied_memory_bytes`: bytes of the copies that [`get`](Self::get) keeps.
     pub fn memory_usage(&self) -> HashMap<String, usize> {
         let stats = self.pool.stats();
         let batch = self.sequence.as_ref().map_or(1, |sequence| sequence.batch);
@@ -231,18 +239,18 @@ impl KVCache {
         numbers.into_iter().map(|(key, number)| (key.into(), number)).collect()
     }
 
-    /// What the cache has done, and what it holds. A hit is a [`get`](Self::get) that found tokens.
+    /// Statistics of the cache. A hit is a call of [`get`](Self::get) on a layer with tokens.
     pub fn stats(&self) -> CacheStats {
         self.pool.stats()
     }
 
-    /// Blocks that the cache holds: for new tokens, and in 8-bit storage.
+    /// The numbers of blocks that the cache uses, in the storage of new tokens and in 8-bit storage.
     pub fn blocks_in_use(&self) -> BlocksInUse {
         self.sequence.as_ref().map_or(BlocksInUse::default(), Sequence::blocks)
     }
 
-    /// From now on the cache grows past `max_seq_len`, by as much as it has, and copies nothing.
-    /// A circular one becomes one that grows when it is cleared.
+    /// Lets the cache grow past `max_seq_len` from now on, as with [`Overflow::Grow`]. A circular cache stays circular
+    /// until it is cleared.
     pub fn enable_dynamic_growth(&mut self) {
         self.overflow = Overflow::Grow;
         self.pool.0.recent.let_grow();
@@ -255,23 +263,24 @@ impl KVCache {
         }
     }
 
-    /// Forgets all tokens and gives all blocks back. The next tokens may be of another batch.
+    /// Removes all tokens and frees all blocks. The next tokens may have another batch size.
     ///
     /// # Errors
     ///
-    /// [`KvError::Device`] when that is not the cache's device: its blocks stay where they are.
+    /// [`KvError::Device`] when `device` is not the cache's device. A cache cannot move to another device.
     pub fn clear(&mut self, device: &Device) -> Result<()> {
         let own = &self.pool.0.taken.device;
         if !device.same_device(own) {
             let (got, expected) = (format!("{device:?}"), format!("{own:?}"));
             return Err(KvError::Device { tensor: "clear", got, expected });
         }
-        self.forget();
+        self.drop_tokens();
         Ok(())
     }
 
-    /// Does nothing but check the layer. Keys and values lie in memory already, and attention asks for the next block while it
-    /// computes with the one before: asked for earlier, they would be gone from the caches when their turn comes.
+    /// Checks that the layer exists, and does nothing else. Keys and values are in memory already, and attention
+    /// prefetches the next block while it computes with the current one. Blocks that were prefetched earlier would be
+    /// evicted from the CPU's caches before attention reads them.
     ///
     /// # Errors
     ///
@@ -290,15 +299,15 @@ impl KVCache {
         self.copies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn forget(&mut self) {
+    fn drop_tokens(&mut self) {
         self.sequence = None;
         self.copies().iter_mut().for_each(|copy| *copy = None);
     }
 
-    /// Whether these belong to the batch that is held.
+    /// Checks that `rows` have the batch size of the cache.
     fn fits(&self, rows: &Rows, k: &Tensor, v: &Tensor) -> Result<()> {
         match &self.sequence {
-            // An empty cache may begin anew with another batch.
+            // An empty cache may start with another batch size.
             Some(sequence) if sequence.batch != rows.batch && sequence.longest() > 0 => {
                 let (expected, got) = (sequence.batch, rows.batch);
                 Err(KvError::Batch { expected, got, k: k.dims().to_vec(), v: v.dims().to_vec() })
@@ -307,10 +316,10 @@ impl KVCache {
         }
     }
 
-    /// The tokens of a batch; another one is forgotten.
+    /// The sequence of this batch size. One of another batch size is dropped first.
     fn sequence_of(&mut self, batch: usize) -> Result<&mut Sequence> {
         if self.sequence.as_ref().is_some_and(|sequence| sequence.batch != batch) {
-            self.forget();
+            self.drop_tokens();
         }
         let (pool, overflow) = (&self.pool, self.overflow);
         match &mut self.sequence {

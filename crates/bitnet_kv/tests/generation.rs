@@ -1,4 +1,4 @@
-//! A model generates the same tokens whatever keeps its keys and values.
+//! A model generates the same tokens with every cache.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -31,10 +31,10 @@ fn update(max_seq_len: usize) -> Updated {
 }
 
 #[test]
-fn every_way_generates_what_full_recomputation_does() {
+fn every_cache_generates_what_full_recomputation_does() {
     let prompt = prompt(0, 20);
     let expected = MODEL.recompute(&prompt, ANSWER);
-    // A model that always says the same would agree with everything.
+    // A model that always generates the same token would prove nothing.
     assert!(expected.iter().collect::<std::collections::HashSet<_>>().len() > ANSWER / 2, "{expected:?}");
     assert_eq!(MODEL.generate(&prompt, 0, ANSWER, &mut Replacing::default()), expected);
     assert_eq!(MODEL.generate(&prompt, 0, ANSWER, &mut Concatenating::default()), expected);
@@ -42,32 +42,32 @@ fn every_way_generates_what_full_recomputation_does() {
     let pool = pool(8);
     let mut cache = Paged(pool.cache());
     assert_eq!(MODEL.generate(&prompt, 0, ANSWER, &mut cache), expected);
-    // Again in the same cache, and token by token.
+    // Again in the same cache, with the prompt token by token.
     cache.0.clear();
     for token in &prompt[..19] {
         MODEL.forward(&[*token], &mut cache).unwrap();
     }
     assert_eq!(MODEL.generate(&prompt, 19, ANSWER, &mut cache), expected);
-    // Back into the answer, and on.
+    // Truncated to a part of the answer, and continued.
     cache.0.truncate(20 + 9).unwrap();
-    let told: Vec<u32> = prompt.iter().chain(&expected[..10]).copied().collect();
-    assert_eq!(MODEL.generate(&told, 29, ANSWER - 10, &mut cache), expected[10..]);
+    let start: Vec<u32> = prompt.iter().chain(&expected[..10]).copied().collect();
+    assert_eq!(MODEL.generate(&start, 29, ANSWER - 10, &mut cache), expected[10..]);
 }
 
 #[test]
-fn a_found_prefix_changes_nothing() {
+fn a_matched_prefix_does_not_change_what_is_generated() {
     let pool = pool(16);
     let prompt = prompt(3, 40);
     let expected = MODEL.generate(&prompt, 0, ANSWER, &mut Concatenating::default());
-    for known in [0, 32, 32] {
+    for matched in [0, 32, 32] {
         let mut cache = Paged(pool.cache());
-        assert_eq!(cache.0.match_prefix(&prompt).unwrap(), known);
-        assert_eq!(MODEL.generate(&prompt, known, ANSWER, &mut cache), expected);
+        assert_eq!(cache.0.match_prefix(&prompt).unwrap(), matched);
+        assert_eq!(MODEL.generate(&prompt, matched, ANSWER, &mut cache), expected);
     }
 }
 
 #[test]
-fn growth_changes_nothing() {
+fn growth_does_not_change_what_is_generated() {
     let prompt = prompt(4, 20);
     let expected = MODEL.generate(&prompt, 0, ANSWER, &mut Concatenating::default());
     let growing = PagedKVPool::builder(SHAPE).blocks(1).max_seq_len(16).overflow(Overflow::Grow).build().unwrap();
@@ -103,7 +103,7 @@ fn threads_that_share_a_pool_generate_what_each_does_alone() {
 }
 
 #[test]
-fn old_tokens_in_8_bits_hardly_change_what_the_model_says() {
+fn old_tokens_in_8_bits_hardly_change_the_logits() {
     let prompt = prompt(5, 200);
     let mut exact = Concatenating::default();
     let pool = PagedKVPool::builder(SHAPE).blocks(16).compress_older_than(32).build().unwrap();

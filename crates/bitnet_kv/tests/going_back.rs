@@ -1,8 +1,10 @@
-//! Going back, and reading on: whatever was appended, truncated and cleared, what a layer's last token sees is held.
+//! Truncation: after any appends, truncations and clears, a cache still has what a layer's last token sees.
 //!
-//! - Keys, values and attention are those of a naive cache over what is seen, or an error: never silently something else.
+//! - Keys, values and attention over the visible range are those of a naive cache, or there is an error: never a wrong
+//!   result.
 //! - What a layer's last token sees can always be read and attended to.
-//! - Going back over the last pass always works. Further back an error says what is missing, and nothing has changed.
+//! - The last pass can always be truncated. A further truncation may be an error that says what is missing; it changes
+//!   nothing.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -24,7 +26,7 @@ const SCALE: f32 = 0.4;
 /// One of the two caches.
 enum Cache {
     Paged(PagedKVCache),
-    /// Of one sequence.
+    /// For one sequence.
     Updated(KVCache),
 }
 
@@ -39,8 +41,8 @@ impl Cache {
         }
     }
 
-    /// Whether the layers can go back each on its own, to any length.
-    fn layers_go_back_alone(&self) -> bool {
+    /// Whether each layer can be truncated alone, to any length.
+    fn truncates_layers_alone(&self) -> bool {
         matches!(self, Self::Updated(_))
     }
 
@@ -50,7 +52,7 @@ impl Cache {
                 cache.layers_mut()[layer].clear();
                 Ok(())
             }
-            Self::Paged(_) => panic!("it has no such call"),
+            Self::Paged(_) => panic!("a layer of a paged cache can only be cleared"),
             Self::Updated(cache) => {
                 let none = Tensor::zeros((1, HEADS, 0, DIM), DType::F32, &Device::Cpu).unwrap();
                 cache.update(layer, none.clone(), none, len)
@@ -85,7 +87,7 @@ impl Cache {
     }
 }
 
-/// What a cache does past its end, and how it stores.
+/// The options of a cache.
 #[derive(Debug, Clone, Copy)]
 struct Case {
     batch: usize,
@@ -124,7 +126,7 @@ impl Case {
         Cache::Paged(self.builder().build().unwrap().cache_with(&CacheOptions::default().batch(self.batch)))
     }
 
-    /// Whether the token at `at` sees that at `seen`.
+    /// Whether the token at position `at` sees the one at position `seen`.
     fn sees(&self, at: usize, seen: usize) -> bool {
         match self.overflow {
             Overflow::Circular { sink_tokens } => {
@@ -134,13 +136,13 @@ impl Case {
         }
     }
 
-    /// How far numbers may be from what was given, because they are stored in fewer bits.
+    /// How far stored numbers may be from the given ones, because they are stored in fewer bits.
     fn rounding(&self) -> f32 {
         if self.dtype == KvDtype::Int8 || self.older_than.is_some() { 0.5 / 127.0 + 1e-6 } else { 0.0 }
     }
 }
 
-/// What was given, position by position: `[B, H, len, D]` for each layer.
+/// The given keys and values of all positions: `[B, H, len, D]` for each layer.
 struct Naive(Vec<(Tensor, Tensor)>);
 
 impl Naive {
@@ -159,14 +161,14 @@ impl Naive {
         self.0[layer] = (tokens(k, 0..len).contiguous().unwrap(), tokens(v, 0..len).contiguous().unwrap());
     }
 
-    /// The tokens at some positions.
+    /// The tokens at these positions.
     fn at(t: &Tensor, positions: &[usize]) -> Tensor {
         let positions: Vec<u32> = positions.iter().map(|&at| at as u32).collect();
         t.index_select(&Tensor::new(positions, &Device::Cpu).unwrap(), 2).unwrap()
     }
 }
 
-/// Reads a layer in every way, and compares. Its last `pass` tokens can be attended with.
+/// Reads a layer in every way, and compares with `naive`. Attention of the last `pass` tokens must succeed.
 fn check(case: &Case, cache: &Cache, naive: &Naive, layer: usize, pass: usize, random: &mut Random) {
     let len = naive.len(layer);
     assert_eq!(cache.len(layer), len);
@@ -184,7 +186,7 @@ fn check(case: &Case, cache: &Cache, naive: &Naive, layer: usize, pass: usize, r
     if len == 0 {
         return;
     }
-    // As stored: what is seen is as read, and nobody is to see the rest.
+    // The expected values: in the visible range those that were read, which may be rounded. The rest must not be seen.
     let mut stored = [numbers(k), numbers(v)];
     for (stored, got) in stored.iter_mut().zip([&got_k, &got_v]) {
         let (mut from, rows) = (numbers(got).into_iter(), case.batch * HEADS);
@@ -210,21 +212,21 @@ fn check(case: &Case, cache: &Cache, naive: &Naive, layer: usize, pass: usize, r
             }
             Err(error) => {
                 assert!(rows > pass, "{case:?}, {rows} of {len}: {error}");
-                assert!(error.to_string().contains("given back"), "{error}");
+                assert!(error.to_string().contains("was freed"), "{error}");
             }
         }
     }
 }
 
-/// A random history of one cache.
+/// A random history of one cache. Returns how many truncations succeeded and how many were refused.
 fn history(case: &Case, seed: u64, actions: usize) -> (usize, usize) {
     let mut random = Random::new(seed);
     let mut cache = case.cache();
     let empty = || random_tokens(case, &mut Random::new(0), 0);
     let mut naive = Naive((0..LAYERS).map(|_| empty()).collect());
-    // How long the cache was before its last pass.
+    // The length of the cache before its last pass.
     let mut before = 0;
-    let (mut refused, mut went_back) = (0, 0);
+    let (mut refused, mut truncated) = (0, 0);
     for _ in 0..actions {
         let even = (0..LAYERS).all(|layer| naive.len(layer) == naive.len(0));
         let back = |random: &mut Random, len: usize| len - (1 + random.below(5)).min(len);
@@ -241,25 +243,25 @@ fn history(case: &Case, seed: u64, actions: usize) -> (usize, usize) {
                             naive.append(layer, &k, &v);
                             check(case, &cache, &naive, layer, if even { n } else { 1 }, &mut random);
                         }
-                        // A layer that began anew, where the others have left everything behind.
-                        Err(error) => assert!(!even && error.to_string().contains("is not held"), "{error}"),
+                        // A layer that was cleared, at positions whose blocks the window of the others has freed.
+                        Err(error) => assert!(!even && error.to_string().contains("has no slot"), "{error}"),
                     }
                     (0..LAYERS).for_each(|layer| check(case, &cache, &naive, layer, 1, &mut random));
                 }
             }
-            4..6 if even || !cache.layers_go_back_alone() => {
+            4..6 if even || !cache.truncates_layers_alone() => {
                 let len = if random.below(2) == 0 { before } else { back(&mut random, naive.len(0)) };
                 let longest = (0..LAYERS).map(|layer| naive.len(layer)).max().unwrap();
                 let result = match &mut cache {
                     Cache::Paged(cache) => cache.truncate(len),
-                    // Layer after layer; if the first can, all can.
+                    // Layer after layer: if the first truncation succeeds, all do.
                     Cache::Updated(_) => (0..LAYERS)
                         .filter(|&layer| len < naive.len(layer))
                         .try_for_each(|layer| cache.truncate_layer(layer, len)),
                 };
                 match result {
                     Ok(()) => {
-                        went_back += 1;
+                        truncated += 1;
                         (0..LAYERS).for_each(|layer| naive.truncate(layer, len));
                     }
                     Err(KvError::OutOfWindow(error)) => {
@@ -270,13 +272,13 @@ fn history(case: &Case, seed: u64, actions: usize) -> (usize, usize) {
                         assert!(error.needed < error.kept, "{error}");
                         assert!(
                             !even || len < before,
-                            "{case:?}: back to {len} of {longest}, {before} before: {error}"
+                            "{case:?}: truncated to {len} of {longest}, {before} before the pass: {error}"
                         );
                     }
                     Err(error) => panic!("{case:?}: {error}"),
                 }
             }
-            6 if cache.layers_go_back_alone() => {
+            6 if cache.truncates_layers_alone() => {
                 let layer = random.below(LAYERS);
                 let len = back(&mut random, naive.len(layer));
                 match cache.truncate_layer(layer, len) {
@@ -295,7 +297,7 @@ fn history(case: &Case, seed: u64, actions: usize) -> (usize, usize) {
         }
         (0..LAYERS).for_each(|layer| check(case, &cache, &naive, layer, 1, &mut random));
     }
-    (went_back, refused)
+    (truncated, refused)
 }
 
 fn random_tokens(case: &Case, random: &mut Random, tokens: usize) -> (Tensor, Tensor) {
@@ -304,7 +306,7 @@ fn random_tokens(case: &Case, random: &mut Random, tokens: usize) -> (Tensor, Te
 }
 
 #[test]
-fn a_ring_that_goes_back_has_what_its_last_token_sees_or_refuses() {
+fn a_truncated_ring_has_what_its_last_token_sees_or_is_an_error() {
     // Every key is 0, so that attention is the mean of the values, which are the positions.
     let append = |cache: &mut PagedKVCache, positions: std::ops::Range<usize>| {
         let values: Vec<f32> = positions.clone().map(|at| at as f32).collect();
@@ -329,7 +331,7 @@ fn a_ring_that_goes_back_has_what_its_last_token_sees_or_refuses() {
         append(&mut cache, 8..9);
         cache
     };
-    // The token at 6 sees 3, in a block that nobody has seen since the second pass began.
+    // The token at position 6 sees position 3, in a block that was not visible any more when the second pass began.
     let mut four = cache(4);
     match four.truncate(7) {
         Err(KvError::OutOfWindow(error)) => assert_eq!((error.len, error.needed, error.kept), (7, 3, 4)),
@@ -339,7 +341,7 @@ fn a_ring_that_goes_back_has_what_its_last_token_sees_or_refuses() {
     sees(&four, &[5.0, 6.0, 7.0, 8.0]);
     four.truncate(8).unwrap();
     sees(&four, &[4.0, 5.0, 6.0, 7.0]);
-    // The token at 7 sees 3, and the next one would not.
+    // The token at position 7 sees position 3; the next token does not.
     let mut five = cache(5);
     five.truncate(8).unwrap();
     sees(&five, &[3.0, 4.0, 5.0, 6.0, 7.0]);
@@ -348,8 +350,8 @@ fn a_ring_that_goes_back_has_what_its_last_token_sees_or_refuses() {
 }
 
 #[test]
-fn a_ring_answers_as_a_naive_one_or_says_that_it_cannot() {
-    let (mut went_back, mut refused) = (0, 0);
+fn a_ring_reads_as_a_naive_one_or_is_an_error() {
+    let (mut truncated, mut refused) = (0, 0);
     let mut cases = vec![RING];
     for (max_seq_len, sink_tokens) in [(4, 1), (9, 4), (12, 0), (12, 5), (1, 0), (3, 2)] {
         for block_size in [1, 3, 4, 16] {
@@ -364,16 +366,16 @@ fn a_ring_answers_as_a_naive_one_or_says_that_it_cannot() {
     cases.push(Case { dtype: KvDtype::Int8, ..RING });
     for (seed, case) in cases.iter().enumerate() {
         for round in 0..3 {
-            let (back, no) = history(case, (seed * 100 + round) as u64, 60);
-            went_back += back;
-            refused += no;
+            let (succeeded, failed) = history(case, (seed * 100 + round) as u64, 60);
+            truncated += succeeded;
+            refused += failed;
         }
     }
-    assert!(went_back > 300 && refused > 100, "{went_back} went back, {refused} could not");
+    assert!(truncated > 300 && refused > 100, "{truncated} truncations succeeded, {refused} were refused");
 }
 
 #[test]
-fn caches_without_a_ring_go_back_to_any_length() {
+fn caches_without_a_ring_are_truncated_to_any_length() {
     for (seed, (overflow, older_than, updated, batch)) in [
         (Overflow::Grow, None, false, 1),
         (Overflow::Grow, None, true, 1),
@@ -396,13 +398,13 @@ fn caches_without_a_ring_go_back_to_any_length() {
 }
 
 #[test]
-fn what_a_ring_starts_with_can_be_read_at_once() {
+fn a_matched_prefix_of_a_ring_can_be_read_at_once() {
     let pool = Case { max_seq_len: 6, ..RING }.builder().build().unwrap();
     let mut random = Random::new(7);
     let case = Case { max_seq_len: 6, ..RING };
     let (k, v) = random_tokens(&case, &mut random, 60);
     let prompt: Vec<u32> = (0..60).collect();
-    // The longest first: what it leaves is found by others up to every token of theirs but the last.
+    // The longest first: its cached blocks match all tokens of the shorter ones but the last.
     for len in (2..=60).rev() {
         let mut first = pool.cache();
         assert!(first.match_prefix(&prompt[..len]).unwrap() < len);
@@ -412,10 +414,10 @@ fn what_a_ring_starts_with_can_be_read_at_once() {
         }
         drop(first);
         let mut again = pool.cache();
-        let found = again.match_prefix(&prompt[..len]).unwrap();
+        let matched = again.match_prefix(&prompt[..len]).unwrap();
         let cache = Cache::Paged(again);
-        let held = (tokens(&k, 0..found).contiguous().unwrap(), tokens(&v, 0..found).contiguous().unwrap());
-        let naive = Naive(vec![held; LAYERS]);
+        let prefix = (tokens(&k, 0..matched).contiguous().unwrap(), tokens(&v, 0..matched).contiguous().unwrap());
+        let naive = Naive(vec![prefix; LAYERS]);
         (0..LAYERS).for_each(|layer| check(&case, &cache, &naive, layer, 1, &mut random));
     }
 }

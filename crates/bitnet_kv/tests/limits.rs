@@ -1,4 +1,4 @@
-//! Whatever lengths, layers and sizes a cache is asked for: an error with the numbers, or what is documented, and at once.
+//! For any lengths, layers and sizes, a cache returns at once: an error with the numbers, or what is documented.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -10,7 +10,7 @@ use common::{Random, counts, numbers};
 
 const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
 
-/// Numbers at which arithmetic goes wrong.
+/// Numbers at which arithmetic may overflow.
 const EXTREMES: [usize; 8] = [
     1 << 31,
     1 << 40,
@@ -50,20 +50,20 @@ fn extreme_lengths_of_a_paged_cache() {
                 assert_eq!(layer.attend(&q, 0.3, true).unwrap().dims(), q.dims());
             }
         }
-        // As long as sink_tokens allow, and as short.
+        // Sink tokens must leave room for a window.
         for max_seq_len in [1, 4] {
             let pool = PagedKVPool::builder(SHAPE).blocks(8).block_size(4).max_seq_len(max_seq_len);
             for sink_tokens in [max_seq_len, usize::MAX] {
                 let error = pool.clone().overflow(Overflow::Circular { sink_tokens }).build().unwrap_err().to_string();
                 assert!(
-                    error.contains(&format!("{sink_tokens} sink tokens leave nothing of a ring of {max_seq_len}")),
+                    error.contains(&format!("{sink_tokens} sink tokens leave no window: max_seq_len is {max_seq_len}")),
                     "{error}"
                 );
             }
         }
     }
     for n in EXTREMES {
-        // Pools that cannot be had, and batches that nobody brings.
+        // Pools that cannot be allocated, and batch sizes that no tensor has.
         assert!(PagedKVPool::builder(SHAPE).blocks(n).build().is_err());
         assert!(PagedKVPool::builder(SHAPE).blocks(8).block_size(n).build().is_err());
         assert!(PagedLayerKVCache::new(n, 2, n, 8, &Device::Cpu).is_err());
@@ -73,10 +73,10 @@ fn extreme_lengths_of_a_paged_cache() {
         assert!(matches!(error, KvError::Batch { expected, got: 1, .. } if expected == n), "{error}");
         assert_eq!((cache.seq_len(), counts(cache.blocks_in_use())), (0, [0, 0]));
         if n <= 1 << 40 {
-            assert_eq!(cache.layers()[0].keys().unwrap().dims(), [n, 2, 0, 8]); // more is beyond candle's shapes
+            assert_eq!(cache.layers()[0].keys().unwrap().dims(), [n, 2, 0, 8]); // candle has no larger shapes
         }
         cache.truncate(n).unwrap();
-        // Old is what is older than all there is, and nothing moves.
+        // No token is older than the last `n`, so nothing is moved to 8-bit storage.
         let pool = PagedKVPool::builder(SHAPE).blocks(8).block_size(4).compress_older_than(n).build().unwrap();
         let mut cache = pool.cache();
         (0..3).for_each(|_| {
@@ -92,7 +92,7 @@ fn extreme_lengths_of_an_updated_cache() {
         let options = KVCacheOptions::default().overflow(overflow);
         let make = |max_seq_len| KVCache::with_options(max_seq_len, 2, 2, 8, &Device::Cpu, &options);
         for n in EXTREMES {
-            assert!(make(n).is_err(), "{n} tokens that are allocated at once");
+            assert!(make(n).is_err(), "{n} tokens are allocated at once");
             let mut cache = make(20).unwrap();
             let kv = random(9);
             (0..2).for_each(|layer| cache.update(layer, kv.clone(), kv.clone(), 9).unwrap());
@@ -111,7 +111,7 @@ fn extreme_lengths_of_an_updated_cache() {
             no_layer(cache.attend(n, &random(1), 0.3, true).unwrap_err());
             cache.prefetch(0, n).unwrap();
             assert_eq!((cache.seq_len(n), cache.seq_len(0)), (0, 9));
-            // From nothing, too, and back to nothing.
+            // The same for an empty layer.
             cache.update(1, random(0), random(0), 0).unwrap();
             assert!(cache.update(1, random(1), random(1), n).is_err());
             assert_eq!((cache.get(0).unwrap().0.dims()[0], cache.get(1).unwrap().0.dims()[0]), (9, 0));

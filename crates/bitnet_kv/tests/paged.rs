@@ -1,4 +1,4 @@
-//! [`PagedKVCache`]: many requests' caches over one pool.
+//! [`PagedKVCache`]: caches of many requests over one pool.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -18,7 +18,7 @@ fn random(random: &mut Random, batch: usize, tokens: usize) -> (Tensor, Tensor) 
     (random.tensor(&dims), random.tensor(&dims))
 }
 
-/// One pass: each layer takes tokens `new` of its own keys and values, and attends.
+/// One pass: appends the tokens `new` of each layer's keys and values to the layer.
 fn pass(cache: &mut PagedKVCache, of: &[(Tensor, Tensor)], new: std::ops::Range<usize>) -> Result<(), KvError> {
     for (layer, (k, v)) in of.iter().enumerate() {
         cache.layers_mut()[layer].append(&tokens(k, new.clone()), &tokens(v, new.clone()))?;
@@ -36,7 +36,7 @@ fn assert_holds(layer: &PagedLayerKVCache, k: &Tensor, v: &Tensor) {
 }
 
 #[test]
-fn handles_are_shared_and_caches_fit_through_any() {
+fn pools_are_shared_and_caches_can_be_passed_as_any() {
     fn shared<T: Clone + Send + Sync + 'static>(_: &T) {}
     fn sent<T: Send + Sync + Any>(_: &T) {}
     let pool = PagedKVPool::builder(SHAPE).blocks(8).build().unwrap();
@@ -96,7 +96,7 @@ fn a_layer_alone_overflows_as_the_host_s_does() {
 }
 
 #[test]
-fn layers_cleared_on_their_own_do_not_touch_the_others() {
+fn a_layer_cleared_alone_does_not_change_the_others() {
     let mut numbers = Random::new(3);
     let pool = PagedKVPool::builder(SHAPE).blocks(20).build().unwrap();
     let mut cache = pool.cache();
@@ -104,7 +104,7 @@ fn layers_cleared_on_their_own_do_not_touch_the_others() {
     assert_eq!(cache.match_prefix(&prompt).unwrap(), 0);
     let of: Vec<_> = (0..3).map(|_| random(&mut numbers, 1, 60)).collect();
     pass(&mut cache, &of, 0..40).unwrap();
-    pass(&mut cache, &of, 40..41).unwrap(); // the prompt can be found now
+    pass(&mut cache, &of, 40..41).unwrap(); // the prompt is cached now
     let (k, v) = random(&mut numbers, 1, 30);
     cache.layers_mut()[1].clear();
     cache.layers_mut()[1].append(&k, &v).unwrap();
@@ -112,7 +112,7 @@ fn layers_cleared_on_their_own_do_not_touch_the_others() {
     for layer in [0, 2] {
         assert_holds(&cache.layers()[layer], &tokens(&of[layer].0, 0..41), &tokens(&of[layer].1, 0..41));
     }
-    // What others find is what was computed, not what was written over it.
+    // Other caches match what was computed from the prompt, not what was written over it.
     let mut other = pool.cache();
     assert_eq!(other.match_prefix(&prompt).unwrap(), 39 / 16 * 16);
     assert_holds(&other.layers()[1], &tokens(&of[1].0, 0..32), &tokens(&of[1].1, 0..32));
@@ -121,7 +121,7 @@ fn layers_cleared_on_their_own_do_not_touch_the_others() {
 }
 
 #[test]
-fn a_prefix_is_found_by_one_call_and_shared() {
+fn a_prefix_is_matched_by_one_call_and_shared() {
     let mut numbers = Random::new(4);
     let pool = PagedKVPool::builder(SHAPE).blocks(40).build().unwrap();
     let of: Vec<_> = (0..3).map(|_| random(&mut numbers, 1, 90)).collect();
@@ -135,19 +135,19 @@ fn a_prefix_is_found_by_one_call_and_shared() {
     }
     drop(first);
     assert_eq!(pool.blocks_in_use(), 0);
-    // A second turn: the prompt, the answer, and something new.
+    // A second turn: the prompt, the answer, and new tokens.
     let mut turn = prompt.clone();
     turn.extend(50..70);
     turn.extend([7; 20]);
     let mut second = pool.cache();
-    let found = second.match_prefix(&turn).unwrap();
-    assert_eq!(found, 64);
+    let matched = second.match_prefix(&turn).unwrap();
+    assert_eq!(matched, 64);
     assert!(second.layers().iter().all(|layer| layer.seq_len() == 64));
     for (layer, (k, v)) in second.layers().iter().zip(&of) {
         assert_holds(layer, &tokens(k, 0..64), &tokens(v, 0..64));
     }
     pass(&mut second, &of, 64..90).unwrap();
-    // Two at a time share what they have in common, until one of them writes.
+    // Two caches at the same time share the blocks of their common prefix, until one of them writes to a block.
     let mut third = pool.cache();
     let branch: Vec<u32> = turn[..40].iter().copied().chain([9; 9]).collect();
     assert_eq!(third.match_prefix(&branch).unwrap(), 40);
@@ -165,16 +165,16 @@ fn a_prefix_is_found_by_one_call_and_shared() {
     let mut tenant = pool.cache_with(&CacheOptions::default().salt(Salt::new(b"another")));
     assert_eq!(tenant.match_prefix(&turn).unwrap(), 0);
     let stats = pool.stats();
-    let sought = (50 + 90 + 49 + 90) as u64;
-    assert_eq!((stats.hits, stats.hits + stats.misses), (64 + 40, sought));
-    assert!((stats.hit_rate() - 104.0 / sought as f64).abs() < 1e-9);
+    let looked_up = (50 + 90 + 49 + 90) as u64;
+    assert_eq!((stats.hits, stats.hits + stats.misses), (64 + 40, looked_up));
+    assert!((stats.hit_rate() - 104.0 / looked_up as f64).abs() < 1e-9);
     assert!(matches!(second.match_prefix(&turn), Err(KvError::NotEmpty { len: 90, batch: 1 })));
     pool.reset_prefix_cache();
     assert_eq!(pool.cache().match_prefix(&turn).unwrap(), 0);
 }
 
 #[test]
-fn a_full_pool_refuses_a_pass_before_any_layer_has_begun() {
+fn a_full_pool_is_an_error_in_the_first_layer_of_a_pass() {
     let mut numbers = Random::new(5);
     let pool = PagedKVPool::builder(SHAPE).blocks(4).build().unwrap();
     let of: Vec<_> = (0..3).map(|_| random(&mut numbers, 1, 70)).collect();
@@ -198,7 +198,7 @@ fn a_full_pool_refuses_a_pass_before_any_layer_has_begun() {
 }
 
 #[test]
-fn a_pool_that_grows_takes_more_for_whoever_needs_it() {
+fn a_pool_that_grows_has_room_for_every_cache() {
     let mut numbers = Random::new(6);
     let pool = PagedKVPool::builder(SHAPE).blocks(4).overflow(Overflow::Grow).max_seq_len(32).build().unwrap();
     let of: Vec<_> = (0..3).map(|_| random(&mut numbers, 2, 100)).collect();
@@ -216,7 +216,7 @@ fn a_pool_that_grows_takes_more_for_whoever_needs_it() {
             assert!(difference(&got, &dense(&q, k, v, f64::from(SCALE), |at, seen| seen <= at)) < 1e-5);
         }
     }
-    assert_eq!(pool.stats().growth_events, 3); // 4, then 4, 8 and 16
+    assert_eq!(pool.stats().growth_events, 3); // from 4 blocks, by 4, 8 and 16
 }
 
 #[test]
@@ -234,7 +234,8 @@ fn old_tokens_move_to_8_bits_once_and_stay_as_they_are() {
         len += n;
         for (layer, (k, v)) in of.iter().enumerate() {
             let (got_k, got_v) = (cache.layers()[layer].keys().unwrap(), cache.layers()[layer].values().unwrap());
-            // What is recent is exact; what is old is within half a step of 8 bits of its row's largest number.
+            // Recent tokens are exact. Old ones are off by at most half a step of 8 bits, 1/254 of the largest number
+            // of the row.
             let recent = (tokens(&got_k, settled..len), tokens(&got_v, settled..len));
             assert_eq!(common::numbers(&recent.0), common::numbers(&tokens(k, settled..len)));
             assert_eq!(common::numbers(&recent.1), common::numbers(&tokens(v, settled..len)));
@@ -245,11 +246,11 @@ fn old_tokens_move_to_8_bits_once_and_stay_as_they_are() {
             if settled > 0 {
                 assert_ne!(old, common::numbers(&tokens(k, 0..settled)));
             }
-            // Rounded once: what was old before reads as it did, to the last bit.
+            // Tokens are rounded once: those that were old before are the same to the last bit.
             let were = before[layer].len() / (SHAPE.kv_heads * SHAPE.head_dim);
             assert_eq!(common::numbers(&tokens(&got_k, 0..were)), before[layer]);
             before[layer] = old;
-            // And attention is that over what is stored.
+            // Attention is over the stored keys and values.
             let q = tokens(&q, len - n..len);
             let got = cache.layers()[layer].attend(&q, SCALE, true).unwrap();
             let expected = dense(&q, &got_k, &got_v, f64::from(SCALE), |at, seen| seen <= at);
@@ -262,21 +263,21 @@ fn old_tokens_move_to_8_bits_once_and_stay_as_they_are() {
     assert_eq!(stats.compressed_tokens as usize, moved);
     let f32_block = 3 * 2 * 16 * 2 * 16 * 4;
     assert_eq!(stats.bytes_saved + stats.bytes_compressed, moved / 16 * f32_block);
-    // A quarter, and two scales for each row of 16: 68.75 % less.
+    // A quarter of the size, and two scales for each row of 16 numbers: 68.75 % less.
     assert!((stats.saved_fraction() - 0.6875).abs() < 1e-9, "{}", stats.saved_fraction());
     assert!((1e-4..0.01).contains(&stats.key_error) && (1e-4..0.01).contains(&stats.value_error), "{stats:?}");
 
-    // Back to any length, behind and before what has moved, and on.
+    // Truncated to lengths after, at and before the end of what was moved, and continued.
     for back in [len - 3, moved + 1, moved, moved - 5, 16, 3] {
         cache.truncate(back).unwrap();
-        let held = cache.layers()[0].keys().unwrap();
+        let kept = cache.layers()[0].keys().unwrap();
         pass(&mut cache, &of, 100..130).unwrap();
         pass(&mut cache, &of, 130..131).unwrap();
         let keys = cache.layers()[0].keys().unwrap();
         assert_eq!(keys.dims()[2], back + 31);
         let old = before[0].len() / 32;
         let same = back.min(old);
-        assert_eq!(common::numbers(&tokens(&keys, 0..same)), common::numbers(&tokens(&held, 0..same)));
+        assert_eq!(common::numbers(&tokens(&keys, 0..same)), common::numbers(&tokens(&kept, 0..same)));
         assert_eq!(common::numbers(&tokens(&keys, back + 11..back + 31)), common::numbers(&tokens(&of[0].0, 111..131)));
         let got = cache.layers()[0].attend(&tokens(&q, 0..25), SCALE, true).unwrap();
         let values = cache.layers()[0].values().unwrap();
@@ -301,7 +302,7 @@ fn bad_input_is_an_error_and_changes_nothing() {
         ("received k [1, 2, 1, 8]", of_dims(&[1, 2, 1, 8], DType::F32)),
         ("a batch of 1, but received one of 2", of_dims(&[2, 2, 1, 16], DType::F32)),
         ("k is f16, the cache takes f32", of_dims(&[1, 2, 1, 16], DType::F16)),
-        ("a length of 51, max_seq_len is 50", of_dims(&[1, 2, 31, 16], DType::F32)),
+        ("length 51 exceeds max_seq_len 50", of_dims(&[1, 2, 31, 16], DType::F32)),
     ];
     for (message, bad) in cases {
         let error = cache.layers_mut()[1].append(&bad, &bad).unwrap_err().to_string();

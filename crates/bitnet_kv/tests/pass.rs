@@ -1,11 +1,11 @@
-//! [`PagedKVCache::begin_pass`]: whatever a cache holds, a pass computes what is missing and nothing that is wrong.
+//! [`PagedKVCache::begin_pass`]: whatever a cache has, a pass computes what is missing, and the result is right.
 //!
-//! A stand-in for a model gives each token keys and values that depend on all tokens up to it, as a model's do. So a row that was
-//! kept though a token before it has changed is seen at once.
+//! A substitute for a model gives each token keys and values that depend on all tokens up to it, as a model's do. So
+//! the tests detect a row that was kept although a token before it has changed.
 //!
-//! - After a pass, every layer holds the rows of all tokens, in their places: through failures, other prompts, rings, growth,
-//!   8-bit storage, and others who share the pool.
-//! - What is held, or known to the pool, is not computed again.
+//! - After a pass, every layer has the rows of all tokens, at their positions: after failures and other prompts, with
+//!   rings, growth and 8-bit storage, and with other caches in the same pool.
+//! - Tokens that the cache has, or that the pool has cached, are not computed again.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -19,7 +19,7 @@ use common::{Random, counts, numbers};
 
 const SHAPE: KvShape = KvShape { layers: 3, kv_heads: 1, head_dim: 4 };
 
-/// What a token leaves in a layer behind those before it.
+/// The number in the key of the last of these tokens. The value is its negative.
 fn row(layer: usize, tokens: &[u32]) -> f32 {
     let hash =
         tokens.iter().fold(layer as u32 + 1, |hash, token| (hash ^ token).wrapping_mul(0x0100_0193).rotate_left(7));
@@ -36,14 +36,14 @@ fn compute(cache: &mut PagedKVCache, tokens: &[u32], from: usize, to: usize, lay
     Ok(())
 }
 
-/// A pass over all layers; says how many tokens were computed.
+/// A pass over all layers. Returns how many tokens were computed.
 fn pass(cache: &mut PagedKVCache, tokens: &[u32]) -> Result<usize, KvError> {
     let n = cache.begin_pass(tokens)?;
     compute(cache, tokens, n, tokens.len(), 3)?;
     Ok(tokens.len() - n)
 }
 
-/// All layers hold these tokens, or, of a ring, what the last one sees.
+/// Checks that all layers have these tokens; in a ring, those that the last token sees.
 fn assert_holds(cache: &PagedKVCache, tokens: &[u32], ring: Option<(usize, usize)>, rounding: f32) {
     let last = tokens.len().saturating_sub(1);
     let sees = |at: usize| ring.is_none_or(|(sink_tokens, window)| at < sink_tokens || at + window > last);
@@ -75,13 +75,13 @@ fn a_prompt_another_that_fails_and_the_first_again() {
         let pool = pool(32).max_seq_len(max_seq_len).overflow(overflow).build().unwrap();
         let mut cache = pool.cache();
         assert_eq!(pass(&mut cache, &first).unwrap(), 30);
-        // The prompt again: its last token, and nothing is there twice.
+        // The prompt again: only its last token is computed, and no token is there twice.
         assert_eq!(pass(&mut cache, &first).unwrap(), 1);
         assert_holds(&cache, &first, ring, 0.0);
-        // Another one fails in its second layer.
+        // A pass over another prompt fails in its second layer.
         let n = cache.begin_pass(&second).unwrap();
         compute(&mut cache, &second, n, 40, 1).unwrap();
-        // Whole blocks of the first one are known to the pool.
+        // The pool has cached the full blocks of the first prompt.
         assert_eq!(pass(&mut cache, &first).unwrap(), 2, "{overflow:?}");
         assert_holds(&cache, &first, ring, 0.0);
         assert_eq!(pass(&mut cache, &second).unwrap(), 20, "{overflow:?}");
@@ -97,7 +97,7 @@ fn a_prompt_another_that_fails_and_the_first_again() {
 }
 
 #[test]
-fn what_others_have_computed_is_taken() {
+fn what_other_caches_have_computed_is_matched() {
     let pool = pool(64).build().unwrap();
     let prompt: Vec<u32> = (0..40).collect();
     let mut alice = pool.cache();
@@ -107,17 +107,17 @@ fn what_others_have_computed_is_taken() {
     assert_eq!(pass(&mut bob, &prompt).unwrap(), 1);
     let longer: Vec<u32> = (0..40).chain(200..216).collect();
     assert_eq!(pass(&mut bob, &longer).unwrap(), 16);
-    // Bob holds the first 12 of another prompt, the pool knows more of it.
+    // Bob's cache has the first 12 tokens of another prompt; the pool has cached more of it.
     let carol: Vec<u32> = (0..12).chain(50..90).collect();
     assert_eq!(pass(&mut pool.cache(), &carol).unwrap(), 40);
     assert_eq!(pass(&mut bob, &carol).unwrap(), 1);
     assert_holds(&bob, &carol, None, 0.0);
-    // And what bob held goes back to those who look for it.
+    // What Bob's cache had before is still cached.
     assert_eq!(pass(&mut pool.cache(), &longer).unwrap(), 1);
 }
 
 #[test]
-fn tokens_stay_told_when_nothing_is_cut() {
+fn ids_of_the_next_tokens_stay_known_when_nothing_is_truncated() {
     let tokens: Vec<u32> = (0..33).collect();
     for cut in [0, 5, 33, 1000] {
         let pool = PagedKVPool::builder(SHAPE).blocks(16).build().unwrap();
@@ -132,7 +132,7 @@ fn tokens_stay_told_when_nothing_is_cut() {
         compute(&mut cache, &(0..34).collect::<Vec<_>>(), 33, 34, 3).unwrap();
         drop(cache);
         assert_eq!(pool.cache().match_prefix(&(0..40).collect::<Vec<_>>()).unwrap(), 32);
-        // Forgotten is forgotten.
+        // After `clear`, the ids are not known any more.
         let mut cache = pool.cache();
         cache.match_prefix(&[90, 91]).unwrap();
         cache.clear();
@@ -143,7 +143,7 @@ fn tokens_stay_told_when_nothing_is_cut() {
 }
 
 #[test]
-fn a_full_pool_is_seen_behind_a_model_and_changes_nothing() {
+fn a_full_pool_is_found_in_a_model_s_error_and_changes_nothing() {
     let pool = pool(4).build().unwrap();
     let mut cache = pool.cache();
     let tokens: Vec<u32> = (0..16).collect();
@@ -153,7 +153,7 @@ fn a_full_pool_is_seen_behind_a_model_and_changes_nothing() {
     let error = model(&mut cache).unwrap_err().context("layer 0");
     let full = OutOfBlocks { requested: 2, available: 1 };
     assert!(matches!(KvError::find(&error), Some(KvError::OutOfBlocks(found)) if *found == full), "{error}");
-    // A host's own error around it, and what hosts put that into.
+    // Inside a host's own error, in a box.
     let boxed: Box<dyn std::error::Error> = Box::new(Host(error));
     assert!(matches!(KvError::find(&*boxed), Some(KvError::OutOfBlocks(_))));
     assert!(KvError::find(&candle_core::Error::Msg("no room".into())).is_none());
@@ -177,7 +177,7 @@ impl std::error::Error for Host {
 }
 
 #[test]
-fn a_batch_has_no_one_list_of_tokens() {
+fn a_batch_is_an_error_and_no_tokens_are_none_to_compute() {
     let mut cache = pool(8).build().unwrap().cache_with(&CacheOptions::default().batch(2));
     let error = cache.begin_pass(&[1, 2]).unwrap_err();
     assert!(matches!(error, KvError::Sequences(2)), "{error}");
@@ -189,7 +189,7 @@ fn a_batch_has_no_one_list_of_tokens() {
     assert_eq!((cache.seq_len(), counts(cache.blocks_in_use())), (0, [0, 0]));
 }
 
-/// A prompt of a few words, so that many begin alike.
+/// A prompt of a few words, so that many prompts have a common prefix.
 fn prompt(random: &mut Random) -> Vec<u32> {
     let mut tokens = vec![];
     for _ in 0..=random.below(8) {
@@ -200,7 +200,7 @@ fn prompt(random: &mut Random) -> Vec<u32> {
 }
 
 #[test]
-fn random_histories_hold_what_recomputation_gives() {
+fn after_random_histories_caches_have_what_recomputation_gives() {
     let (mut kept, mut computed) = (0, 0);
     for seed in 0..400 {
         let random = &mut Random::new(seed);
@@ -222,15 +222,15 @@ fn random_histories_hold_what_recomputation_gives() {
         let mut caches: Vec<PagedKVCache> = (0..3).map(|_| pool.cache()).collect();
         let mut tokens: Vec<Vec<u32>> = vec![vec![]; 3];
         for _ in 0..40 {
-            let who = random.below(3);
-            let cache = &mut caches[who];
+            let at = random.below(3);
+            let cache = &mut caches[at];
             match random.below(10) {
                 0 => *cache = pool.cache(),
                 1 => cache.clear(),
                 2 => drop(cache.truncate(random.below(30))),
                 3 => cache.layers_mut()[random.below(3)].clear(),
                 4 => {
-                    // Somebody feeds it without a word.
+                    // Tokens are appended without their ids.
                     cache.clear();
                     drop(compute(cache, &[77; 40], 0, 1 + random.below(5), 1 + random.below(3)));
                 }
@@ -245,14 +245,14 @@ fn random_histories_hold_what_recomputation_gives() {
                 }
                 _ => {
                     let longer = random.below(2) == 0;
-                    let mut wanted = if longer { tokens[who].clone() } else { vec![] };
+                    let mut wanted = if longer { tokens[at].clone() } else { vec![] };
                     wanted.extend(prompt(random));
                     match pass(cache, &wanted) {
                         Ok(new) => {
                             assert_holds(cache, &wanted, ring, rounding);
                             (kept, computed) = (kept + wanted.len() - new, computed + new);
                             if random.below(4) == 0 {
-                                assert_eq!(pass(cache, &wanted).unwrap(), 1, "{seed}: what is held is computed again");
+                                assert_eq!(pass(cache, &wanted).unwrap(), 1, "{seed}: tokens of the cache are computed again");
                                 assert_holds(cache, &wanted, ring, rounding);
                             }
                             if random.below(4) == 0 {
@@ -262,7 +262,7 @@ fn random_histories_hold_what_recomputation_gives() {
                         Err(KvError::OutOfBlocks(_)) => drop(std::mem::replace(cache, pool.cache())),
                         Err(other) => panic!("{seed}: {other}"),
                     }
-                    tokens[who] = wanted;
+                    tokens[at] = wanted;
                 }
             }
         }
@@ -273,7 +273,7 @@ fn random_histories_hold_what_recomputation_gives() {
 }
 
 #[test]
-fn a_model_says_what_recomputation_does() {
+fn a_model_generates_what_recomputation_does() {
     let model = Model::random(7);
     let shape = KvShape { layers: LAYERS, kv_heads: KV_HEADS, head_dim: DIM };
     let pool = PagedKVPool::builder(shape).blocks(16).build().unwrap();
@@ -290,7 +290,7 @@ fn a_model_says_what_recomputation_does() {
             let n = cache.0.begin_pass(&tokens).unwrap();
             assert!(step == 0 || n + 1 == tokens.len());
             logits = model.forward(&tokens[n..], &mut cache).unwrap();
-            // A probe: the last token once more.
+            // A probe computes the last token again.
             if step == 0 {
                 let n = cache.0.begin_pass(&tokens).unwrap();
                 logits = model.forward(&tokens[n..], &mut cache).unwrap();

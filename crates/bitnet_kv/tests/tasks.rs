@@ -1,5 +1,5 @@
-//! Caches whose layers attend in tasks of one thread pool: a thread that waits for others in one layer's attention takes up
-//! another task meanwhile, which may want the same cache. And layers that are written while others are read.
+//! Caches whose layers attend in tasks of one thread pool, where a thread that waits during one layer's attention runs
+//! another task meanwhile, which may use the same cache. And layers that are written while other layers are read.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -20,14 +20,14 @@ const TOKENS: usize = 500;
 const CACHES: usize = 4;
 const ROUNDS: usize = 600;
 
-/// One cache, what it holds, and the queries for it.
-struct Held {
+/// A cache, the keys and values of its layers, and queries for it.
+struct Filled {
     cache: PagedKVCache,
     of: Vec<(Tensor, Tensor)>,
     q: Tensor,
 }
 
-impl Held {
+impl Filled {
     fn new(pool: &PagedKVPool, random: &mut Random) -> Self {
         let dims = [1, SHAPE.kv_heads, TOKENS, SHAPE.head_dim];
         let of: Vec<_> = (0..SHAPE.layers).map(|_| (random.tensor(&dims), random.tensor(&dims))).collect();
@@ -38,8 +38,8 @@ impl Held {
         Self { cache, of, q: random.tensor(&[1, 8, 10, SHAPE.head_dim]) }
     }
 
-    /// Looks at the cache, or attends with one of its layers, as the task's number says.
-    fn look(&self, task: usize) -> Option<(usize, Vec<f32>)> {
+    /// Reads the cache's numbers, or attends with one of its layers, depending on the task's number.
+    fn run(&self, task: usize) -> Option<(usize, Vec<f32>)> {
         let layer = task % SHAPE.layers;
         match (task + task / SHAPE.layers) % 4 {
             0 => {
@@ -57,29 +57,29 @@ impl Held {
 }
 
 #[test]
-fn nobody_waits_for_a_layer_that_attends() {
+fn no_call_waits_for_a_layer_that_attends() {
     let mut random = Random::new(1);
     let pool = PagedKVPool::builder(SHAPE).blocks(CACHES * TOKENS.div_ceil(16)).build().unwrap();
-    let held: Arc<Vec<Held>> = Arc::new((0..CACHES).map(|_| Held::new(&pool, &mut random)).collect());
+    let caches: Arc<Vec<Filled>> = Arc::new((0..CACHES).map(|_| Filled::new(&pool, &mut random)).collect());
     let (done, results) = mpsc::channel();
-    let own = held.clone();
+    let own = caches.clone();
     thread::spawn(move || {
         let threads = rayon::ThreadPoolBuilder::new().num_threads(8).build().unwrap();
-        // Threads that have nothing to do help those who attend, and these take up other tasks while they wait for them.
-        let round = |held: &Held, round: usize| -> Vec<_> {
+        // Idle threads help the threads that attend, and these run other tasks while they wait for the helpers.
+        let round = |filled: &Filled, round: usize| -> Vec<_> {
             let tasks = (0..SHAPE.layers).into_par_iter().with_max_len(1);
-            tasks.filter_map(|task| held.look(round * SHAPE.layers + task)).collect()
+            tasks.filter_map(|task| filled.run(round * SHAPE.layers + task)).collect()
         };
-        let all = |held: &Held| -> Vec<_> { (0..ROUNDS).flat_map(|i| round(held, i)).collect() };
+        let all = |filled: &Filled| -> Vec<_> { (0..ROUNDS).flat_map(|i| round(filled, i)).collect() };
         let seen: Vec<Vec<_>> = threads.install(|| own.par_iter().with_max_len(1).map(all).collect());
         let _ = done.send(seen);
     });
-    // Threads that wait for each other are left behind.
+    // If threads wait for each other, the test fails after the timeout, and the threads are left running.
     let seen = results.recv_timeout(Duration::from_secs(300)).expect("no thread waits for itself");
-    let dense = |Held { of, q, .. }: &Held| -> Vec<_> {
+    let dense = |Filled { of, q, .. }: &Filled| -> Vec<_> {
         of.iter().map(|(k, v)| dense(q, k, v, f64::from(SCALE), |at, seen| seen <= at)).collect()
     };
-    let expected: Vec<_> = held.iter().map(dense).collect();
+    let expected: Vec<_> = caches.iter().map(dense).collect();
     for (seen, expected) in seen.iter().zip(&expected) {
         assert_eq!(seen.len(), ROUNDS * SHAPE.layers / 2);
         for (layer, got) in seen {
@@ -90,13 +90,13 @@ fn nobody_waits_for_a_layer_that_attends() {
 }
 
 #[test]
-fn a_layer_is_written_between_what_others_read() {
+fn a_layer_is_written_between_reads_of_another() {
     let mut random = Random::new(2);
     for (overflow, len) in [(Overflow::Error, TOKENS), (Overflow::Circular { sink_tokens: 32 }, 100)] {
         let pool = PagedKVPool::builder(SHAPE).blocks(128).max_seq_len(len).overflow(overflow).build();
-        // In a ring whose other layers have left tokens behind, a layer that begins anew has room for its sinks.
+        // In a ring whose window has freed blocks, a layer that was cleared has slots only for the sink tokens.
         let (pool, most) = (pool.unwrap(), if overflow == Overflow::Error { TOKENS } else { 32 });
-        let Held { mut cache, of, q } = Held::new(&pool, &mut random);
+        let Filled { mut cache, of, q } = Filled::new(&pool, &mut random);
         if overflow != Overflow::Error {
             for (layer, (k, v)) in cache.layers_mut().iter_mut().zip(&of) {
                 layer.append(&tokens(k, 0..30), &tokens(v, 0..30)).unwrap();

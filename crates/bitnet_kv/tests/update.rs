@@ -1,9 +1,9 @@
 //! [`KVCache`]: what `update` promises.
 //!
-//! - A layer grows by its new tokens, given alone or as a part of the whole, whatever other layers do.
-//! - It shrinks to any length and goes on, and rows are overwritten where they lie.
-//! - Past the end: an error, a ring, or growth that moves nothing.
-//! - After an error everything reads as before.
+//! - New tokens are appended to a layer, given alone or as the end of the whole sequence, whatever other layers have.
+//! - A layer is truncated to any length and continued, and rows are overwritten in place.
+//! - Past `max_seq_len`: an error, a ring, or growth without a copy.
+//! - After an error the cache is unchanged.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -29,7 +29,7 @@ fn random(random: &mut Random, tokens: usize) -> (Tensor, Tensor) {
     (random.tensor(&[1, HEADS, tokens, DIM]), random.tensor(&[1, HEADS, tokens, DIM]))
 }
 
-/// The layer holds exactly these `[1, H, T, D]`.
+/// Checks that the layer has exactly these keys and values, `[1, H, T, D]`.
 fn assert_holds(cache: &KVCache, layer: usize, k: &Tensor, v: &Tensor) {
     let (got_k, got_v) = cache.get(layer).unwrap();
     assert_eq!(got_k.dims(), [k.dims()[2], HEADS, DIM]);
@@ -41,7 +41,8 @@ fn layers_grow_token_by_token_each_with_its_own_length() {
     let mut random_numbers = Random::new(1);
     let mut cache = cache(100, 5);
     let all: Vec<_> = (0..5).map(|_| random(&mut random_numbers, 40)).collect();
-    // A prompt, then tokens, given alone, as a part of the whole, in both shapes. Layer 3 stays behind, layer 4 is empty.
+    // A prompt, then tokens: alone or as the end of the whole sequence, in both shapes. Layer 3 stops early, layer 4 is
+    // empty.
     for (layer, (k, v)) in all.iter().enumerate().take(4) {
         cache.update(layer, tokens(k, 0..7), tokens(v, 0..7), 7).unwrap();
     }
@@ -62,7 +63,7 @@ fn layers_grow_token_by_token_each_with_its_own_length() {
     let block = 5 * 2 * 16 * HEADS * DIM * 4;
     assert_eq!(usage["held_memory_bytes"], 3 * block);
     assert_eq!((usage["current_sequence_length"], usage["max_sequence_length"]), (40, 100));
-    // As the host counts: of as many tokens as there may be. Blocks are whole.
+    // As the host counts: the bytes of `max_seq_len` tokens. `reserved_memory_bytes` is that of whole blocks.
     assert_eq!((usage["tensor_memory_bytes"], usage["reserved_memory_bytes"]), (100 * block / 16, 7 * block));
     let stats = cache.stats();
     assert_eq!((stats.hits, stats.misses, stats.hit_rate()), (4, 1, 0.8));
@@ -103,7 +104,7 @@ fn random_histories_read_as_a_naive_cache_does() {
             let replaced = new_len == len && given_k.dims()[2] == len && len > 0;
             match ours.update(layer, given_k, given_v, new_len) {
                 Ok(()) => naive[layer] = ((k, v), new_len),
-                // A whole sequence in place of another.
+                // A whole sequence in place of another one of the same length.
                 Err(KvError::OtherTokens { at: 0, .. }) if replaced => {}
                 Err(error) => panic!("{seed}: {error}"),
             }
@@ -113,15 +114,15 @@ fn random_histories_read_as_a_naive_cache_does() {
             }
         }
         let longest = naive.iter().map(|(_, len)| *len).max().unwrap();
-        let held = ours.blocks_in_use().recent;
-        // Growth may leave one block half full for each pool.
+        let used = ours.blocks_in_use().recent;
+        // Each growth may leave one block partly filled.
         let most = longest.div_ceil(16) + ours.stats().growth_events as usize;
-        assert!((longest.div_ceil(16)..=most).contains(&held), "{held} blocks for {longest} tokens");
+        assert!((longest.div_ceil(16)..=most).contains(&used), "{used} blocks for {longest} tokens");
     }
 }
 
 #[test]
-fn a_truncated_cache_goes_on_from_any_length() {
+fn a_cache_truncated_to_any_length_can_be_continued() {
     let mut random_numbers = Random::new(2);
     let (k, v) = random(&mut random_numbers, 70);
     let (more_k, more_v) = random(&mut random_numbers, 20);
@@ -144,7 +145,7 @@ fn a_truncated_cache_goes_on_from_any_length() {
 }
 
 #[test]
-fn growth_moves_nothing_and_attention_sees_all_of_it() {
+fn a_cache_grows_and_attention_sees_all_of_it() {
     let mut random_numbers = Random::new(3);
     let mut cache = cache(24, 2);
     let (k, v) = random(&mut random_numbers, 200);
@@ -172,7 +173,7 @@ fn growth_moves_nothing_and_attention_sees_all_of_it() {
         }
     }
     assert_holds(&cache, 1, &k, &v);
-    // 2 blocks, then as many again as there are: 2, 4, 8.
+    // From 2 blocks, each time by as many as there are: 2, 4, 8.
     assert_eq!(cache.stats().growth_events, 3);
     assert_eq!(counts(cache.blocks_in_use()), [13, 0]);
     assert_eq!(cache.memory_usage()["max_sequence_length"], 200);
@@ -180,7 +181,7 @@ fn growth_moves_nothing_and_attention_sees_all_of_it() {
 }
 
 #[test]
-fn a_ring_sees_its_sinks_and_its_last_tokens_in_bounded_memory() {
+fn a_ring_sees_its_sink_tokens_and_its_window_in_bounded_memory() {
     for (max_seq_len, sink_tokens) in [(32, 0), (33, 4), (40, 16), (17, 1)] {
         let mut random_numbers = Random::new(4);
         let options = KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens });
@@ -206,11 +207,12 @@ fn a_ring_sees_its_sinks_and_its_last_tokens_in_bounded_memory() {
         let recent = 150 - (max_seq_len - sink_tokens)..150;
         let kept = |t: &Tensor| cat(&[tokens(t, 0..sink_tokens), tokens(t, recent.clone())]);
         assert_holds(&cache, 1, &kept(&k), &kept(&v));
-        // The sink_tokens and the ring in whole blocks, one more where the ring begins inside one, one for what is new.
+        // The blocks of the sink tokens and of the window, one more because the window may begin inside a block, and
+        // one for the new tokens.
         let bound = usize::div_ceil(sink_tokens, 16) + (max_seq_len - sink_tokens).div_ceil(16) + 2;
         assert!(most <= bound, "{most} blocks, at most {bound}");
         assert!(cache.stats().evictions > 0);
-        // Nearly all of the ring's past is gone, and it says so.
+        // Most of the earlier tokens were freed, so the truncation is an error.
         let back = cache.update(0, tokens(&k, 0..100), tokens(&v, 0..100), 100).unwrap_err();
         assert!(matches!(back, KvError::OutOfWindow(_)), "{back}");
         assert_holds(&cache, 0, &kept(&k), &kept(&v));
@@ -241,12 +243,12 @@ fn bad_input_is_an_error_and_changes_nothing() {
         ("and v [1, 3, 2, 8]", 0, good(1), good(2), 21),
         ("k is f64, the cache takes f32", 0, of(&[1, 3, 1, 8], DType::F64), good(1), 21),
         ("v is bf16, the cache takes f32", 0, good(1), of(&[1, 3, 1, 8], DType::BF16), 21),
-        ("2 tokens (k [1, 3, 2, 8] and v [1, 3, 2, 8]) do not lead from a length of 20 to 21", 0, good(2), good(2), 21),
+        ("2 tokens (k [1, 3, 2, 8] and v [1, 3, 2, 8]) do not bring a layer of 20 tokens to seq_len 21", 0, good(2), good(2), 21),
         ("expected 5 new ones or all 25", 1, good(1), good(1), 25),
         ("expected all 10 or none", 1, good(3), good(3), 10),
         ("expected at most 20", 1, good(21), good(21), 20),
         ("batch of 1, but received one of 2", 1, of(&[2, 3, 1, 8], DType::F32), of(&[2, 3, 1, 8], DType::F32), 21),
-        ("a length of 31, max_seq_len is 30", 1, good(11), good(11), 31),
+        ("length 31 exceeds max_seq_len 30", 1, good(11), good(11), 31),
     ];
     for (message, layer, bad_k, bad_v, seq_len) in cases {
         let error = cache.update(layer, bad_k, bad_v, seq_len).unwrap_err().to_string();
@@ -276,7 +278,7 @@ fn bad_input_is_an_error_and_changes_nothing() {
 }
 
 #[test]
-fn a_batch_is_held_side_by_side() {
+fn a_cache_has_a_batch_of_any_size() {
     let mut random_numbers = Random::new(6);
     for overflow in [Overflow::Error, Overflow::Circular { sink_tokens: 8 }, Overflow::Grow] {
         for compressed in [false, true] {
@@ -341,14 +343,14 @@ fn a_ring_takes_a_pass_of_any_length() {
                     let bound = if dtype == KvDtype::F32 { 1e-5 } else { 0.02 };
                     assert!(difference(&got, &dense(&q, &k, &v, f64::from(SCALE), sees)) < bound, "{len} {dtype:?}");
                 }
-                // And back, as far as the last pass goes.
+                // Truncate a part of the last pass.
                 let none = Tensor::zeros((batch, HEADS, 0, DIM), given, &Device::Cpu).unwrap();
                 len -= back;
                 for layer in 0..2 {
                     cache.update(layer, none.clone(), none.clone(), len).unwrap();
                 }
             }
-            // The pool has grown for the passes, and what is held is still a ring.
+            // The pool was enlarged for the passes, but the blocks in use are still those of a ring.
             assert!(cache.memory_usage()["reserved_memory_bytes"] > cache.memory_usage()["tensor_memory_bytes"]);
             for layer in 0..2 {
                 cache.update(layer, tokens(&k, len..len + 1), tokens(&v, len..len + 1), len + 1).unwrap();
@@ -359,7 +361,7 @@ fn a_ring_takes_a_pass_of_any_length() {
 }
 
 #[test]
-fn layers_behind_keep_their_tokens_when_a_ring_is_enlarged() {
+fn shorter_layers_keep_their_tokens_when_a_ring_is_enlarged() {
     for leader in 0..3 {
         let mut random_numbers = Random::new(10);
         let mut cache = with(16, 3, &KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens: 2 }));
@@ -370,7 +372,7 @@ fn layers_behind_keep_their_tokens_when_a_ring_is_enlarged() {
         (0..3).for_each(|layer| give(&mut cache, layer, 0, 20));
         give(&mut cache, leader, 20, 40);
         give(&mut cache, leader, 40, 500);
-        // The first of them look at what came before.
+        // The first of these tokens see tokens of earlier passes.
         let q = random_numbers.tensor(&[1, HEADS, 460, DIM]);
         let got = cache.attend(leader, &q, SCALE, true).unwrap();
         let sees = |at: usize, seen: usize| seen <= at && (seen < 2 || seen + 14 > at);

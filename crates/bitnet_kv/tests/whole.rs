@@ -1,8 +1,8 @@
-//! [`KVCache`], for callers who give and take whole sequences.
+//! [`KVCache`] for callers that pass and get whole sequences.
 //!
-//! - Given whole, a sequence begins as the one that is held: another prompt, or a `seq_len` that counts the pass alone, is an
-//!   error, and changes nothing.
-//! - What `get` has given stays what it is, whatever becomes of the cache, and costs a copy of what is new.
+//! - A whole sequence must begin with the tokens that the layer has: another prompt, or a `seq_len` that counts only
+//!   the pass, is an error and changes nothing.
+//! - Tensors that `get` has returned never change, whatever happens to the cache. A call copies only the new tokens.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -19,7 +19,7 @@ fn with(options: &KVCacheOptions) -> KVCache {
     KVCache::with_options(64, 2, HEADS, DIM, &Device::Cpu, options).unwrap()
 }
 
-/// Every way of keeping tokens that a whole sequence can be compared with.
+/// Options for every kind of storage that a whole sequence can be compared with.
 fn all_options() -> Vec<KVCacheOptions> {
     let ring = |sink_tokens| KVCacheOptions::default().overflow(Overflow::Circular { sink_tokens });
     let options = [KVCacheOptions::default(), KVCacheOptions::default().compress_older_than(10)];
@@ -57,10 +57,10 @@ fn a_length_that_counts_the_pass_alone_is_an_error() {
                 matches!(error, KvError::OtherTokens { at: 0, tokens, current: 30 } if tokens == next),
                 "{options:?}, {next}: {error}"
             );
-            assert!(error.to_string().contains(&format!("leads to {}", 30 + next)), "{error}");
+            assert!(error.to_string().contains(&format!("pass {}", 30 + next)), "{error}");
             assert_eq!(cache.seq_len(0), 30);
             assert_eq!(numbers(&cache.get(0).unwrap().0.to_dtype(DType::F32).unwrap()), before);
-            // As it is meant.
+            // With the length of the whole sequence it succeeds.
             for layer in 0..2 {
                 cache.update(layer, pass.clone(), pass.clone(), 30 + next).ok();
             }
@@ -70,7 +70,7 @@ fn a_length_that_counts_the_pass_alone_is_an_error() {
 }
 
 #[test]
-fn another_prompt_with_a_common_start_is_an_error_where_it_parts() {
+fn another_prompt_is_an_error_at_the_first_different_position() {
     for options in all_options() {
         let mut numbers_of = Random::new(2);
         let dtype = given(&options);
@@ -89,7 +89,7 @@ fn another_prompt_with_a_common_start_is_an_error_where_it_parts() {
                     Err(KvError::OtherTokens { at: got, .. }) => assert_eq!(got, at, "{options:?}"),
                     other => panic!("{options:?}: {other:?}"),
                 }
-                // The same tokens, computed in another order, are the same tokens.
+                // Differences as small as those of sums in another order are accepted.
                 let nearly = (same.to_dtype(DType::F32).unwrap() * 1.0001).unwrap().to_dtype(dtype).unwrap();
                 cache.update(1, nearly.clone(), nearly, len).unwrap();
                 assert_eq!(cache.seq_len(1), len);
@@ -99,7 +99,7 @@ fn another_prompt_with_a_common_start_is_an_error_where_it_parts() {
 }
 
 #[test]
-fn what_get_gave_stays_what_it_is() {
+fn what_get_returned_never_changes() {
     for batch in [1, 2] {
         for overflow in [Overflow::Error, Overflow::Grow, Overflow::Circular { sink_tokens: 3 }] {
             let mut random_numbers = Random::new(3);
@@ -114,7 +114,7 @@ fn what_get_gave_stays_what_it_is() {
                     0 => {
                         naive = tokens(&naive, 0..len - back).contiguous().unwrap();
                         let none = tokens(&new, 0..0);
-                        // A ring cannot go back from before the last pass.
+                        // A ring may not be truncated by more than the last pass.
                         for layer in 0..2 {
                             cache.update(layer, none.clone(), none.clone(), len - back).unwrap_or_else(|_| {
                                 cache.clear(&Device::Cpu).unwrap();
@@ -167,7 +167,7 @@ fn a_copy_is_kept_and_counted() {
     cache.update(0, k.clone(), k.clone(), 40).unwrap();
     assert_eq!(copied(&cache), 0);
     cache.get(0).unwrap();
-    // Room for as much again, but for no more than may come.
+    // The copy has room for twice as many tokens, but at most `max_seq_len`.
     assert_eq!(copied(&cache), 64 * of_a_token);
     cache.update(0, tokens(&k, 0..20), tokens(&k, 0..20), 20).unwrap();
     assert_eq!(copied(&cache), 0);

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use block_pool::{BlockPool, KvDtype, KvLayout, KvShape, KvTensors, PoolMetrics};
+use block_pool::{BlockPool, KvDtype, KvLayout, KvShape, KvTensors, Order, PoolMetrics};
 use block_table::{BlockTable, TableOptions};
 use candle_core::{Device, Result, Tensor};
 
+use crate::backend::Layer;
 use crate::{Kernel, KvCacheBuilder, Step, validate};
 
 /// A paged KV cache. A clone is another handle to the same cache, and threads can share it.
@@ -86,12 +87,18 @@ impl KvCache {
         validate::layer(&self.tensors, layer)
     }
 
-    pub(crate) fn layout(&self) -> &KvLayout {
-        self.tensors.layout()
+    pub(crate) fn layer(&self, layer: usize) -> Result<Layer<'_>> {
+        let tensor = validate::layer(&self.tensors, layer)?;
+        Ok(Layer { tensor, layout: self.layout(), kernel: self.kernel })
     }
 
-    pub(crate) fn tensors(&self) -> &KvTensors {
-        &self.tensors
+    /// Whether the CPU's kernels read the blocks.
+    pub(crate) fn is_fused(&self) -> bool {
+        self.layout().order != Order::Nhd
+    }
+
+    pub(crate) fn layout(&self) -> &KvLayout {
+        self.tensors.layout()
     }
 
     pub(crate) fn record_metrics(&self) {

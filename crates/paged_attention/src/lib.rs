@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod attention;
+mod backend;
 mod builder;
 mod cache;
 mod cpu;

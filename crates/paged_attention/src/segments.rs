@@ -3,13 +3,13 @@
 
 use std::ops::Range;
 
-use block_pool::{KvShape, Order};
+use block_pool::KvShape;
 use block_table::BlockTable;
 use candle_core::{DType, Result, Tensor};
 
 use crate::gather::Sequence;
 use crate::plan::{Plan, Span, freed_of};
-use crate::{AttendError, Attention, KvCache, cpu, gather, validate, wrap_error};
+use crate::{AttendError, Attention, KvCache, cpu, validate, wrap_error};
 
 /// The largest possible position. Distances between positions are signed, so a position has to fit into `isize`.
 const LAST_POSITION: usize = isize::MAX as usize;
@@ -41,7 +41,7 @@ impl KvCache {
     /// slot, or positions go beyond `usize::MAX`; nothing was written then. Otherwise the error of the device, or of
     /// the pool when it has no block for a copy.
     pub fn write(&self, layer: usize, tables: &mut [BlockTable], start: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let tensor = validate::layer(self.tensors(), layer)?;
+        let target = self.layer(layer)?;
         let rows = k.dims().first().copied().unwrap_or(0);
         validate::keys_and_values(self, rows, k, v)?;
         let tokens = rows.checked_div(tables.len()).unwrap_or(0);
@@ -60,7 +60,7 @@ impl KvCache {
             if let Some(missing) = (start..end).find(|&at| table.slot(at).is_none()) {
                 let capacity = table.capacity();
                 return segments_error(format!(
-                    "positions {start}..{end} are not all reserved: position {missing} is not held by the table, whose \
+                    "positions {start}..{end} are not all reserved: position {missing} has no slot in the table, whose \
                      capacity is {capacity}"
                 ));
             }
@@ -70,10 +70,7 @@ impl KvCache {
             table.make_writable(start..end).map_err(wrap_error)?;
             plan.slot_mapping.extend((start..end).filter_map(|at| table.slot(at)).map(|slot| slot as u32));
         }
-        match self.layout().order {
-            Order::Panels | Order::QuadPanels => cpu::write(tensor, k, v, self.layout(), &plan),
-            Order::Nhd => gather::write(tensor, self.layout(), &plan, k, v),
-        }
+        target.write(&plan, k, v)
     }
 
     /// Copies the keys and values at `positions` of a table out of one layer, each `(tokens, kv_heads, head_dim)`.
@@ -86,7 +83,7 @@ impl KvCache {
     /// [`AttendError`], wrapped, when the layer does not exist, the table belongs to another pool, the range ends
     /// before it starts, or a position has no slot. Otherwise the error of the device.
     pub fn read(&self, layer: usize, table: &BlockTable, positions: Range<usize>) -> Result<(Tensor, Tensor)> {
-        let tensor = validate::layer(self.tensors(), layer)?;
+        let source = self.layer(layer)?;
         validate::table(self.pool(), table)?;
         let Range { start, end } = positions;
         if end < start {
@@ -103,10 +100,7 @@ impl KvCache {
         let Some(blocks) = slots.map(|slot| Some((slot? / block_size) as u32)).collect::<Option<Vec<_>>>() else {
             return segments_error(format!("not all positions of {start}..{end} have a slot in the table"));
         };
-        let (k, v) = match self.layout().order {
-            Order::Panels | Order::QuadPanels => cpu::read(tensor, self.layout(), &blocks, before + tokens)?,
-            Order::Nhd => gather::gather(tensor, self.layout(), &blocks, before + tokens)?,
-        };
+        let (k, v) = source.read(&blocks, before + tokens)?;
         Ok((k.narrow(0, before, tokens)?, v.narrow(0, before, tokens)?))
     }
 }
@@ -146,13 +140,13 @@ pub fn attend_segments(
 ) -> Result<Tensor> {
     let heads = check(segments, layer, at, q, attention)?;
     let segments: Vec<_> = segments.iter().filter(|segment| segment.first() < segment.end).collect();
-    if segments.iter().any(|segment| segment.cache.layout().order == Order::Nhd) {
+    if segments.iter().any(|segment| !segment.cache.is_fused()) {
         return attend_gathered(&segments, layer, at, q, attention);
     }
     let one = |segment: &Segment<'_>| {
         let plan = segment.plan(at, q.dims()[0]);
         let (layout, kernel) = (segment.cache.layout(), segment.cache.kernel());
-        let tensor = validate::layer(segment.cache.tensors(), layer)?;
+        let tensor = segment.cache.layer(layer)?.tensor;
         cpu::attend_part(tensor, q, &cpu::Call { layout, plan: &plan, heads, attention, kernel })
     };
     let mut outs = segments.iter().map(|segment| one(segment)).collect::<Result<Vec<_>>>()?;
@@ -193,8 +187,8 @@ impl Segment<'_> {
             if let Some((query, seen)) = (0..rows).find_map(sees_freed) {
                 let kept = self.start + freed_end;
                 return segments_error(format!(
-                    "the query at position {query} sees position {seen}, which was given back to the pool: the window \
-                     has kept the positions from {kept} on"
+                    "the query at position {query} sees position {seen}, which was freed: the window has kept the positions \
+                     from {kept} on"
                 ));
             }
         }
@@ -325,7 +319,7 @@ fn check(segments: &[Segment<'_>], layer: usize, at: usize, q: &Tensor, attentio
                 "a segment at {start}..{end} ends before it starts, or beyond position {LAST_POSITION}"
             ));
         }
-        validate::layer(segment.cache.tensors(), layer)?;
+        segment.cache.layer(layer)?;
         let (KvShape { kv_heads, head_dim, .. }, expected) = (segment.cache.shape(), first.cache.shape());
         if (kv_heads, head_dim) != (expected.kv_heads, expected.head_dim) || segment.tables.len() != sequences {
             return segments_error("the segments have different numbers of heads, dimensions or sequences".into());

@@ -2,13 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use block_pool::Order;
 use block_table::BlockTable;
 use candle_core::{Result, Tensor};
 
 use crate::layers::Layers;
 use crate::plan::{Plan, Span};
-use crate::{AttendError, Attention, CommitError, KvCache, PushError, cpu, gather, validate, wrap_error};
+use crate::{AttendError, Attention, CommitError, KvCache, PushError, validate, wrap_error};
 
 /// One forward pass over a batch of sequences, prefill and decode alike.
 ///
@@ -160,14 +159,7 @@ impl<'t> Step<'t> {
             tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();
         let heads = validate::queries(&self.cache, self.plan.rows(), q, k, attention)?;
         self.fill(layer, k, v)?;
-        let tensor = validate::layer(self.cache.tensors(), layer)?;
-        let attended = match self.cache.layout().order {
-            Order::Panels | Order::QuadPanels => {
-                let (layout, kernel) = (self.cache.layout(), self.cache.kernel());
-                cpu::attend(tensor, q, &cpu::Call { layout, plan: &self.plan, heads, attention, kernel })?
-            }
-            Order::Nhd => gather::attend(tensor, self.cache.layout(), &self.plan, q, attention)?,
-        };
+        let attended = self.cache.layer(layer)?.attend(&self.plan, q, heads, attention)?;
         self.written.insert(layer);
         Ok(attended)
     }
@@ -187,14 +179,11 @@ impl<'t> Step<'t> {
     /// Writes keys and values to a layer. The layer counts as not written from the first change on; the caller marks it
     /// as written when all its work has succeeded.
     fn fill(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let tensor = validate::layer(self.cache.tensors(), layer)?;
+        let target = self.cache.layer(layer)?;
         validate::keys_and_values(&self.cache, self.plan.rows(), k, v)?;
         self.started.store(true, Ordering::Relaxed);
         self.written.remove(layer);
-        match self.cache.layout().order {
-            Order::Panels | Order::QuadPanels => cpu::write(tensor, k, v, self.cache.layout(), &self.plan),
-            Order::Nhd => gather::write(tensor, self.cache.layout(), &self.plan, k, v),
-        }
+        target.write(&self.plan, k, v)
     }
 
     /// Declares that these layers get no keys and values in this step, so that it can be committed without them: for a

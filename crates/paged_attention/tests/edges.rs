@@ -92,7 +92,7 @@ fn a_query_that_sees_a_freed_position_is_refused() {
                 .map_err(|error| error.to_string().lines().take(1).collect::<String>())
         };
         let refused = |at: usize, seen: usize| {
-            let kept = "which was given back to the pool: the window has kept the positions from 4 on";
+            let kept = "which was freed: the window has kept the positions from 4 on";
             Err(format!("the query at position {at} sees position {seen}, {kept}"))
         };
         assert_eq!(attend(6, 1, &attention), refused(6, 3), "{name}");
@@ -169,7 +169,7 @@ fn attention_over_any_window_is_dense_or_refused() {
                     let error = error.to_string();
                     assert!(missing || end == 0, "{what}: {error}");
                     assert!(
-                        error.contains("was given back") || error.contains("no tokens to attend to"),
+                        error.contains("was freed") || error.contains("no tokens to attend to"),
                         "{what}: {error}"
                     );
                 }

@@ -148,7 +148,7 @@ fn writing_without_a_step_copies_shared_blocks() {
     assert_eq!(first(&other, 0..4), [1.0; 4]);
 
     for (start, message) in
-        [(7, "7..10 are not all reserved: position 8 is not held by the table, whose capacity is 8"), (8, "8..11")]
+        [(7, "7..10 are not all reserved: position 8 has no slot in the table, whose capacity is 8"), (8, "8..11")]
     {
         let error = cache.write(LAYER, &mut fork, start, &full(3.0, 3), &full(3.0, 3)).unwrap_err();
         assert!(error.to_string().contains(message), "{error}");

@@ -1,4 +1,4 @@
-//! Ways to keep keys and values that are not ours, and ours behind the same face.
+//! Two other ways to keep keys and values, and this crate's caches, behind one trait.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use bitnet_kv::{KVCache, PagedKVCache};
@@ -6,21 +6,21 @@ use candle_core::{D, Device, Result, Tensor};
 
 use super::model::{Cache, DIM, HEADS, KV_HEADS, LAYERS};
 
-/// Concatenates, `[1, KV_HEADS, T, DIM]`.
+/// Concatenates the new keys and values to the old ones, `[1, KV_HEADS, T, DIM]`.
 #[derive(Default)]
 pub struct Concatenating([Option<(Tensor, Tensor)>; LAYERS]);
 
-/// Replaces whole tensors, `[T, KV_HEADS, DIM]`, with ones that its user has put together.
+/// Replaces the whole tensors, `[T, KV_HEADS, DIM]`, by ones that the caller has concatenated.
 #[derive(Default)]
 pub struct Replacing([Option<(Tensor, Tensor)>; LAYERS]);
 
-/// [`KVCache`], of which keys and values are got to attend to them elsewhere.
+/// [`KVCache`], with dense attention over what [`KVCache::get`] returns.
 pub struct Updated(pub KVCache);
 
-/// [`PagedKVCache`], which attends itself.
+/// [`PagedKVCache`], with its own attention.
 pub struct Paged(pub PagedKVCache);
 
-/// Keys and values repeated for each query head, scores, mask, softmax, product.
+/// Dense attention: keys and values repeated for each query head, scores, mask, softmax, product.
 fn dense(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let (rows, len) = (q.dim(2)?, k.dim(2)?);
     let group = HEADS / KV_HEADS;
@@ -50,11 +50,12 @@ impl Cache for Concatenating {
     }
 }
 
-/// `[1, H, T, D]` as `[T, H, D]`, and back.
+/// `[1, H, T, D]` as `[T, H, D]`.
 fn by_token(t: &Tensor) -> Result<Tensor> {
     t.squeeze(0)?.transpose(0, 1)?.contiguous()
 }
 
+/// `[T, H, D]` as `[1, H, T, D]`.
 fn by_head(t: &Tensor) -> Result<Tensor> {
     t.transpose(0, 1)?.contiguous()?.unsqueeze(0)
 }

@@ -1,5 +1,5 @@
-//! Random numbers, and dense attention in f64: what the tests compare with.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // every test binary uses another part
+//! Random numbers, and dense attention in f64 as the reference of the tests.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test binary uses only some of it
 
 pub mod caches;
 pub mod model;
@@ -32,7 +32,7 @@ impl Random {
     }
 }
 
-/// Blocks of new tokens, and those in 8-bit storage.
+/// The numbers of blocks in the storage of new tokens, and in 8-bit storage.
 pub fn counts(blocks: BlocksInUse) -> [usize; 2] {
     [blocks.recent, blocks.compressed]
 }
@@ -41,7 +41,7 @@ pub fn numbers(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// `[B, H, T, D]` tensors one behind the other.
+/// Concatenates `[B, H, T, D]` tensors along the tokens.
 pub fn cat(parts: &[Tensor]) -> Tensor {
     Tensor::cat(parts, 2).unwrap().contiguous().unwrap()
 }
@@ -56,8 +56,8 @@ pub fn flat(t: &Tensor) -> Tensor {
     t.squeeze(0).unwrap().transpose(0, 1).unwrap().contiguous().unwrap()
 }
 
-/// `softmax(scale q kᵀ) v` in f64, `[B, heads, T, D]`: the queries are the last `T` of the tokens, and token `p` sees those
-/// for which `sees(p, position)`.
+/// `softmax(scale q kᵀ) v` in f64, `[B, heads, T, D]`. The queries are those of the last `T` tokens, and the token at
+/// position `p` sees each position for which `sees(p, position)`.
 pub fn dense(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, sees: impl Fn(usize, usize) -> bool) -> Vec<f64> {
     let (batch, heads, rows, dim) = q.dims4().unwrap();
     let (_, kv_heads, len, _) = k.dims4().unwrap();

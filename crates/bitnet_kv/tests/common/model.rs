@@ -15,19 +15,19 @@ const INNER: usize = 512;
 const VOCABULARY: usize = 512;
 const ROPE_BASE: f32 = 500_000.0;
 
-/// How a pass keeps keys and values, and attends to them.
+/// A cache, and attention over it.
 pub trait Cache {
-    /// How many tokens a layer has: the position of the next one.
+    /// How many tokens a layer has. This is also the position of the next token.
     fn len(&self, layer: usize) -> usize;
 
-    /// Adds k and v, `[1, KV_HEADS, T, DIM]`, and attends with q, `[1, HEADS, T, DIM]`, causally.
+    /// Appends `k` and `v`, `[1, KV_HEADS, T, DIM]`, and returns causal attention of `q`, `[1, HEADS, T, DIM]`.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 }
 
 pub struct Model {
     embedding: Tensor,
     layers: Vec<Layer>,
-    /// Not the embedding again: with random weights that would say each token after itself.
+    /// Not tied to the embedding: with random weights, each token would then predict itself.
     head: Tensor,
 }
 
@@ -50,7 +50,7 @@ impl Model {
         Self { embedding, layers, head }
     }
 
-    /// The logits behind the last of these tokens.
+    /// The logits after the last of these tokens.
     pub fn forward(&self, tokens: &[u32], cache: &mut dyn Cache) -> Result<Vec<f32>> {
         let index = Tensor::new(tokens, &Device::Cpu)?;
         let mut x = self.embedding.index_select(&index, 0)?; // (T, WIDTH)
@@ -62,7 +62,7 @@ impl Model {
         last.matmul(&self.head)?.squeeze(0)?.to_vec1()
     }
 
-    /// `n` tokens behind the prompt, always the likeliest; `from` tokens of the prompt are in the cache already.
+    /// Generates `n` tokens after the prompt, greedily. The cache already has the first `from` tokens of the prompt.
     pub fn generate(&self, prompt: &[u32], from: usize, n: usize, cache: &mut dyn Cache) -> Vec<u32> {
         let mut next = likeliest(&self.forward(&prompt[from..], cache).unwrap());
         let mut tokens = vec![next];
@@ -73,7 +73,7 @@ impl Model {
         tokens
     }
 
-    /// The same without a cache: everything anew for each token.
+    /// The same without a cache: all tokens are computed again for each new token.
     pub fn recompute(&self, prompt: &[u32], n: usize) -> Vec<u32> {
         let mut tokens = prompt.to_vec();
         for _ in 0..n {
@@ -121,7 +121,7 @@ fn norm(x: &Tensor) -> Result<Tensor> {
     x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?.sqrt()?)
 }
 
-/// Rotates `[1, heads, T, DIM]`, whose first token is at position `at`.
+/// Applies the rotary embedding to `[1, heads, T, DIM]`, whose first token is at position `at`.
 fn rope(x: &Tensor, at: usize) -> Result<Tensor> {
     let (_, _, tokens, _) = x.dims4()?;
     let half = DIM / 2;

@@ -26,9 +26,10 @@ use std::ops::Range;
 
 use super::exp2::{SoftCap, exp2_wide};
 use super::format::{Format, ROWS, WeightBuffer};
-use super::kernel::Run;
+use super::panels::{Scores, TILE, TILE_PANELS};
 use super::state::{State, finite};
-use super::tile::{Blocks, Copied, Scores, TILE, TILE_PANELS, Tile};
+use super::tile::{Blocks, Copied, Tile};
+use super::wide::Run;
 use super::wide::{LANES, Wide, reduce_max, reduce_sum};
 use crate::Attention;
 use crate::plan::VisibleRange;

@@ -95,8 +95,9 @@ impl SoftCap {
 #[cfg(test)]
 mod tests {
     use super::super::arch::portable::Portable;
-    use super::super::kernel::{Kernel, Run};
+    use super::super::kernel::Kernel;
     use super::super::wide::LANES;
+    use super::super::wide::Run;
     use super::*;
 
     /// The largest relative error of `2^x` over the whole range.

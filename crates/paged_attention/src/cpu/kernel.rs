@@ -1,7 +1,7 @@
 //! The instruction sets, and the choice of the one that runs.
 
 use super::arch;
-use super::wide::Wide;
+use super::wide::Run;
 
 /// A compilation of the attention algorithm for one instruction set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -15,15 +15,6 @@ pub enum Kernel {
     Avx2,
     /// AVX-512 with VNNI: Intel since Ice Lake, AMD since Zen 4.
     Avx512,
-}
-
-/// A computation that can run with any instruction set.
-///
-/// `run` and the functions that it calls must be inlined into the shim that enables the instruction set.
-pub(super) trait Run {
-    type Output;
-
-    fn run<V: Wide>(self) -> Self::Output;
 }
 
 impl Kernel {

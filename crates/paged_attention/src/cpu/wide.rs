@@ -2,10 +2,17 @@
 
 use half::{bf16, f16};
 
-use super::kernel::Run;
-
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
+
+/// A computation that can run with any instruction set.
+///
+/// `run` and the functions that it calls must be inlined into the shim that enables the instruction set.
+pub(super) trait Run {
+    type Output;
+
+    fn run<V: Wide>(self) -> Self::Output;
+}
 
 /// A vector of sixteen f32, in one register or several.
 ///

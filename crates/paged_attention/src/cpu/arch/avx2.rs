@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use crate::cpu::kernel::Run;
+use crate::cpu::wide::Run;
 use crate::cpu::wide::{LANES, Wide};
 
 /// Sixteen lanes in two registers.

@@ -6,7 +6,7 @@ use std::arch::aarch64::*;
 use half::{bf16, f16};
 
 use super::portable::Portable;
-use crate::cpu::kernel::Run;
+use crate::cpu::wide::Run;
 use crate::cpu::wide::{LANES, Wide};
 
 /// Sixteen lanes in four registers.

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::cpu::kernel::Run;
+use crate::cpu::wide::Run;
 use crate::cpu::wide::{LANES, Wide};
 
 /// Sixteen lanes in an array.

@@ -9,7 +9,7 @@ pub(super) use float::{Float, Number};
 pub(super) use int8::Int8;
 pub(crate) use int8::MAX_DIMS as MOST_INT8_DIMS;
 
-use super::tile::{Panels, Scores};
+use super::panels::{Panels, Scores};
 use super::wide::{LANES, Wide};
 
 /// Rows per group: a product computes up to this many rows at a time.

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use super::{Format, ROWS, WeightBuffer};
 use crate::cpu::arch::prefetch::prefetch;
-use crate::cpu::tile::{Panels, Scores};
+use crate::cpu::panels::{Panels, Scores};
 use crate::cpu::wide::{LANES, Wide};
 
 /// A floating point type of queries, keys and values.

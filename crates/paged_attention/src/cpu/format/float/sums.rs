@@ -8,8 +8,8 @@ use block_pool::{PANEL, STRIP};
 
 use super::{or_current, prefetch_vector, vectors};
 use crate::cpu::format::Number;
-use crate::cpu::kernel::Run;
-use crate::cpu::tile::{Panels, Scores, TILE_PANELS};
+use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
+use crate::cpu::wide::Run;
 use crate::cpu::wide::{LANES, Wide};
 
 /// Vectors per full strip.

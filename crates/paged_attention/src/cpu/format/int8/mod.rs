@@ -23,7 +23,7 @@ mod sums;
 use block_pool::{KvLayout, PANEL};
 
 use super::{Format, ROWS, WeightBuffer};
-use crate::cpu::tile::{Panels, Scores, TILE_PANELS};
+use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
 use crate::cpu::wide::{LANES, Wide};
 
 /// Keys and values as bytes.

@@ -7,8 +7,8 @@ use block_pool::PANEL;
 use super::{P_LARGEST, P_SHIFT, SCALE_UP, Weights, lines_to_prefetch, scales_of, split_scales};
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::format::WeightBuffer;
-use crate::cpu::kernel::Run;
-use crate::cpu::tile::{Panels, Scores, TILE, TILE_PANELS};
+use crate::cpu::panels::{Panels, Scores, TILE, TILE_PANELS};
+use crate::cpu::wide::Run;
 use crate::cpu::wide::{LANES, Wide, reduce_max_or_nan};
 
 /// Vectors of values, of four tokens each, that are added to one vector of sums per panel.
