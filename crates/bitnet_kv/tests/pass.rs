@@ -252,7 +252,11 @@ fn after_random_histories_caches_have_what_recomputation_gives() {
                             assert_holds(cache, &wanted, ring, rounding);
                             (kept, computed) = (kept + wanted.len() - new, computed + new);
                             if random.below(4) == 0 {
-                                assert_eq!(pass(cache, &wanted).unwrap(), 1, "{seed}: tokens of the cache are computed again");
+                                assert_eq!(
+                                    pass(cache, &wanted).unwrap(),
+                                    1,
+                                    "{seed}: tokens of the cache are computed again"
+                                );
                                 assert_holds(cache, &wanted, ring, rounding);
                             }
                             if random.below(4) == 0 {

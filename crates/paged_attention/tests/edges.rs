@@ -168,10 +168,7 @@ fn attention_over_any_window_is_dense_or_refused() {
                     refused += 1;
                     let error = error.to_string();
                     assert!(missing || end == 0, "{what}: {error}");
-                    assert!(
-                        error.contains("was freed") || error.contains("no tokens to attend to"),
-                        "{what}: {error}"
-                    );
+                    assert!(error.contains("was freed") || error.contains("no tokens to attend to"), "{what}: {error}");
                 }
             }
         }

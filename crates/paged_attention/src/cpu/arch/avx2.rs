@@ -5,12 +5,11 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use crate::cpu::wide::Run;
-use crate::cpu::wide::{LANES, Wide};
+use crate::cpu::wide::{LANES, Run, Wide};
 
 /// Sixteen lanes in two registers.
 #[derive(Clone, Copy)]
-pub(in crate::cpu) struct Avx2(__m256, __m256);
+struct Avx2(__m256, __m256);
 
 /// Whether this machine has the instruction sets that [`run`] enables.
 pub(in crate::cpu) fn is_available() -> bool {
@@ -27,9 +26,9 @@ pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
 /// Calls an intrinsic of this instruction set, on registers or on an array of exactly the size that it reads or writes.
 macro_rules! instruction {
     ($call:expr) => {{
-        // SAFETY: this type is named only in `run`, and `Kernel::run` calls that only if `is_available` has confirmed
-        // that this CPU has the instructions. Pointers come from references to arrays of exactly the size that is read
-        // or written.
+        // SAFETY: this type is private to this file and named only in `run`, and `Kernel::run` calls that only if
+        // `is_available` has confirmed that this CPU has the instructions. Pointers come from references to arrays of
+        // exactly the size that is read or written.
         unsafe { $call }
     }};
 }

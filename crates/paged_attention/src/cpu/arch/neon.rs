@@ -6,12 +6,11 @@ use std::arch::aarch64::*;
 use half::{bf16, f16};
 
 use super::portable::Portable;
-use crate::cpu::wide::Run;
-use crate::cpu::wide::{LANES, Wide};
+use crate::cpu::wide::{LANES, Run, Wide};
 
 /// Sixteen lanes in four registers.
 #[derive(Clone, Copy)]
-pub(in crate::cpu) struct Neon([float32x4_t; 4]);
+struct Neon([float32x4_t; 4]);
 
 /// Runs `run` with NEON.
 #[inline(never)]

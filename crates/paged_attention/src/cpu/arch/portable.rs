@@ -2,8 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::cpu::wide::Run;
-use crate::cpu::wide::{LANES, Wide};
+use crate::cpu::wide::{LANES, Run, Wide};
 
 /// Sixteen lanes in an array.
 #[derive(Clone, Copy)]
