@@ -79,8 +79,8 @@ pub enum KvError {
     },
     /// Keys and values of a whole sequence differ from those that the layer has.
     #[error(
-        "token {at} of the {tokens} given differs from the layer's, which has {current} tokens: clear the cache before \
-         another sequence; seq_len is the length of the whole sequence, so to append {tokens} tokens pass {}",
+        "token {at} of the {tokens} given differs from that of the layer, which has {current}: clear the cache before \
+         another sequence; seq_len is the length of the whole sequence: to append {tokens} tokens, pass {}",
         current + tokens
     )]
     OtherTokens {

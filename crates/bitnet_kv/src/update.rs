@@ -95,8 +95,8 @@ impl KVCache {
         Ok(Self { sequence: None, pool, blocks, overflow, copies })
     }
 
-    /// Brings a layer to `seq_len` tokens, which is the length of the sequence, not of the pass. `k` and `v` are `[T,
-    /// H, D]` or `[B, H, T, D]`, and are either the new tokens or the whole sequence.
+    /// Brings a layer to `seq_len` tokens, which is the length of the sequence, not of the pass. The shape of `k` and
+    /// `v` is `[T, H, D]` or `[B, H, T, D]`. They are either the new tokens or the whole sequence.
     ///
     /// - `seq_len` is larger than the layer's length: the `T` new tokens are appended. If `T` is `seq_len`, the tensors
     ///   are the whole sequence, and its new tokens are appended.
@@ -198,7 +198,7 @@ impl KVCache {
         match &self.sequence {
             Some(sequence) => sequence.view(layer_idx)?.attend(q, scale, causal),
             None => {
-                let expected = "tokens to attend to: the cache has none".into();
+                let expected = "none: the cache has no tokens".into();
                 Err(KvError::Queries { got: q.dims().to_vec(), expected })
             }
         }

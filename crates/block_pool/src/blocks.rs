@@ -98,9 +98,9 @@ impl Blocks {
 
     /// Makes block `at` writable and adds `n` blocks at the end, in one transaction.
     ///
-    /// If other lists use block `at` too, or it is cached, this list gets a copy of it and the original stays as it is
-    /// (copy-on-write). There is one exception: if only this list uses the original and there is no room for the copy,
-    /// the original is uncached and written in place. If `at` is not in the list, nothing is copied.
+    /// If block `at` is cached or other lists use it, too, this list gets a copy of it, and the original stays
+    /// unchanged (copy-on-write). There is one exception: if only this list uses the original and there is no room for
+    /// the copy, the original is uncached and written in place. If `at` is not in the list, nothing is copied.
     ///
     /// # Errors
     ///
@@ -196,15 +196,15 @@ impl Blocks {
         ledger.match_prefix(Query { key, at, last, tokens }, |id| ids.push(id))
     }
 
-    /// Looks up what [`match_prefix`](Self::match_prefix) would match at this moment, and how many blocks it would take
-    /// to use that and then to have slots for `slots` tokens from block number `at` on. Nothing is used or counted.
+    /// Looks up what [`match_prefix`](Self::match_prefix) would match at this moment, and how many available blocks it
+    /// would take to use that match and then to have slots for `slots` tokens from block number `at` on. No block is
+    /// used, and the statistics do not change.
     pub fn lookup_prefix(&self, key: &PrefixKey, at: usize, tokens: &[u32], slots: usize) -> PrefixMatch {
         let last = self.ids.last().copied();
         self.pool.ledger().lookup_prefix(Query { key, at, last, tokens }, slots)
     }
 
-    /// How many available blocks it would take to make block `at`, if there is one, writable and to add `n` blocks. At
-    /// least this many must be available for [`copy_on_write`](Self::copy_on_write).
+    /// How many available blocks [`copy_on_write`](Self::copy_on_write) with the same arguments needs.
     pub fn copy_on_write_cost(&self, at: usize, n: usize) -> usize {
         match self.ids.get(at) {
             Some(&id) => self.pool.ledger().copy_on_write_cost(id, n),

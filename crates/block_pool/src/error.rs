@@ -14,7 +14,7 @@ pub struct OutOfBlocks {
     pub available: usize,
 }
 
-/// The memory of the blocks refused a copy, a read or a write.
+/// The memory of the blocks could not be copied, read or written.
 #[derive(Debug, Error)]
 #[error("block storage: {0}")]
 pub struct StorageError(#[from] Box<dyn std::error::Error + Send + Sync>);
@@ -32,7 +32,8 @@ pub enum ReserveError {
     /// Too few blocks are available.
     #[error(transparent)]
     OutOfBlocks(#[from] OutOfBlocks),
-    /// A shared block had to be copied before the first write to it, or swapped content written, and that failed.
+    /// A shared or cached block could not be copied before the first write to it, or swapped content could not be
+    /// written.
     #[error(transparent)]
     Storage(#[from] StorageError),
 }
@@ -80,7 +81,7 @@ pub enum PoolError {
     /// Keys and values cannot be stored in this type, or not on this device.
     #[error("keys and values cannot be stored as {0}; use f32, f16 or bf16")]
     UnsupportedDType(String),
-    /// The device refused to make the tensor.
+    /// The device could not make the tensor.
     #[error("device tensor: {0}")]
     Device(String),
 }

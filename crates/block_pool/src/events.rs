@@ -1,4 +1,4 @@
-//! KV events: what a router needs to know about the prefixes that a pool has cached.
+//! KV events: they inform a router of the prefixes that a pool has cached.
 
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 

@@ -1,4 +1,4 @@
-//! The prefix key: what decides in addition to the tokens whether two prefixes are the same.
+//! The prefix key: what must be equal, in addition to the tokens, for two prefixes to be the same.
 
 use crate::{Salt, Window};
 
@@ -8,7 +8,7 @@ use crate::{Salt, Window};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct PrefixKey {
-    /// Bytes of the caller's.
+    /// Bytes chosen by the caller.
     pub salt: Salt,
     /// The window of the sequences. With a window the same tokens have other keys and values, and only the blocks that
     /// the next token sees have to be cached.

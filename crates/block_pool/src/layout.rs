@@ -1,4 +1,4 @@
-//! Where each number of a block lies: only this file knows.
+//! Where each number of a block lies: only this file computes it.
 //!
 //! Gather, write, copy and kernels use it. `docs/layout.md` has the pictures.
 

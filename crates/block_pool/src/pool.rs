@@ -54,7 +54,8 @@ impl BlockPool {
         Self::with_storage(blocks, block_size, NoStorage)
     }
 
-    /// Makes a pool whose blocks lie in `storage`. The pool asks `storage` to copy a shared block before it is written.
+    /// Makes a pool whose blocks lie in `storage`. Before a shared or cached block is written, the pool has `storage`
+    /// copy it.
     ///
     /// # Errors
     ///
@@ -126,8 +127,8 @@ impl BlockPool {
     }
 
     /// Looks up how much of `prompt` is cached, and how many [available](Self::available) blocks a new sequence would
-    /// take to use that and to have slots for the whole prompt. For a scheduler: nothing is used or counted. The last
-    /// token is never part of the match, because its logits must be computed.
+    /// take to use that and to have slots for the whole prompt. For a scheduler: no block is used, and the statistics
+    /// do not change. The last token is never part of the match, because its logits must be computed.
     pub fn lookup_prefix(&self, key: &PrefixKey, prompt: &[u32]) -> PrefixMatch {
         let known = &prompt[..prompt.len().saturating_sub(1)];
         self.ledger().lookup_prefix(Query { key, at: 0, last: None, tokens: known }, prompt.len())
@@ -159,9 +160,9 @@ impl BlockPool {
     /// sends a request to the cache that has its prefix. The stream begins with what is cached now, and ends when the
     /// pool is dropped.
     ///
-    /// Events wait in the receiver until they are read; dropping the receiver ends the stream. Without subscribers
-    /// nothing is recorded. The tokens that are cached now are copied under the pool's lock: this takes some 40 ns for
-    /// each block, and other threads wait meanwhile.
+    /// Events wait in the receiver until they are read; dropping the receiver ends the stream. Without subscribers no
+    /// events are made. The tokens that are cached now are copied under the pool's lock: this takes some 40 ns for each
+    /// block, and other threads wait meanwhile.
     pub fn subscribe(&self) -> KvEvents {
         let (past, live) = self.ledger().subscribe();
         KvEvents::new(past.events(), live)
@@ -178,7 +179,8 @@ impl BlockPool {
     }
 
     /// Does the same as [`check`](Self::check), and checks that the ref_count of each block is the number of times that
-    /// `lists` name it. `lists` must be all the lists that use blocks, and no other thread may change one meanwhile.
+    /// it occurs in `lists`. `lists` must be all the lists that use blocks, and no other thread may change one
+    /// meanwhile.
     ///
     /// # Errors
     ///

@@ -25,19 +25,19 @@ impl Stats {
 }
 
 /// The result of a look-up: see [`BlockPool::lookup_prefix`](crate::BlockPool::lookup_prefix) and
-/// [`Blocks::lookup_prefix`](crate::Blocks::lookup_prefix). Nothing was used or counted.
+/// [`Blocks::lookup_prefix`](crate::Blocks::lookup_prefix). No block was used, and the statistics did not change.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PrefixMatch {
     /// How many tokens [`Blocks::match_prefix`](crate::Blocks::match_prefix) would match at this moment.
     pub tokens: usize,
-    /// How many of the matched blocks are in use: using them, too, takes nothing from the pool.
+    /// How many of the matched blocks are in use already: using them takes no available block.
     pub in_use: usize,
-    /// How many of the matched blocks are evictable: using them takes as much from the pool as new blocks would, but
+    /// How many of the matched blocks are evictable: using them takes as many available blocks as new ones would, but
     /// saves the computation.
     pub evictable: usize,
     /// By how much the number of [available](crate::BlockPool::available) blocks falls when the match is used and slots
     /// for the remaining tokens are reserved: the evictable blocks, the new ones, and the copy of a last block that
-    /// others use. The request fits if at least this many are available.
+    /// other sequences use. The request fits if at least this many are available.
     pub blocks: usize,
 }

@@ -4,10 +4,10 @@ use crate::{BlockId, StorageError};
 
 /// The memory of a pool's blocks.
 ///
-/// The pool makes these calls outside its lock, and only for blocks that its caller uses meanwhile.
+/// The pool makes these calls outside its lock, and only for blocks that cannot be allocated or evicted meanwhile.
 pub trait BlockStorage: Send + Sync {
     /// Copies the whole of block `from`, all layers, to block `to`. The pool calls this before a sequence writes to a
-    /// block that it shares with others.
+    /// block that is cached or that other sequences use.
     ///
     /// # Errors
     ///
@@ -31,12 +31,13 @@ pub trait BlockStorage: Send + Sync {
     /// How many bytes [`read`](Self::read) appends.
     fn bytes_per_block(&self) -> usize;
 
-    /// Whether blocks are poisoned when they become free. The pool asks once, when it is made.
+    /// Whether blocks are [poisoned](Self::poison) when they become free. The pool calls this once, when it is made.
     fn poisons(&self) -> bool {
         false
     }
 
-    /// Overwrites blocks that no sequence may read any more with values that show when they are read: NaN, for numbers.
+    /// Overwrites blocks that no sequence may read any more, so that a later read of them shows in its results: numbers
+    /// become NaN.
     ///
     /// # Errors
     ///

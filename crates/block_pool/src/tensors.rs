@@ -175,9 +175,9 @@ fn address(tensor: &Tensor) -> usize {
 
 /// Copies a row of a tensor to another row of the same tensor.
 ///
-/// candle refuses an in-place operation whose source is a view of its destination. So on a CPU the operation itself
-/// knows both rows; on other devices the row is copied through a temporary tensor, which has never been run on a GPU
-/// (CUDA, Metal).
+/// candle refuses an in-place operation whose source is a view of its destination. So on a CPU the operation has the
+/// numbers of both rows; on other devices the row is copied through a temporary tensor, which has never been run on a
+/// GPU (CUDA, Metal).
 struct CopyBlock {
     from: usize,
     to: usize,

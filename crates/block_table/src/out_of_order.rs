@@ -12,9 +12,9 @@ impl BlockTable {
     /// the block, it is uncached instead. Positions without a slot are skipped, and a range that ends before it starts
     /// is empty.
     ///
-    /// If any of the positions is committed, the table no longer knows which tokens its blocks hold, so it becomes
-    /// [private](crate::TableOptions::private()): from then on no prefix of it is cached or matched. Blocks that were
-    /// cached before stay cached, including those of this table that were not replaced.
+    /// If any of the positions is committed, the content of its block may not belong to the known tokens any more. So
+    /// the table becomes [private](crate::TableOptions::private()): from then on no prefix of it is cached or matched.
+    /// Blocks that were cached before stay cached, including those of this table that were not replaced.
     ///
     /// # Errors
     ///

@@ -13,7 +13,7 @@ pub(crate) type Tokens = SmallVec<[u32; 16]>;
 /// Maps the logical positions of one sequence to slots of the pool.
 ///
 /// A table has a *length*, the number of committed tokens, and a *capacity*, the number of positions that have slots.
-/// Tokens are added in two steps: [`reserve`](Self::reserve) makes slots for them, and after they were written
+/// Tokens are added in two steps: [`reserve`](Self::reserve) allocates slots for them, and after the slots were written
 /// [`commit_tokens`](Self::commit_tokens) makes them part of the sequence. [`roll_back`](Self::roll_back) frees what
 /// was reserved and not committed.
 ///
@@ -181,7 +181,7 @@ impl BlockTable {
 
     /// What [`match_prefix`](Self::match_prefix) of these tokens would match at this moment, and how many blocks it
     /// takes to use the match and then to [reserve](Self::reserve) slots for the rest of the tokens. Both calls succeed
-    /// if that many blocks are available. The look-up uses no block and is not counted in the statistics.
+    /// if that many blocks are available. The look-up uses no block and does not change the statistics.
     ///
     /// Blocks that a window frees as it moves on are not subtracted.
     pub fn lookup_prefix(&self, tokens: &[u32]) -> PrefixMatch {
@@ -213,7 +213,7 @@ impl BlockTable {
             .then(|| (self.len / block_size, &tokens[self.len..known]))
     }
 
-    /// Makes slots for `n` tokens after the committed ones.
+    /// Allocates slots for `n` tokens after the committed ones, as far as there are none yet.
     ///
     /// If the block of the first of them is used by another table too, or is cached, it is replaced by a copy
     /// (copy-on-write), in the same transaction as the growth. If there is no room for the copy and no other table uses

@@ -113,7 +113,7 @@ impl KvCacheBuilder {
     /// # Errors
     ///
     /// [`CacheError`] when a number is zero or too large, the memory cannot be allocated, the backend or the kernel
-    /// cannot run on this machine or device, or 8-bit storage is asked for without the fused backend.
+    /// cannot run on this machine or device, or 8-bit storage is requested without the fused backend.
     pub fn build(self) -> Result<KvCache, CacheError> {
         let fused = match self.backend {
             Backend::Auto => self.device.is_cpu(),

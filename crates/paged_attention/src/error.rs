@@ -41,7 +41,7 @@ pub enum PushError {
     /// The pool has too few available blocks: wait, or preempt another sequence.
     #[error(transparent)]
     OutOfBlocks(#[from] OutOfBlocks),
-    /// A block with other readers had to be copied (copy-on-write), and the copy failed.
+    /// A shared or cached block had to be copied (copy-on-write), and the copy failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
     /// No tokens were given.

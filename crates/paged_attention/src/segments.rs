@@ -30,10 +30,11 @@ pub struct Segment<'a> {
 impl KvCache {
     /// Writes keys and values to one layer, at the positions from `start` on of each table. `k` and `v` are both
     /// `(tables * tokens, kv_heads, head_dim)`, table after table. The slots must have been
-    /// [reserved](BlockTable::reserve). Blocks with other readers are copied first ([`BlockTable::make_writable`]).
+    /// [reserved](BlockTable::reserve). Blocks that are shared or cached are copied first
+    /// ([`BlockTable::make_writable`]).
     ///
     /// A [`Step`](crate::Step) does this for all layers of a pass, and rolls back after a failure. Here the caller has
-    /// to do both: commit a token only when all layers have it, and roll back what failed.
+    /// to commit a token only when all layers have it, and to roll back what failed.
     ///
     /// # Errors
     ///

@@ -59,8 +59,8 @@ impl<'t> Step<'t> {
 
     /// Adds a sequence with its next tokens: a whole prompt, a chunk of a prompt, or the token that was just sampled.
     ///
-    /// Reserves slots for the tokens: allocates the blocks that they need, and copies the last block if it has other
-    /// readers.
+    /// Reserves slots for the tokens: allocates the blocks that they need, and copies the last block if the tokens
+    /// begin inside it and it is shared or cached.
     ///
     /// The tokens identify what is computed: two sequences with the same salt and the same tokens end up sharing the
     /// blocks of one of them. If tokens alone do not identify the input, as with embeddings, give the table a
@@ -146,8 +146,8 @@ impl<'t> Step<'t> {
     /// and `k` before.
     ///
     /// With the fused backend, the threads of the current rayon pool ([`rayon::ThreadPool::install`], or the global
-    /// pool) share the work with the caller. Several threads, or several tasks of one rayon pool, can step different
-    /// sequences of one cache at the same time.
+    /// pool) share the work with the caller. Several threads, or several tasks of one rayon pool, can compute steps of
+    /// different sequences of one cache at the same time.
     ///
     /// # Errors
     ///

@@ -15,7 +15,7 @@ pub enum AttendError {
     /// The layer does not exist.
     #[error("there is no layer {layer}: the cache has {layers} layers")]
     NoLayer {
-        /// The layer that was asked for.
+        /// The requested layer.
         layer: usize,
         /// How many layers the cache has.
         layers: usize,
