@@ -33,6 +33,7 @@ pub enum BlockState {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// The state of each block, by its index.
     pub blocks: Vec<BlockState>,

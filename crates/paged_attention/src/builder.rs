@@ -9,6 +9,7 @@ use crate::{CacheError, Kernel, KvCache, cpu};
 
 /// How attention is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Backend {
     /// [`Fused`](Self::Fused) on a CPU, [`Gather`](Self::Gather) on any other device.
     #[default]

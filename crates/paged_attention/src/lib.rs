@@ -26,8 +26,8 @@ pub use validate::AttendError;
 pub use wrap::{find_error, wrap_error};
 
 pub use block_pool::{
-    BlockId, BlockPool, BlockState, KvDtype, KvEvent, KvEvents, KvShape, OutOfBlocks, PoolError, PrefixKey,
-    PrefixMatch, ReserveError, Salt, Snapshot, Stats, StorageError,
+    BYTE_STRIP, BlockId, BlockPool, BlockState, Inconsistent, KvDtype, KvEvent, KvEvents, KvLayout, KvShape, Order,
+    OutOfBlocks, PANEL, PoolError, PrefixKey, PrefixMatch, ReserveError, STRIP, Salt, Snapshot, Stats, StorageError,
 };
 pub use block_table::{
     Admission, Admitted, BlockTable, CheckedOut, Need, NotReserved, OutOfWindow, Room, SequenceError, SequenceId,
