@@ -2,6 +2,7 @@
 //! keep the pool full.
 
 pub(crate) mod allocator;
+mod allocators;
 mod azure;
 mod buddies;
 mod built_in;
@@ -15,10 +16,13 @@ mod replay;
 mod request;
 mod sglang;
 mod tally;
+mod trace;
 mod vllm;
 
-pub(crate) use allocator::{ALLOCATORS, BLOCK_SIZES, Pool, allocator, block_sizes};
+pub(crate) use allocator::Pool;
+pub(crate) use allocators::{ALLOCATORS, BLOCK_SIZES, allocator, block_sizes};
 pub(crate) use built_in::built_in;
 pub(crate) use replay::{Arrivals, replay};
-pub(crate) use request::{Request, read_trace};
+pub(crate) use request::Request;
 pub(crate) use tally::{Outcome, Sample};
+pub(crate) use trace::read_trace;

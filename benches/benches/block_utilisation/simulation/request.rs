@@ -1,10 +1,4 @@
-//! The requests of a workload, and reading them from traces.
-
-use std::path::Path;
-
-use anyhow::{Context, Result, bail, ensure};
-
-use super::{azure, mooncake};
+//! The requests of a workload.
 
 /// Tokens that share one id in [`Request::prefix`].
 pub(crate) const PREFIX_BLOCK: usize = 512;
@@ -42,23 +36,4 @@ impl Request {
             None => OWN | self.number.wrapping_mul(0x9E37_79B1).wrapping_add(position as u32),
         }
     }
-}
-
-/// Reads a trace; the file name's extension gives the format: `csv` for the Azure LLM inference traces, `jsonl` for
-/// Mooncake's.
-///
-/// # Errors
-///
-/// If the file cannot be read, has another extension, has a wrong line (which the error names), or has no requests.
-pub(crate) fn read_trace(file: &Path) -> Result<Vec<Request>> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read the trace {}", file.display()))?;
-    let kind = file.extension().and_then(|kind| kind.to_str());
-    let requests = match kind {
-        Some("csv") => azure::parse(&text),
-        Some("jsonl") => mooncake::parse(&text),
-        _ => bail!("{}: not a trace, which is a .csv of the Azure traces or a .jsonl of Mooncake's", file.display()),
-    };
-    let requests = requests.with_context(|| format!("in the trace {}", file.display()))?;
-    ensure!(!requests.is_empty(), "the trace {} has no requests", file.display());
-    Ok(requests)
 }
