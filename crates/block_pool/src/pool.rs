@@ -213,7 +213,7 @@ impl BlockPool {
             return self.ledger().free(ids);
         }
         // Dropped at the end, even if the storage panics: this frees the blocks.
-        let freed = Freed { pool: self, ids: self.ledger().free_all_but_last(ids) };
+        let freed = Freed { pool: self, ids: self.ledger().free_except_last_refs(ids) };
         self.poison(&freed.ids);
     }
 

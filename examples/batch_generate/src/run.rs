@@ -179,7 +179,7 @@ fn generate(
         bar.set_position(p.generated as u64);
         bar.set_message(format!(
             "{} running, {} waiting, {} done, {}/{blocks} blocks",
-            p.running, p.waiting, p.finished, p.held
+            p.running, p.waiting, p.finished, p.in_use
         ));
     };
     let outcome = engine::generate(model, cache, requests, settings, |id| tokenizer.is_end(id), progress);

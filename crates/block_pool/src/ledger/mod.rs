@@ -216,7 +216,7 @@ impl Ledger {
     }
 
     /// Does the same as [`free`](Self::free), but returns the blocks that would become free, with a ref_count of 1.
-    pub(crate) fn free_all_but_last(&mut self, ids: &[BlockId]) -> Vec<BlockId> {
+    pub(crate) fn free_except_last_refs(&mut self, ids: &[BlockId]) -> Vec<BlockId> {
         let mut unfreed = Vec::new();
         for id in ids.iter().rev() {
             if self.ref_counts[id.index()] == 1 && !self.tree.contains(*id) {

@@ -134,7 +134,7 @@ pub struct Progress {
     /// Waiting sequences.
     pub waiting: usize,
     /// Blocks in use.
-    pub held: usize,
+    pub in_use: usize,
 }
 
 /// Answers all requests, and calls `progress` after every step.

@@ -152,7 +152,7 @@ impl<'a> Engine<'a> {
             finished: self.finished,
             running: self.batch(),
             waiting: self.waiting.iter().map(Vec::len).sum(),
-            held: self.cache.pool().in_use(),
+            in_use: self.cache.pool().in_use(),
         }
     }
 
