@@ -103,9 +103,9 @@ pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
     if with_peers {
         contenders.drain(1..3);
         let race = Race::run_for(SECONDS, &mut contenders);
-        peers = names.iter().zip(3..n).map(|(&peer, at)| (peer, Some(race.ratio(at - 2, 0)))).collect();
+        peers = names.iter().zip(3..n).map(|(&peer, at)| (peer.to_string(), race.ratio(at - 2, 0))).collect();
     }
-    record.raced(&name, floors.time(0), floors.ratio(1, 0), &peers);
+    record.compared(&name, "time", floors.time(0), "ns", Some(floors.ratio(1, 0)), peers);
     record.value(&name, "of four streams", floors.ratio(2, 0), "x");
     record.value(&name, "bandwidth", case.bytes() as f64 / floors.time(0), "GB/s");
     Ok(())

@@ -34,7 +34,7 @@ pub(crate) fn prefill(case: &Case, record: &mut Record) -> Result<()> {
     let race = Race::run_for(SECONDS, &mut contenders);
     drop(contenders);
     let name = format!("prefill {}", case.name());
-    record.raced(&name, race.time(0), race.ratio(1, 0), &[]);
+    record.compared(&name, "time", race.time(0), "ns", Some(race.ratio(1, 0)), []);
     record.value(&name, "useful", 2.0 * multiply_adds as f64 / race.time(0), "GFLOP/s");
     Ok(())
 }

@@ -3,12 +3,12 @@
 use std::hint::black_box;
 
 use anyhow::Result;
+use harness::Record;
 
 use crate::args::Effort;
 use crate::attention::FLOOR;
 use crate::child::Case;
 use crate::environment::{Environment, Script};
-use crate::record::Record;
 use crate::turns::{self, Contender};
 use crate::{candle, paged};
 
@@ -45,7 +45,7 @@ pub fn append(threads: usize, python: &Environment, effort: Effort, record: &mut
                 .extend(variants.iter().filter_map(|variant| python.contender(script, &case, variant)).map(|(c, _)| c));
         }
         contenders.extend(candle::append(&case)?);
-        record.raced(&name, &turns::take(contenders, effort.into())?, FLOOR);
+        turns::take(contenders, effort.into())?.record(record, &name, FLOOR);
         python.clear();
     }
     Ok(())

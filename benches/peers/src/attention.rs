@@ -1,13 +1,13 @@
 //! Attention: decoding one new token for each sequence of a batch, and the prefill of one sequence.
 
 use anyhow::Result;
+use harness::Record;
 use rayon::ThreadPool;
 
 use crate::args::Effort;
 use crate::child::Case;
 use crate::environment::{Environment, Script};
 use crate::floor::{self, Floor};
-use crate::record::Record;
 use crate::turns::{self, Contender};
 use crate::{candle, paged};
 
@@ -93,7 +93,7 @@ fn decode_case(case: &Case, bytes: usize, machine: &mut Machine<'_>, record: &mu
         }
     }
     let standings = turns::take(field.contenders, machine.effort.into())?;
-    record.raced(&name, &standings, FLOOR);
+    standings.record(record, &name, FLOOR);
     record.value(&name, "bandwidth", bytes as f64 / standings.time(0), "GB/s");
     machine.python.clear();
     Ok(())
@@ -147,7 +147,7 @@ fn prefill_case(case: &Case, machine: &Machine<'_>, record: &mut Record) -> Resu
         field.add(candle::flash(case, layers, threads)?);
     }
     let standings = turns::take(field.contenders, machine.effort.into())?;
-    record.raced(&name, &standings, FLOOR);
+    standings.record(record, &name, FLOOR);
     record.value(&name, "useful", 2.0 * multiply_adds as f64 / standings.time(0), "GFLOP/s");
     machine.python.clear();
     Ok(())

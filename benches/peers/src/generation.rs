@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use batch_generate::measure::Filled;
 use batch_generate::model::{Gguf, Model};
 use batch_generate::weights::Weights;
+use harness::Record;
 use paged_attention::KvDtype;
 use rayon::ThreadPool;
 
@@ -16,7 +17,6 @@ use crate::attention::FLOOR;
 use crate::child::Case;
 use crate::environment::{Environment, Script};
 use crate::floor::Floor;
-use crate::record::Record;
 use crate::turns::{self, Contender};
 
 /// The most tokens that each sequence decodes before it is truncated to the context again.
@@ -90,9 +90,10 @@ pub fn generation(
             let started = Instant::now();
             let standings = turns::take(contenders, effort.into())?;
             eprintln!("  {:.1?}", started.elapsed());
-            record.raced_rate(&format!("generation decode {name}"), &standings, FLOOR, batch as f64);
+            standings.record_rate(record, &format!("generation decode {name}"), FLOOR, batch as f64);
             let rate = ours_prefill.rate().unwrap_or(f64::NAN);
-            record.compared(&format!("generation prefill {name}"), rate, "tokens/s", peer_prefill);
+            let peer = peer_prefill.map(|(peer, its)| (peer, rate / its));
+            record.compared(&format!("generation prefill {name}"), "rate", rate, "tokens/s", None, peer);
             python.clear();
         }
     }

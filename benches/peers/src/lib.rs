@@ -19,22 +19,9 @@ pub mod child;
 pub mod environment;
 pub mod floor;
 pub mod generation;
-// The file itself, not its package, which has dependencies of its own.
-#[path = "../../src/machine.rs"]
-pub mod machine;
 pub mod numbers;
 pub mod paged;
-pub mod record;
 pub mod table;
 pub mod turns;
 
-/// Whether this run is a smoke test (`--test`).
-pub fn is_smoke_test() -> bool {
-    std::env::args().any(|arg| arg == "--test")
-}
-
-/// The median; NaN if there are no values.
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
+pub use harness::{is_smoke_test, median};

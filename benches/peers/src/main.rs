@@ -6,11 +6,11 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use harness::{Record, target};
 use peers::args::{Args, Effort, Part};
 use peers::attention::Machine;
 use peers::environment::{Environment, Script};
 use peers::floor::Floor;
-use peers::record::{Record, target};
 use peers::{append, attention, bookkeeping, generation, table};
 
 /// The environment variable from which rayon and candle read their number of threads.
@@ -88,7 +88,7 @@ fn measure(args: &Args, threads: usize) -> Result<()> {
             },
         }
         // The results so far are kept even if a later part fails.
-        record.write()?;
+        record.save("peers")?;
     }
     print(args, &record)
 }

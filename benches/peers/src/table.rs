@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::{Context, Result};
 
-use crate::record::{Record, Row};
+use harness::{Record, Row};
 
 /// One table: the cases of one part, with a column for each peer.
 struct Table<'a> {

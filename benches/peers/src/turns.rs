@@ -4,6 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use harness::Record;
 use rayon::ThreadPool;
 
 use crate::args::Effort;
@@ -195,6 +196,30 @@ impl Standings {
     /// The median, over the rounds, of one contender's time divided by another's.
     pub fn ratio(&self, of: usize, to: usize) -> f64 {
         median(self.rounds.iter().filter_map(|round| Some(round[of]? / round[to]?)).collect())
+    }
+
+    /// Records the median time in nanoseconds of the first contender, with its ratios to the contender `floor` and to
+    /// each of the others.
+    pub fn record(&self, record: &mut Record, case: &str, floor: &str) {
+        self.push(record, case, "time", self.time(0), "ns", floor);
+    }
+
+    /// Records a rate instead of the time: one piece of work is `units` tokens.
+    pub fn record_rate(&self, record: &mut Record, case: &str, floor: &str, units: f64) {
+        self.push(record, case, "rate", units / self.time(0) * 1e9, "tokens/s", floor);
+    }
+
+    fn push(&self, record: &mut Record, case: &str, metric: &str, value: f64, unit: &str, floor: &str) {
+        let floor_ratio = self.find(floor).map(|floor| self.ratio(floor, 0));
+        let peers = self.names().iter().enumerate().skip(1).filter(|(_, name)| *name != floor);
+        record.compared(
+            case,
+            metric,
+            value,
+            unit,
+            floor_ratio,
+            peers.map(|(i, name)| (name.clone(), self.ratio(i, 0))),
+        );
     }
 }
 

@@ -9,9 +9,9 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use harness::Record;
 use kvbm_logical::SequenceHash;
 
-use crate::record::Record;
 use crate::{is_smoke_test, median};
 
 mod kvbm;

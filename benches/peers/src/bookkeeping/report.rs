@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::Standing;
-use crate::record::Row;
+use harness::Row;
 
 /// The target of a case. A miss is reported, but is not an error.
 #[derive(Debug, Default, Clone, Copy)]

@@ -2,17 +2,17 @@
 
 use std::fs;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A machine.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
     /// The processor's model name, or its architecture if the system does not say.
     pub cpu: String,
     /// Threads that can run at once.
     pub cores: usize,
     /// The operating system.
-    pub os: &'static str,
+    pub os: String,
 }
 
 impl Machine {
@@ -25,7 +25,7 @@ impl Machine {
         Self {
             cpu: named.unwrap_or_else(|| std::env::consts::ARCH.into()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
-            os: std::env::consts::OS,
+            os: std::env::consts::OS.into(),
         }
     }
 }
