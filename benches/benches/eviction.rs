@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use anyhow::Result;
-use benches::{Record, is_smoke_test};
+use benches::{Record, is_smoke_test, median};
 use paged_attention::{BlockPool, BlockTable, PrefixKey, TableOptions, Window};
 
 const BLOCK_SIZE: usize = 16;
@@ -57,11 +57,6 @@ fn cache_first(others: usize, first_token: impl Fn(u32) -> u32) -> Result<f64> {
     let started = Instant::now();
     (others..others + MORE).try_for_each(&mut cache)?;
     Ok(started.elapsed().as_nanos() as f64 / MORE as f64)
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
 }
 
 fn main() -> Result<()> {

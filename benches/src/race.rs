@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::is_smoke_test;
+use crate::{is_smoke_test, median};
 
 /// One contender. A call does its work once; the contender itself drops or keeps the result.
 pub type Contender<'a> = Box<dyn FnMut() + 'a>;
@@ -56,12 +56,6 @@ fn round(contenders: &mut [Contender<'_>], first: usize) -> Vec<f64> {
         times[at] = started.elapsed().as_nanos() as f64;
     }
     times
-}
-
-/// The median; NaN if there are no numbers.
-fn median(mut numbers: Vec<f64>) -> f64 {
-    numbers.sort_by(f64::total_cmp);
-    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 #[cfg(test)]

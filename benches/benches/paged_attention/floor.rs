@@ -1,8 +1,6 @@
 //! The limits of the machine: reading the same blocks in the same order and nothing else, and multiply-adds in
 //! registers.
 
-use std::hint::black_box;
-
 use rayon::prelude::*;
 
 /// Reads each block once from start to end. The blocks are divided evenly among the threads of the current pool.
@@ -39,34 +37,10 @@ pub(crate) fn four_streams(storage: &[u32], block: usize, order: &[u32]) -> u32 
 /// Numbers of a stream that are read at a time; with eight, the sums of all four streams stay in registers.
 const LANES: usize = 8;
 
-/// Does `n` times [`CHAINS`] multiply-adds in registers on each thread of the current pool, with the widest
-/// instructions of this machine.
+/// Does `n` times [`CHAINS`](benches::CHAINS) multiply-adds in registers on each thread of the current pool.
 pub(crate) fn multiply_adds(n: usize) -> f32 {
-    (0..rayon::current_num_threads()).into_par_iter().map(|_| pulp::Arch::new().dispatch(MultiplyAdds(n))).sum()
+    (0..rayon::current_num_threads()).into_par_iter().map(|_| benches::multiply_adds(n)).sum()
 }
-
-/// `n` rounds of [`CHAINS`] multiply-adds. A type, because a closure may be compiled without the instructions that
-/// `dispatch` permits.
-struct MultiplyAdds(usize);
-
-impl pulp::NullaryFnOnce for MultiplyAdds {
-    type Output = f32;
-
-    #[inline(always)]
-    fn call(self) -> f32 {
-        let (by, plus) = (black_box(0.999f32), black_box(1e-3f32));
-        let mut sums = [0f32; CHAINS];
-        for _ in 0..self.0 {
-            for sum in &mut sums {
-                *sum = sum.mul_add(by, plus);
-            }
-        }
-        sums.iter().sum()
-    }
-}
-
-/// Independent chains of multiply-adds: enough to keep all units busy, and few enough to fit into registers.
-pub(crate) const CHAINS: usize = 96;
 
 fn shares(order: &[u32]) -> impl ParallelIterator<Item = &[u32]> {
     order.par_chunks(order.len().div_ceil(rayon::current_num_threads()).max(1))

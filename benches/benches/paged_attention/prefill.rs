@@ -22,7 +22,7 @@ pub(crate) fn prefill(case: &Case, record: &mut Record) -> Result<()> {
     let attention = Attention::new(case.scale());
     // Each token sees itself and the tokens before it, with one multiply-add per number of the key and of the value.
     let multiply_adds = 2 * case.context * (case.context + 1) / 2 * case.heads * case.head_dim;
-    let chains = multiply_adds / floor::CHAINS / case.threads;
+    let chains = multiply_adds / benches::CHAINS / case.threads;
     let mut contenders: Vec<Contender<'_>> = vec![
         Box::new(|| {
             black_box(step.attend(0, &q, &k, &k, &attention).expect("the shapes fit"));

@@ -1,8 +1,11 @@
-//! What all benchmarks of this repository share: the record of a run, and the machine that it was made on.
+//! What all benchmarks of this repository share: the record of a run, the machine that it was made on, and the limit of
+//! its arithmetic.
 
+mod floor;
 mod machine;
 mod record;
 
+pub use floor::{CHAINS, multiply_adds};
 pub use machine::Machine;
 pub use record::{Record, Row, results, target};
 

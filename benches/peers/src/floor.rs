@@ -2,6 +2,7 @@
 
 use std::hint::black_box;
 
+use harness::CHAINS;
 use pulp::NullaryFnOnce;
 use rayon::ThreadPool;
 
@@ -13,9 +14,6 @@ pub struct Floor {
 
 /// Words of each of the four streams that are read at a time.
 const LANES: usize = 8;
-
-/// Independent chains of multiply-adds: enough to keep all units busy, and few enough to fit into registers.
-const CHAINS: usize = 96;
 
 impl Floor {
     /// `bytes` bytes of memory, with every page touched.
@@ -72,26 +70,7 @@ impl NullaryFnOnce for FourStreams<'_> {
 /// Does `n` multiply-adds of f32 in registers, divided among the threads, with the widest instructions of this machine.
 pub fn multiply_adds(threads: &ThreadPool, n: usize) {
     let rounds = n / CHAINS / threads.current_num_threads();
-    black_box(threads.broadcast(|_| pulp::Arch::new().dispatch(MultiplyAdds(rounds))));
-}
-
-/// The number of rounds of [`CHAINS`] multiply-adds.
-struct MultiplyAdds(usize);
-
-impl NullaryFnOnce for MultiplyAdds {
-    type Output = f32;
-
-    #[inline(always)]
-    fn call(self) -> f32 {
-        let (by, plus) = (black_box(0.999f32), black_box(1e-3f32));
-        let mut sums = [0f32; CHAINS];
-        for _ in 0..self.0 {
-            for sum in &mut sums {
-                *sum = sum.mul_add(by, plus);
-            }
-        }
-        sums.iter().sum()
-    }
+    black_box(threads.broadcast(|_| harness::multiply_adds(rounds)));
 }
 
 #[cfg(test)]
