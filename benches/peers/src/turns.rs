@@ -39,8 +39,7 @@ impl<'a> Contender<'a> {
 
     /// A contender that is timed here. `work` gets the number of its call, counted from 0.
     pub fn timed(name: impl Into<String>, work: impl FnMut(usize) -> Result<()> + 'a) -> Self {
-        let mut work = repeated(work);
-        Self::new(name, move |times| work(times))
+        Self::new(name, repeated(work))
     }
 
     /// A contender that is timed here and works on these threads: one of them repeats `work`, and the others help.
