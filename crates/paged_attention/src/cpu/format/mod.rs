@@ -1,5 +1,21 @@
 //! The storage formats of keys and values, and the products over keys and values in these formats.
 
+/// Compiles a call once for each number of rows in a group, 1 to [`ROWS`], as the constant `$n`.
+macro_rules! by_rows {
+    ($rows:expr, $n:ident => $call:expr) => {
+        match $rows {
+            1 => by_rows!(@ $n 1 $call),
+            2 => by_rows!(@ $n 2 $call),
+            3 => by_rows!(@ $n 3 $call),
+            _ => by_rows!(@ $n 4 $call),
+        }
+    };
+    (@ $n:ident $rows:literal $call:expr) => {{
+        const $n: usize = $rows;
+        $call
+    }};
+}
+
 mod float;
 mod int8;
 

@@ -36,35 +36,28 @@ impl Number for f32 {
     }
 }
 
-impl Number for f16 {
-    fn widen(from: &[Self], to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
-    }
+/// The two types of 16 bits.
+macro_rules! half_number {
+    ($number:ty, $load:ident) => {
+        impl Number for $number {
+            fn widen(from: &[Self], to: &mut [f32]) {
+                from.convert_to_f32_slice(to);
+            }
 
-    fn narrow(from: &[f32], to: &mut [Self]) {
-        to.convert_from_f32_slice(from);
-    }
+            fn narrow(from: &[f32], to: &mut [Self]) {
+                to.convert_from_f32_slice(from);
+            }
 
-    #[inline(always)]
-    fn load<V: Wide>(from: &[Self; LANES]) -> V {
-        V::load_f16(from)
-    }
+            #[inline(always)]
+            fn load<V: Wide>(from: &[Self; LANES]) -> V {
+                V::$load(from)
+            }
+        }
+    };
 }
 
-impl Number for bf16 {
-    fn widen(from: &[Self], to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
-    }
-
-    fn narrow(from: &[f32], to: &mut [Self]) {
-        to.convert_from_f32_slice(from);
-    }
-
-    #[inline(always)]
-    fn load<V: Wide>(from: &[Self; LANES]) -> V {
-        V::load_bf16(from)
-    }
-}
+half_number!(f16, load_f16);
+half_number!(bf16, load_bf16);
 
 /// Storage as floats of type `T`.
 pub(in crate::cpu) struct Float<T>(PhantomData<T>);
@@ -160,12 +153,7 @@ impl<T: Number> Format for Float<T> {
         scores: &mut [Scores],
     ) {
         let q = &queries.numbers[group * queries.head_dim..][..queries.head_dim];
-        match scores.len() {
-            1 => scores::tile::<V, T, 1>(q, keys, next, scores),
-            2 => scores::tile::<V, T, 2>(q, keys, next, scores),
-            3 => scores::tile::<V, T, 3>(q, keys, next, scores),
-            _ => scores::tile::<V, T, ROWS>(q, keys, next, scores),
-        }
+        by_rows!(scores.len(), N => scores::tile::<V, T, N>(q, keys, next, scores))
     }
 
     #[inline(always)]
@@ -177,12 +165,7 @@ impl<T: Number> Format for Float<T> {
         sums: &mut [[f32; LANES]],
         _: &mut WeightBuffer,
     ) {
-        match weights.len() {
-            1 => sums::tile::<V, T, 1>(weights, tokens, values, next, sums),
-            2 => sums::tile::<V, T, 2>(weights, tokens, values, next, sums),
-            3 => sums::tile::<V, T, 3>(weights, tokens, values, next, sums),
-            _ => sums::tile::<V, T, ROWS>(weights, tokens, values, next, sums),
-        }
+        by_rows!(weights.len(), N => sums::tile::<V, T, N>(weights, tokens, values, next, sums))
     }
 }
 

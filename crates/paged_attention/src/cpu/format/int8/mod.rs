@@ -201,12 +201,7 @@ impl Format for Int8 {
         let mut next = next;
         for (i, scores) in scores.chunks_mut(V::INT_ROWS).enumerate() {
             let first = i * V::INT_ROWS;
-            match scores.len() {
-                1 => scores::tile::<V, 1>(queries, group, first, keys, next, scores),
-                2 => scores::tile::<V, 2>(queries, group, first, keys, next, scores),
-                3 => scores::tile::<V, 3>(queries, group, first, keys, next, scores),
-                _ => scores::tile::<V, 4>(queries, group, first, keys, next, scores),
-            }
+            by_rows!(scores.len(), N => scores::tile::<V, N>(queries, group, first, keys, next, scores));
             next = None;
         }
     }
@@ -225,12 +220,7 @@ impl Format for Int8 {
         let mut next = next;
         for (i, sums) in sums.chunks_mut(V::INT_ROWS * stride).enumerate() {
             let rows = &weight_buffer.weights[i * V::INT_ROWS..];
-            match sums.len() / stride {
-                1 => sums::tile::<V, 1>(rows, tokens, values, next, sums),
-                2 => sums::tile::<V, 2>(rows, tokens, values, next, sums),
-                3 => sums::tile::<V, 3>(rows, tokens, values, next, sums),
-                _ => sums::tile::<V, 4>(rows, tokens, values, next, sums),
-            }
+            by_rows!(sums.len() / stride, N => sums::tile::<V, N>(rows, tokens, values, next, sums));
             next = None;
         }
     }
