@@ -29,8 +29,7 @@ use super::format::{Format, ROWS, WeightBuffer};
 use super::panels::{Scores, TILE, TILE_PANELS};
 use super::state::{State, finite};
 use super::tile::{Blocks, Copied, Tile};
-use super::wide::Run;
-use super::wide::{LANES, Wide, reduce_max, reduce_sum};
+use super::wide::{LANES, Run, Wide, reduce_max, reduce_sum};
 use crate::Attention;
 use crate::plan::VisibleRange;
 

@@ -5,8 +5,7 @@
 use super::{or_current, prefetch_vector, vectors};
 use crate::cpu::format::{Number, ROWS};
 use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
-use crate::cpu::wide::Run;
-use crate::cpu::wide::{LANES, Wide};
+use crate::cpu::wide::{LANES, Run, Wide};
 
 /// The scores of a tile's panels that have tokens, for R rows. All panels at once if the registers can hold their
 /// accumulators and no panel is empty, otherwise one at a time.

@@ -9,8 +9,7 @@ use block_pool::{PANEL, STRIP};
 use super::{or_current, prefetch_vector, vectors};
 use crate::cpu::format::Number;
 use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
-use crate::cpu::wide::Run;
-use crate::cpu::wide::{LANES, Wide};
+use crate::cpu::wide::{LANES, Run, Wide};
 
 /// Vectors per full strip.
 const STRIP_VECTORS: usize = STRIP / LANES;

@@ -6,8 +6,7 @@ use super::{Q_SHIFT, Quad, Rows, lines_to_prefetch, scales_of, split_scales};
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::format::ROWS;
 use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
-use crate::cpu::wide::Run;
-use crate::cpu::wide::{LANES, Wide};
+use crate::cpu::wide::{LANES, Run, Wide};
 
 /// Panels that are computed at once if the registers can hold their sums.
 const PAIR: usize = 2;

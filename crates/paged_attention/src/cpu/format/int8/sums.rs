@@ -8,8 +8,7 @@ use super::{P_LARGEST, P_SHIFT, SCALE_UP, Weights, lines_to_prefetch, scales_of,
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::format::WeightBuffer;
 use crate::cpu::panels::{Panels, Scores, TILE, TILE_PANELS};
-use crate::cpu::wide::Run;
-use crate::cpu::wide::{LANES, Wide, reduce_max_or_nan};
+use crate::cpu::wide::{LANES, Run, Wide, reduce_max_or_nan};
 
 /// Vectors of values, of four tokens each, that are added to one vector of sums per panel.
 const QUADS: usize = PANEL / 4;
