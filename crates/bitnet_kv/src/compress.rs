@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use candle_core::{DType, Tensor};
-use paged_attention::{KvCache, TableOptions};
+use paged_attention::TableOptions;
 
 use crate::KvError;
 use crate::error::Result;
@@ -88,12 +88,11 @@ impl Mover<'_> {
     fn copy(&mut self, from: usize, to: usize, positions: &Range<usize>) -> Result<Squares> {
         let mut squares = Squares::default();
         for layer in 0..self.pool.taken.shape.layers {
-            let source = &self.segments[from];
-            let (k, v) = read(&source.cache, source, layer, positions)?;
+            let (k, v) = read(&self.segments[from], layer, positions)?;
             let target = &mut self.segments[to];
             let start = positions.start - target.start;
             target.cache.write(layer, &mut target.tables, start, &k, &v)?;
-            let (stored_k, stored_v) = read(&target.cache, target, layer, positions)?;
+            let (stored_k, stored_v) = read(target, layer, positions)?;
             squares.keys += square_sum(&k)?;
             squares.key_changes += square_sum(&(k - stored_k)?)?;
             squares.values += square_sum(&v)?;
@@ -104,15 +103,9 @@ impl Mover<'_> {
 }
 
 /// The keys and values at these positions, each `(batch * tokens, kv_heads, head_dim)` in f32.
-fn read(cache: &KvCache, segment: &OwnedSegment, layer: usize, positions: &Range<usize>) -> Result<(Tensor, Tensor)> {
-    let in_table = positions.start - segment.start..positions.end - segment.start;
-    let (mut keys, mut values) = (vec![], vec![]);
-    for table in &segment.tables {
-        let (k, v) = cache.read(layer, table, in_table.clone())?;
-        keys.push(k.to_dtype(DType::F32)?);
-        values.push(v.to_dtype(DType::F32)?);
-    }
-    Ok((Tensor::cat(&keys, 0)?, Tensor::cat(&values, 0)?))
+fn read(segment: &OwnedSegment, layer: usize, positions: &Range<usize>) -> Result<(Tensor, Tensor)> {
+    let (k, v) = segment.read(layer, positions.start - segment.start..positions.end - segment.start)?;
+    Ok((k.to_dtype(DType::F32)?, v.to_dtype(DType::F32)?))
 }
 
 fn square_sum(t: &Tensor) -> Result<f64> {

@@ -3,7 +3,6 @@
 //! A cache that grows keeps its blocks and continues in a second pool. A ring cannot, since its window frees blocks of
 //! a single table. So the content of its table is copied, which is little more than a window.
 
-use candle_core::Tensor;
 use paged_attention::{BlockTable, KvCache, TableOptions};
 
 use crate::error::Result;
@@ -31,13 +30,7 @@ impl OwnedSegment {
                 if positions.is_empty() {
                     continue;
                 }
-                let (mut keys, mut values) = (vec![], vec![]);
-                for table in &self.tables {
-                    let (k, v) = self.cache.read(layer, table, positions.clone())?;
-                    keys.push(k);
-                    values.push(v);
-                }
-                let (k, v) = (Tensor::cat(&keys, 0)?, Tensor::cat(&values, 0)?);
+                let (k, v) = self.read(layer, positions.clone())?;
                 moved.cache.write(layer, &mut moved.tables, positions.start, &k, &v)?;
             }
         }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use candle_core::Tensor;
 use paged_attention::{BlockTable, KvCache, OutOfBlocks, ReserveError, TableOptions};
 
 use crate::error::Result;
@@ -45,6 +46,17 @@ impl OwnedSegment {
                 other => return other.map(|()| segment).map_err(Into::into),
             }
         }
+    }
+
+    /// The keys and values at these positions of each table, each `(batch * tokens, kv_heads, head_dim)`.
+    pub(crate) fn read(&self, layer: usize, in_table: Range<usize>) -> Result<(Tensor, Tensor)> {
+        let (mut keys, mut values) = (vec![], vec![]);
+        for table in &self.tables {
+            let (k, v) = self.cache.read(layer, table, in_table.clone())?;
+            keys.push(k);
+            values.push(v);
+        }
+        Ok((Tensor::cat(&keys, 0)?, Tensor::cat(&values, 0)?))
     }
 
     /// The position of the first token that the segment has, or can have. With a window it is `start`, whatever the
