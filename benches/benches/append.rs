@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     for &context in contexts {
         let history = batched(context)?;
 
-        let shape = KvShape { layers: 1, kv_heads: HEADS, head_dim: DIM };
+        let shape = KvShape::new(1, HEADS, DIM);
         let cache = KvCache::builder(shape).blocks(context / 16 + 64).build()?;
         let packed = |tokens| Tensor::zeros((tokens, HEADS, DIM), DType::F32, &Device::Cpu);
         let mut table = cache.table();

@@ -17,7 +17,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use benches::{Contender, Race, Record, is_smoke_test};
+use benches::{Contender, Race, Record, Rounds, is_smoke_test};
 use bitnet_kv::{KVCache, KvShape, PagedKVCache, PagedKVPool};
 use candle_core::{D, DType, Device, Tensor};
 
@@ -43,7 +43,7 @@ fn scale() -> f32 {
 }
 
 fn pool(tokens: usize, sequences: usize) -> Result<PagedKVPool> {
-    let shape = KvShape { layers: layers(), kv_heads: KV_HEADS, head_dim: DIM };
+    let shape = KvShape::new(layers(), KV_HEADS, DIM);
     Ok(PagedKVPool::builder(shape).blocks(sequences * (tokens / 16 + 2)).max_seq_len(tokens + 32).build()?)
 }
 
@@ -173,22 +173,28 @@ fn sample(len: usize) -> Result<Sample> {
     let updated = RefCell::new(updated(&history)?);
     let of_token = (by_token(&token.k)?, by_token(&token.v)?);
     let mut contenders: Vec<Contender<'_>> = vec![
-        Box::new(|| drop(black_box(paged(&mut cache.borrow_mut(), &token).expect("there is room")))),
-        Box::new(|| drop(black_box(concatenating(&mut histories.borrow_mut(), &token).expect("the shapes fit")))),
-        Box::new(|| drop(black_box(replacing(&mut by_tokens.borrow_mut(), &token).expect("the shapes fit")))),
-        Box::new(|| drop(black_box(updating(&mut updated.borrow_mut(), &token).expect("there is room")))),
-        Box::new(|| {
+        Contender::timed("paged", |_| drop(black_box(paged(&mut cache.borrow_mut(), &token).expect("there is room")))),
+        Contender::timed("concatenating", |_| {
+            drop(black_box(concatenating(&mut histories.borrow_mut(), &token).expect("the shapes fit")))
+        }),
+        Contender::timed("replacing", |_| {
+            drop(black_box(replacing(&mut by_tokens.borrow_mut(), &token).expect("the shapes fit")))
+        }),
+        Contender::timed("updating", |_| {
+            drop(black_box(updating(&mut updated.borrow_mut(), &token).expect("there is room")))
+        }),
+        Contender::timed("append", |_| {
             for layer in cache.borrow_mut().layers_mut() {
                 layer.append(&token.k, &token.v).expect("there is room");
             }
         }),
-        Box::new(|| concatenate(&mut histories.borrow_mut(), &token).expect("the shapes fit")),
-        Box::new(|| {
+        Contender::timed("concatenate", |_| concatenate(&mut histories.borrow_mut(), &token).expect("the shapes fit")),
+        Contender::timed("update and get", |_| {
             for layer in 0..layers() {
                 black_box(update_and_get(&mut updated.borrow_mut(), layer, &token).expect("there is room"));
             }
         }),
-        Box::new(|| {
+        Contender::timed("replace", |_| {
             for (k, v) in by_tokens.borrow_mut().iter_mut() {
                 *k = Tensor::cat(&[&*k, &of_token.0], 0).expect("the shapes fit");
                 *v = Tensor::cat(&[&*v, &of_token.1], 0).expect("the shapes fit");
@@ -196,7 +202,7 @@ fn sample(len: usize) -> Result<Sample> {
         }),
     ];
     let rounds = if len > 2048 || is_smoke_test() { 1 } else { 3 };
-    let race = Race::run(rounds, &mut contenders);
+    let race = Race::run(Rounds::exactly(rounds), &mut contenders)?;
     Ok(Sample {
         len,
         paged: race.time(0),
@@ -352,7 +358,7 @@ fn threads(record: &mut Record) -> Result<()> {
 /// The memory that 8-bit storage of old tokens saves, its time, and its error.
 fn compressed(record: &mut Record) -> Result<()> {
     let (tokens, recent) = if is_smoke_test() { (64, 16) } else { (2048, 256) };
-    let shape = KvShape { layers: layers(), kv_heads: KV_HEADS, head_dim: DIM };
+    let shape = KvShape::new(layers(), KV_HEADS, DIM);
     let builder = PagedKVPool::builder(shape).blocks(tokens / 16 + 2).max_seq_len(tokens + 32);
     let run = |pool: PagedKVPool| -> Result<(f64, PagedKVCache)> {
         let mut cache = pool.cache();

@@ -49,7 +49,7 @@ fn cache_first(others: usize, first_token: impl Fn(u32) -> u32) -> Result<f64> {
         let mut tokens = [7; BLOCK_SIZE];
         (tokens[0], tokens[1]) = (first_token(scattered), scattered);
         let mut blocks = pool.allocate(1)?;
-        blocks.cache(&key, 0, &[], &tokens);
+        blocks.cache(&key, 0, &[], &tokens)?;
         all.push(blocks);
         Ok(())
     };

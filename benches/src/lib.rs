@@ -3,9 +3,9 @@
 //! `cargo bench -p benches` runs all benchmarks and writes `target/benchmarks/<name>.json`. `-- --test` runs each case
 //! once as a smoke test and writes to `target/benchmarks/smoke/`.
 
-mod race;
 mod stopwatch;
 
-pub use harness::{CHAINS, Machine, Record, Row, is_smoke_test, median, multiply_adds, results};
-pub use race::{Contender, Race};
+pub use harness::{
+    CHAINS, Contender, Machine, Race, Record, Rounds, Row, is_smoke_test, median, multiply_adds, results,
+};
 pub use stopwatch::Stopwatch;

@@ -101,7 +101,7 @@ impl fmt::Display for Workload {
         };
         write!(
             f,
-            "`{name}`: {} requests, {arrivals}, a pool of {} tokens, at most {} in a sequence",
+            "`{name}`: {} requests, {arrivals},\na pool of {} tokens, at most {} in a sequence",
             requests.len() - long,
             pool.tokens,
             pool.max_len

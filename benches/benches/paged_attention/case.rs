@@ -50,7 +50,7 @@ impl Case {
 
     /// Bytes of the keys and values that one layer reads, scales included.
     pub(crate) fn bytes(&self) -> usize {
-        let shape = KvShape { layers: 1, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        let shape = KvShape::new(1, self.kv_heads, self.head_dim);
         self.batch * self.context * shape.bytes_per_block(1, self.dtype).expect("a token's bytes can be counted")
     }
 
@@ -74,7 +74,7 @@ impl Case {
 
     /// A cache whose sequences have all their tokens but the last.
     pub(crate) fn filled(&self) -> Result<(KvCache, Vec<BlockTable>)> {
-        let shape = KvShape { layers: self.layers(), kv_heads: self.kv_heads, head_dim: self.head_dim };
+        let shape = KvShape::new(self.layers(), self.kv_heads, self.head_dim);
         let blocks = self.batch * self.capacity() / self.block_size;
         let cache = KvCache::builder(shape).blocks(blocks).block_size(self.block_size).dtype(self.dtype).build()?;
         let mut holes = Vec::new();

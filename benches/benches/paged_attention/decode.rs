@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::hint::black_box;
 
 use anyhow::{Result, ensure};
-use benches::{Contender, Race, Record};
+use benches::{Contender, Race, Record, Rounds};
 use candle_core::{CpuStorage, D, Storage, Tensor};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::ops::softmax_last_dim;
@@ -59,7 +59,7 @@ pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
         let layer = cache.tensor(paged.next(layers)).expect("the layer exists");
         black_box(with_words(layer, |words| read(words, block, &order)).expect("it is on a CPU"));
     };
-    let attend = || {
+    let attend = |_: &()| {
         let layer = paged.next(layers);
         black_box(step.attend(layer, &q, &k, &k, &attention).expect("the shapes fit"));
     };
@@ -69,10 +69,13 @@ pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
     let group = case.heads / case.kv_heads;
     let grouped_q = (case.random(&[case.batch, case.kv_heads, group, case.head_dim])? * f64::from(case.scale()))?;
     let flash_q = case.random(&[case.batch, 1, case.heads, case.head_dim])?;
-    let mut contenders: Vec<Contender<'_>> =
-        vec![Box::new(attend), Box::new(|| floor(floor::plain)), Box::new(|| floor(floor::four_streams))];
+    let mut contenders: Vec<Contender<'_>> = vec![
+        Contender::timed("paged", attend),
+        Contender::timed("plain", |_| floor(floor::plain)),
+        Contender::timed("four streams", |_| floor(floor::four_streams)),
+    ];
     if with_peers {
-        contenders.push(Box::new(|| {
+        contenders.push(Contender::timed("candle grouped matmuls", |_| {
             let [k, v] = &contiguous[peers.next(layers)];
             let attend = || -> candle_core::Result<Tensor> {
                 softmax_last_dim(&grouped_q.matmul(&k.transpose(D::Minus1, D::Minus2)?)?)?.matmul(v)
@@ -81,7 +84,7 @@ pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
         }));
         // candle's flash attention has neither bf16 nor 8 bits.
         if matches!(case.dtype, KvDtype::F32 | KvDtype::F16) {
-            contenders.push(Box::new(|| {
+            contenders.push(Contender::timed("candle-nn flash attention", |_| {
                 let [k, v] = &contiguous[peers.next(layers)];
                 let attend = || -> candle_core::Result<Tensor> {
                     let (k, v) = (k.transpose(1, 2)?, v.transpose(1, 2)?);
@@ -96,14 +99,12 @@ pub(crate) fn decode(case: &Case, record: &mut Record) -> Result<()> {
         }
     }
     let name = case.name();
-    let floors = Race::run_for(SECONDS, &mut contenders[..3]);
-    let names = ["candle grouped matmuls", "candle-nn flash attention"];
-    let n = contenders.len();
+    let floors = Race::run(Rounds::for_seconds(SECONDS), &mut contenders[..3])?;
     let mut peers = vec![];
     if with_peers {
         contenders.drain(1..3);
-        let race = Race::run_for(SECONDS, &mut contenders);
-        peers = names.iter().zip(3..n).map(|(&peer, at)| (peer.to_string(), race.ratio(at - 2, 0))).collect();
+        let race = Race::run(Rounds::for_seconds(SECONDS), &mut contenders)?;
+        peers = race.names().iter().enumerate().skip(1).map(|(at, name)| (name.clone(), race.ratio(at, 0))).collect();
     }
     record.compared(&name, "time", floors.time(0), "ns", Some(floors.ratio(1, 0)), peers);
     record.value(&name, "of four streams", floors.ratio(2, 0), "x");

@@ -8,7 +8,7 @@
 use std::hint::black_box;
 
 use anyhow::Result;
-use benches::{Contender, Race, Record};
+use benches::{Contender, Race, Record, Rounds};
 use paged_attention::Attention;
 
 use crate::SECONDS;
@@ -49,11 +49,11 @@ fn race(cases: &[Case; ORDERS], first: usize) -> Result<[f64; ORDERS]> {
             step.push(table, &[0])?;
         }
         let (q, k, attention, mut layer) = (&q, &k, &attention, 0);
-        contenders.push(Box::new(move || {
+        contenders.push(Contender::timed("paged", move |_| {
             layer = (layer + 1) % layers;
             black_box(step.attend(layer, q, k, k, attention).expect("the shapes fit"));
         }));
     }
-    let race = Race::run_for(SECONDS, &mut contenders);
+    let race = Race::run(Rounds::for_seconds(SECONDS), &mut contenders)?;
     Ok([race.time(0), race.ratio(1, 0), race.ratio(2, 0)])
 }

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use anyhow::Result;
-use benches::{Contender, Race, Record};
+use benches::{Contender, Race, Record, Rounds};
 use paged_attention::{Attention, KvCache, KvShape};
 
 use crate::case::Case;
@@ -12,7 +12,7 @@ use crate::{SECONDS, floor};
 /// Measures the prefill of one causal sequence of `case.context` tokens, compared with the same number of multiply-adds
 /// in registers. Runs on the threads of the current pool.
 pub(crate) fn prefill(case: &Case, record: &mut Record) -> Result<()> {
-    let shape = KvShape { layers: 1, kv_heads: case.kv_heads, head_dim: case.head_dim };
+    let shape = KvShape::new(1, case.kv_heads, case.head_dim);
     let cache = KvCache::builder(shape).memory(case.bytes() + (1 << 20)).dtype(case.dtype).build()?;
     let mut table = cache.table();
     let mut step = cache.step();
@@ -24,14 +24,14 @@ pub(crate) fn prefill(case: &Case, record: &mut Record) -> Result<()> {
     let multiply_adds = 2 * case.context * (case.context + 1) / 2 * case.heads * case.head_dim;
     let chains = multiply_adds / benches::CHAINS / case.threads;
     let mut contenders: Vec<Contender<'_>> = vec![
-        Box::new(|| {
+        Contender::timed("paged", |_| {
             black_box(step.attend(0, &q, &k, &k, &attention).expect("the shapes fit"));
         }),
-        Box::new(|| {
+        Contender::timed("floor", |_| {
             black_box(floor::multiply_adds(chains));
         }),
     ];
-    let race = Race::run_for(SECONDS, &mut contenders);
+    let race = Race::run(Rounds::for_seconds(SECONDS), &mut contenders)?;
     drop(contenders);
     let name = format!("prefill {}", case.name());
     record.compared(&name, "time", race.time(0), "ns", Some(race.ratio(1, 0)), []);

@@ -6,7 +6,7 @@ use std::hint::black_box;
 use std::thread;
 
 use anyhow::Result;
-use benches::{Contender, Race, Record};
+use benches::{Contender, Race, Record, Rounds};
 use paged_attention::{Attention, Step};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -67,12 +67,12 @@ pub(crate) fn together(case: &Case, record: &mut Record) -> Result<()> {
     };
     let callers = RefCell::new(callers);
     let mut contenders: Vec<Contender<'_>> = vec![
-        Box::new(|| run(&mut callers.borrow_mut()[..1], layers, &attend)),
-        Box::new(|| run(&mut callers.borrow_mut(), layers, &attend)),
-        Box::new(|| run(&mut callers.borrow_mut()[..1], layers, &read)),
-        Box::new(|| run(&mut callers.borrow_mut(), layers, &read)),
+        Contender::timed("one attends", |_| run(&mut callers.borrow_mut()[..1], layers, &attend)),
+        Contender::timed("two attend", |_| run(&mut callers.borrow_mut(), layers, &attend)),
+        Contender::timed("one reads", |_| run(&mut callers.borrow_mut()[..1], layers, &read)),
+        Contender::timed("two read", |_| run(&mut callers.borrow_mut(), layers, &read)),
     ];
-    let race = Race::run_for(SECONDS, &mut contenders);
+    let race = Race::run(Rounds::for_seconds(SECONDS), &mut contenders)?;
     drop(contenders);
     let name = format!("two callers {}", case.name());
     record.value(&name, "work of one", 2.0 * race.ratio(0, 1), "x");

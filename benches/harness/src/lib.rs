@@ -1,12 +1,14 @@
-//! What all benchmarks of this repository share: the record of a run, the machine that it was made on, and the limit of
-//! its arithmetic.
+//! What all benchmarks of this repository share: contenders that take turns, the record of a run, the machine that it
+//! was made on, and the limit of its arithmetic.
 
 mod floor;
 mod machine;
+mod race;
 mod record;
 
 pub use floor::{CHAINS, multiply_adds};
 pub use machine::Machine;
+pub use race::{Contender, Race, Rounds};
 pub use record::{Record, Row, results, target};
 
 /// Whether every case runs only once, as a smoke test (`--test`).

@@ -6,10 +6,9 @@ use anyhow::Result;
 use harness::Record;
 
 use crate::args::Effort;
-use crate::attention::FLOOR;
 use crate::child::Case;
 use crate::environment::{Environment, Script};
-use crate::turns::{self, Contender};
+use crate::turns::{self, FLOOR};
 use crate::{candle, paged};
 
 /// Measures appending. One thread does the work, whatever the number of threads of a contender.
@@ -33,7 +32,7 @@ pub fn append(threads: usize, python: &Environment, effort: Effort, record: &mut
         // The floor: the same bytes, copied to the slot of the next token of a sequence.
         let token = vec![1f32; kv_heads * head_dim];
         let mut memory = vec![0f32; 2 * (context + room) * token.len()];
-        contenders.push(Contender::timed(FLOOR, move |turn| {
+        contenders.push(turns::timed(FLOOR, move |turn| {
             for half in memory.chunks_exact_mut((context + room) * token.len()) {
                 let at = (context + turn % room) * token.len();
                 half[at..at + token.len()].copy_from_slice(black_box(&token));
@@ -45,7 +44,7 @@ pub fn append(threads: usize, python: &Environment, effort: Effort, record: &mut
                 .extend(variants.iter().filter_map(|variant| python.contender(script, &case, variant)).map(|(c, _)| c));
         }
         contenders.extend(candle::append(&case)?);
-        turns::take(contenders, effort.into())?.record(record, &name, FLOOR);
+        turns::record_time(&turns::take(contenders, effort)?, record, &name);
         python.clear();
     }
     Ok(())

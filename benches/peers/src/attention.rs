@@ -1,14 +1,14 @@
 //! Attention: decoding one new token for each sequence of a batch, and the prefill of one sequence.
 
 use anyhow::Result;
-use harness::Record;
+use harness::{Contender, Record};
 use rayon::ThreadPool;
 
 use crate::args::Effort;
 use crate::child::Case;
 use crate::environment::{Environment, Script};
 use crate::floor::{self, Floor};
-use crate::turns::{self, Contender};
+use crate::turns::{self, FLOOR};
 use crate::{candle, paged};
 
 /// Bytes of keys and values that calls rotate over, so that they come from memory, as they do when a whole model runs.
@@ -75,7 +75,7 @@ fn decode_case(case: &Case, bytes: usize, machine: &mut Machine<'_>, record: &mu
     let layers = if case.dtype == "int8" { None } else { Some(candle::Layers::new(case)?) };
     let mut field = Field::new(case, sequences.contender(machine.threads)?);
     let (floor, threads) = (&*machine.floor, machine.threads);
-    field.add_floor(Contender::timed_on(threads, FLOOR, move |turn| {
+    field.add_floor(turns::timed_on(threads, FLOOR, move |turn| {
         floor.read(threads, bytes, turn);
         Ok(())
     }));
@@ -92,9 +92,9 @@ fn decode_case(case: &Case, bytes: usize, machine: &mut Machine<'_>, record: &mu
             field.add(candle::flash(case, layers, threads)?);
         }
     }
-    let standings = turns::take(field.contenders, machine.effort.into())?;
-    standings.record(record, &name, FLOOR);
-    record.value(&name, "bandwidth", bytes as f64 / standings.time(0), "GB/s");
+    let race = turns::take(field.contenders, machine.effort)?;
+    turns::record_time(&race, record, &name);
+    record.value(&name, "bandwidth", bytes as f64 / race.time(0), "GB/s");
     machine.python.clear();
     Ok(())
 }
@@ -132,7 +132,7 @@ fn prefill_case(case: &Case, machine: &Machine<'_>, record: &mut Record) -> Resu
     let candle_takes_part = case.dtype == "f32" || case.dtype == "f16" && case.context <= 512;
     let layers = if candle_takes_part { Some(candle::Layers::new(case)?) } else { None };
     let mut field = Field::new(case, paged::prefill(case, threads)?);
-    field.add_floor(Contender::timed_on(threads, FLOOR, move |_| {
+    field.add_floor(turns::timed_on(threads, FLOOR, move |_| {
         floor::multiply_adds(threads, multiply_adds);
         Ok(())
     }));
@@ -146,15 +146,12 @@ fn prefill_case(case: &Case, machine: &Machine<'_>, record: &mut Record) -> Resu
     if let Some(layers) = &layers {
         field.add(candle::flash(case, layers, threads)?);
     }
-    let standings = turns::take(field.contenders, machine.effort.into())?;
-    standings.record(record, &name, FLOOR);
-    record.value(&name, "useful", 2.0 * multiply_adds as f64 / standings.time(0), "GFLOP/s");
+    let race = turns::take(field.contenders, machine.effort)?;
+    turns::record_time(&race, record, &name);
+    record.value(&name, "useful", 2.0 * multiply_adds as f64 / race.time(0), "GFLOP/s");
     machine.python.clear();
     Ok(())
 }
-
-/// The name of the machine's floor in the standings.
-pub const FLOOR: &str = "floor";
 
 /// The contenders of a case, all with the same result as the first.
 struct Field<'a> {

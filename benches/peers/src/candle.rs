@@ -13,7 +13,7 @@ use rayon::ThreadPool;
 use crate::child::Case;
 use crate::numbers::Kind;
 use crate::paged::{last, rows};
-use crate::turns::Contender;
+use crate::turns::{contender, timed_on};
 
 /// Its name and version.
 pub const NAME: &str = "candle-nn 0.11.1";
@@ -56,7 +56,7 @@ pub fn grouped<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> 
     };
     let output = last(&attend(0)?)?;
     let name = format!("{NAME}, grouped products");
-    Ok((Contender::timed_on(threads, name, move |turn| attend(turn).map(drop)), output))
+    Ok((timed_on(threads, name, move |turn| attend(turn).map(drop)), output))
 }
 
 /// candle's flash attention: of the last token when decoding, of all tokens otherwise. Returns the contender and its
@@ -90,7 +90,7 @@ pub fn flash<'a>(case: &Case, layers: &'a Layers, threads: &'a ThreadPool) -> Re
     let y = attend(0)?;
     let y = y.narrow(2, tokens - 1, 1)?;
     let output = last(&y)?;
-    Ok((Contender::timed_on(threads, format!("{NAME}, flash attention"), move |turn| attend(turn).map(drop)), output))
+    Ok((timed_on(threads, format!("{NAME}, flash attention"), move |turn| attend(turn).map(drop)), output))
 }
 
 /// Appending to a `KvCache` that has room, to a `KvCache` that is full, and to a `ConcatKvCache`.
@@ -116,7 +116,7 @@ pub fn append(case: &Case) -> Result<Vec<Contender<'static>>> {
     // A clone shares the memory, whose pages were touched before, and has its own length.
     let roomy = filled(room)?;
     let one = token.clone();
-    let fits = Contender::new(format!("{NAME}, KvCache"), move |times| {
+    let fits = contender(format!("{NAME}, KvCache"), move |times| {
         let mut time = Duration::ZERO;
         let mut left = times;
         while left > 0 {
@@ -132,7 +132,7 @@ pub fn append(case: &Case) -> Result<Vec<Contender<'static>>> {
         Ok(time)
     });
     let one = token.clone();
-    let grows = Contender::new(format!("{NAME}, KvCache that is full"), move |times| {
+    let grows = contender(format!("{NAME}, KvCache that is full"), move |times| {
         let mut time = Duration::ZERO;
         for _ in 0..times.min(16) {
             let mut cache = filled(0)?;
@@ -142,7 +142,7 @@ pub fn append(case: &Case) -> Result<Vec<Contender<'static>>> {
         }
         Ok(time * times as u32 / times.min(16) as u32)
     });
-    let concatenates = Contender::new(format!("{NAME}, ConcatKvCache"), move |times| {
+    let concatenates = contender(format!("{NAME}, ConcatKvCache"), move |times| {
         let mut time = Duration::ZERO;
         for _ in 0..times.min(16) {
             let mut cache = ConcatKvCache::new(2);

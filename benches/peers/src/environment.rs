@@ -7,9 +7,11 @@ use std::process::Command;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
+use harness::Contender;
 
 use crate::child::{Case, Child};
-use crate::turns::Contender;
+use crate::idle::Watch;
+use crate::turns;
 
 /// A peer in Python.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +74,8 @@ struct Peer {
     model: Option<PathBuf>,
     /// The process; started when it is needed, and again after it was lost.
     child: Option<Child>,
+    /// The processor time of the process in the current case.
+    watch: Option<Rc<RefCell<Watch>>>,
 }
 
 impl Environment {
@@ -82,7 +86,7 @@ impl Environment {
         for &script in scripts {
             let ready = install(folder, script).and_then(|()| {
                 let (folder, model) = (folder.to_owned(), model.map(Path::to_owned));
-                let mut peer = Peer { script, folder, threads, model, child: None };
+                let mut peer = Peer { script, folder, threads, model, child: None, watch: None };
                 let name = peer.child()?.name().to_owned();
                 Ok((peer, name))
             });
@@ -113,14 +117,18 @@ impl Environment {
             }
         };
         let name = name.trim_end_matches([',', ' ']).to_owned();
+        let watch = peer.borrow_mut().watch.get_or_insert_with(|| Watch::new(process)).clone();
         let peer = peer.clone();
         let run = move |times| peer.borrow_mut().with(|child| child.run(prepared.id, times));
-        Some((Contender::new(name, run).in_process(process), prepared.output))
+        Some((Watch::over(&watch, turns::contender(name, run)), prepared.output))
     }
 
-    /// Makes all peers drop the cases that they have prepared.
+    /// Makes all peers drop the cases that they have prepared. Prints which were busy outside their turns.
     pub fn clear(&self) {
-        for (_, peer) in &self.peers {
+        for (script, peer) in &self.peers {
+            if let Some(watch) = peer.borrow_mut().watch.take() {
+                watch.borrow().report(script.about());
+            }
             // A process that has ended has nothing left to drop.
             let _ = peer.borrow_mut().with(Child::clear);
         }

@@ -13,11 +13,10 @@ use paged_attention::KvDtype;
 use rayon::ThreadPool;
 
 use crate::args::Effort;
-use crate::attention::FLOOR;
 use crate::child::Case;
 use crate::environment::{Environment, Script};
 use crate::floor::Floor;
-use crate::turns::{self, Contender};
+use crate::turns::{self, FLOOR};
 
 /// The most tokens that each sequence decodes before it is truncated to the context again.
 const STEPS: usize = 8;
@@ -66,7 +65,7 @@ pub fn generation(
             let bytes = file_bytes + batch * context * token_bytes;
             floor.grow(bytes);
             let mut contenders = vec![
-                Contender::new("paged, weights int8", |times| {
+                turns::contender("paged, weights int8", |times| {
                     let mut time = std::time::Duration::ZERO;
                     let mut left = times;
                     while left > 0 {
@@ -76,7 +75,7 @@ pub fn generation(
                     }
                     Ok(time)
                 }),
-                Contender::timed(FLOOR, |turn| {
+                turns::timed(FLOOR, |turn| {
                     floor.read(threads, bytes, turn);
                     Ok(())
                 }),
@@ -88,9 +87,9 @@ pub fn generation(
                 contenders.push(contender);
             }
             let started = Instant::now();
-            let standings = turns::take(contenders, effort.into())?;
+            let race = turns::take(contenders, effort)?;
             eprintln!("  {:.1?}", started.elapsed());
-            standings.record_rate(record, &format!("generation decode {name}"), FLOOR, batch as f64);
+            turns::record_rate(&race, record, &format!("generation decode {name}"), batch as f64);
             let rate = ours_prefill.rate().unwrap_or(f64::NAN);
             let peer = peer_prefill.map(|(peer, its)| (peer, rate / its));
             record.compared(&format!("generation prefill {name}"), "rate", rate, "tokens/s", None, peer);

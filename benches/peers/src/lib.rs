@@ -5,7 +5,7 @@
 //! ```
 //!
 //! A *part* (decode, prefill, append, allocation, generation) has cases. A case has contenders: ours, the machine's
-//! floor, and the peers. They take turns, round after round ([`turns`]); a ratio is the median of each round's ratio.
+//! floor, and the peers. They take turns, round after round ([`harness::Race`], [`turns`]); a ratio is the median of each round's ratio.
 //! Peers in Python are long-lived processes ([`child`]) that answer each line of JSON with a line of JSON. They run in
 //! a virtual environment that is created if it does not exist ([`environment`]). A contender whose result differs from
 //! ours is not measured.
@@ -19,6 +19,7 @@ pub mod child;
 pub mod environment;
 pub mod floor;
 pub mod generation;
+pub mod idle;
 pub mod numbers;
 pub mod paged;
 pub mod table;

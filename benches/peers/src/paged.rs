@@ -9,7 +9,7 @@ use rayon::ThreadPool;
 
 use crate::child::Case;
 use crate::numbers::{Kind, numbers};
-use crate::turns::Contender;
+use crate::turns::{contender, timed_on};
 
 /// Its name in the tables.
 pub const NAME: &str = "paged, blocks of 16";
@@ -53,7 +53,7 @@ pub fn last(y: &Tensor) -> Result<Vec<f32>> {
 }
 
 fn cache(case: &Case) -> Result<KvCache> {
-    let shape = KvShape { layers: case.layers, kv_heads: case.kv_heads, head_dim: case.head_dim };
+    let shape = KvShape::new(case.layers, case.kv_heads, case.head_dim);
     let blocks = case.batch * (case.context + case.room).div_ceil(BLOCK_SIZE);
     Ok(KvCache::builder(shape).blocks(blocks).block_size(BLOCK_SIZE).dtype(storage(case)?).build()?)
 }
@@ -113,7 +113,7 @@ impl Decode {
         }
         let attend = move |turn: usize| step.attend(turn % layers, &q, &k, &v, &attention);
         let output = last(&attend(0)?)?;
-        Ok((Contender::timed_on(threads, NAME, move |turn| Ok(attend(turn).map(drop)?)), output))
+        Ok((timed_on(threads, NAME, move |turn| Ok(attend(turn).map(drop)?)), output))
     }
 }
 
@@ -136,7 +136,7 @@ pub fn prefill<'a>(case: &Case, threads: &'a ThreadPool) -> Result<(Contender<'a
         Ok(step.attend(0, &q, &k, &v, &attention)?)
     };
     let output = last(&attend()?)?;
-    Ok((Contender::timed_on(threads, NAME, move |_| attend().map(drop)), output))
+    Ok((timed_on(threads, NAME, move |_| attend().map(drop)), output))
 }
 
 /// Appending one token at a time to a sequence, in one layer; each token has its own step, which is committed.
@@ -155,7 +155,7 @@ pub fn append(case: &Case) -> Result<Contender<'static>> {
     step.write(0, &history, &history)?;
     step.commit()?;
     let (context, room) = (case.context, case.room);
-    Ok(Contender::new(NAME, move |times| {
+    Ok(contender(NAME, move |times| {
         let mut time = Duration::ZERO;
         let mut left = times;
         while left > 0 {

@@ -81,7 +81,7 @@ impl PagedKVCache {
     /// ```
     /// # use bitnet_kv::{KvShape, PagedKVCache, PagedKVPool};
     /// # use candle_core::{DType, Device, Tensor};
-    /// # let pool = PagedKVPool::builder(KvShape { layers: 2, kv_heads: 1, head_dim: 4 }).blocks(8).build()?;
+    /// # let pool = PagedKVPool::builder(KvShape::new(2, 1, 4)).blocks(8).build()?;
     /// # fn model(tokens: &[u32], cache: &mut PagedKVCache) -> Result<(), bitnet_kv::KvError> {
     /// #     let kv = Tensor::zeros((1, 1, tokens.len(), 4), DType::F32, &Device::Cpu)?;
     /// #     cache.layers_mut().iter_mut().try_for_each(|layer| layer.append(&kv, &kv))
@@ -193,7 +193,7 @@ impl PagedLayerKVCache {
                 return Err(KvError::Zero(name));
             }
         }
-        let builder = PagedKVPool::builder(KvShape { layers: 1, kv_heads: n_kv_heads, head_dim }).device(device);
+        let builder = PagedKVPool::builder(KvShape::new(1, n_kv_heads, head_dim)).device(device);
         let blocks = max_seq_len.div_ceil(16).max(1).saturating_mul(batch_size);
         let pool = builder.max_seq_len(max_seq_len).blocks(blocks).build()?;
         let mut cache = pool.cache_with(&CacheOptions::default().batch(batch_size));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use paged_attention::{CacheError, KvCache, KvDtype, KvShape, TableOptions};
+use paged_attention::{KvCache, KvDtype, KvShape, TableOptions};
 
 use crate::error::Result;
 use crate::rows::Taken;
@@ -18,7 +18,7 @@ use crate::{CacheOptions, CacheStats, KvError, Overflow, PagedKVCache};
 /// use bitnet_kv::{KvShape, PagedKVPool};
 /// use candle_core::{Device, Tensor};
 ///
-/// let shape = KvShape { layers: 30, kv_heads: 5, head_dim: 128 };
+/// let shape = KvShape::new(30, 5, 128);
 /// let pool = PagedKVPool::builder(shape).blocks(64).build()?;
 /// let mut cache = pool.cache(); // one for each request
 ///
@@ -243,11 +243,15 @@ impl PagedKVPoolBuilder {
         if self.older_than.is_some() && !self.device.is_cpu() {
             return Err(KvError::Options("only a cache on a CPU can compress old tokens".into()));
         }
-        let blocks = self.block_count()?;
         let grows = self.overflow == Overflow::Grow;
         let builder =
             KvCache::builder(self.shape).block_size(self.block_size).device(&self.device).name(self.name.clone());
-        let recent = Stores::new(builder.clone().blocks(blocks).dtype(self.dtype), grows)?;
+        let recent = builder.clone().dtype(self.dtype);
+        let blocks = match self.memory_limit {
+            Some(bytes) => recent.clone().memory(bytes).block_count()?.min(self.blocks),
+            None => self.blocks,
+        };
+        let recent = Stores::new(recent.blocks(blocks), grows)?;
         let old = builder.dtype(KvDtype::Int8).blocks(self.compressed_blocks.unwrap_or(blocks));
         let old = self.older_than.map(|_| Stores::new(old.name(format!("{} old", self.name)), grows)).transpose()?;
         Ok(PagedKVPool(Arc::new(Inner {
@@ -259,14 +263,5 @@ impl PagedKVPoolBuilder {
             old,
             counters: Counters::default(),
         })))
-    }
-
-    fn block_count(&self) -> Result<usize> {
-        let Some(bytes) = self.memory_limit else { return Ok(self.blocks) };
-        let bytes_per_block = self.shape.bytes_per_block(self.block_size, self.dtype).unwrap_or(usize::MAX);
-        match bytes.checked_div(bytes_per_block) {
-            Some(0) => Err(CacheError::TooLittleMemory { bytes, bytes_per_block }.into()),
-            limit => Ok(limit.map_or(self.blocks, |limit| limit.min(self.blocks))),
-        }
     }
 }

@@ -297,7 +297,7 @@ mod tests {
     use crate::{CacheOptions, PagedKVPool};
 
     const LAYERS: usize = 2;
-    const SHAPE: KvShape = KvShape { layers: LAYERS, kv_heads: 1, head_dim: 8 };
+    const SHAPE: KvShape = KvShape::new(LAYERS, 1, 8);
 
     fn counts(own: &Sequence) -> [usize; 2] {
         let blocks = own.blocks();

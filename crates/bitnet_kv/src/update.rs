@@ -83,7 +83,7 @@ impl KVCache {
             return Err(KvError::HeadDim(head_dim));
         }
         let KVCacheOptions { overflow, compress_older_than, dtype } = *options;
-        let shape = KvShape { layers: num_layers, kv_heads: num_heads, head_dim };
+        let shape = KvShape::new(num_layers, num_heads, head_dim);
         // A ring needs blocks for its window, and for the tokens of a pass until the next one begins: as much again.
         let tokens =
             if matches!(overflow, Overflow::Circular { .. }) { max_seq_len.saturating_mul(2) } else { max_seq_len };

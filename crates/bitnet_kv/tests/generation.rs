@@ -13,7 +13,7 @@ use common::caches::{Concatenating, Paged, Replacing, Updated};
 use common::counts;
 use common::model::{DIM, KV_HEADS, LAYERS, Model};
 
-const SHAPE: KvShape = KvShape { layers: LAYERS, kv_heads: KV_HEADS, head_dim: DIM };
+const SHAPE: KvShape = KvShape::new(LAYERS, KV_HEADS, DIM);
 const ANSWER: usize = 24;
 
 static MODEL: LazyLock<Model> = LazyLock::new(|| Model::random(7));

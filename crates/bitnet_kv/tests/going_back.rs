@@ -15,12 +15,12 @@ use bitnet_kv::{
     PagedKVPoolBuilder,
 };
 use candle_core::{DType, Device, Tensor};
-use common::{Random, cat, dense, difference, numbers, tokens};
+use common::{Random, RandomTensor, cat, dense, difference, numbers, tokens};
 
 const LAYERS: usize = 2;
 const HEADS: usize = 2;
 const DIM: usize = 8;
-const SHAPE: KvShape = KvShape { layers: LAYERS, kv_heads: HEADS, head_dim: DIM };
+const SHAPE: KvShape = KvShape::new(LAYERS, HEADS, DIM);
 const SCALE: f32 = 0.4;
 
 /// One of the two caches.

@@ -6,9 +6,9 @@ mod common;
 
 use bitnet_kv::{CacheOptions, KVCache, KVCacheOptions, KvError, KvShape, Overflow, PagedKVPool, PagedLayerKVCache};
 use candle_core::{DType, Device, Tensor};
-use common::{Random, counts, numbers};
+use common::{Random, RandomTensor, counts, numbers};
 
-const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
+const SHAPE: KvShape = KvShape::new(2, 2, 8);
 
 /// Numbers at which arithmetic may overflow.
 const EXTREMES: [usize; 8] = [

@@ -8,9 +8,9 @@ use std::any::Any;
 
 use bitnet_kv::{CacheOptions, KvError, KvShape, Overflow, PagedKVCache, PagedKVPool, PagedLayerKVCache, Salt};
 use candle_core::{DType, Device, Tensor};
-use common::{Random, cat, counts, dense, difference, numbers, tokens};
+use common::{Random, RandomTensor, cat, counts, dense, difference, numbers, tokens};
 
-const SHAPE: KvShape = KvShape { layers: 3, kv_heads: 2, head_dim: 16 };
+const SHAPE: KvShape = KvShape::new(3, 2, 16);
 const SCALE: f32 = 0.3;
 
 fn random(random: &mut Random, batch: usize, tokens: usize) -> (Tensor, Tensor) {

@@ -17,7 +17,7 @@ use common::caches::Paged;
 use common::model::{DIM, KV_HEADS, LAYERS, Model};
 use common::{Random, counts, numbers};
 
-const SHAPE: KvShape = KvShape { layers: 3, kv_heads: 1, head_dim: 4 };
+const SHAPE: KvShape = KvShape::new(3, 1, 4);
 
 /// The number in the key of the last of these tokens. The value is its negative.
 fn row(layer: usize, tokens: &[u32]) -> f32 {
@@ -279,7 +279,7 @@ fn after_random_histories_caches_have_what_recomputation_gives() {
 #[test]
 fn a_model_generates_what_recomputation_does() {
     let model = Model::random(7);
-    let shape = KvShape { layers: LAYERS, kv_heads: KV_HEADS, head_dim: DIM };
+    let shape = KvShape::new(LAYERS, KV_HEADS, DIM);
     let pool = PagedKVPool::builder(shape).blocks(16).build().unwrap();
     let prompts: [Vec<u32>; 2] = [
         (0..20).map(|at| at * 37 % 512).collect(),

@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use bitnet_kv::{KvError, KvShape, Overflow, PagedKVCache, PagedKVPool};
 use candle_core::{Device, Tensor};
-use common::{Random, counts, dense, difference, numbers, tokens};
+use common::{Random, RandomTensor, counts, dense, difference, numbers, tokens};
 use rayon::prelude::*;
 
 const SCALE: f32 = 0.2;
-const SHAPE: KvShape = KvShape { layers: 4, kv_heads: 2, head_dim: 32 };
+const SHAPE: KvShape = KvShape::new(4, 2, 32);
 const TOKENS: usize = 500;
 const CACHES: usize = 4;
 const ROUNDS: usize = 600;

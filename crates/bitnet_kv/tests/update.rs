@@ -11,7 +11,7 @@ mod common;
 
 use bitnet_kv::{KVCache, KVCacheOptions, KvDtype, KvError, Overflow};
 use candle_core::{DType, Device, Tensor};
-use common::{Random, cat, counts, dense, difference, flat, numbers, tokens};
+use common::{Random, RandomTensor, cat, counts, dense, difference, flat, numbers, tokens};
 
 const HEADS: usize = 3;
 const DIM: usize = 8;

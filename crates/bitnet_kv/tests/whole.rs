@@ -10,7 +10,7 @@ mod common;
 
 use bitnet_kv::{KVCache, KVCacheOptions, KvDtype, KvError, Overflow};
 use candle_core::{DType, Device, Tensor};
-use common::{Random, cat, numbers, tokens};
+use common::{Random, RandomTensor, cat, numbers, tokens};
 
 const HEADS: usize = 3;
 const DIM: usize = 8;

@@ -6,7 +6,7 @@ use std::ops::{Deref, Range};
 use smallvec::SmallVec;
 
 use crate::ledger::{Query, Writable};
-use crate::{BlockId, BlockPool, OutOfBlocks, PrefixKey, PrefixMatch, ReserveError};
+use crate::{AlreadyCached, BlockId, BlockPool, OutOfBlocks, PrefixKey, PrefixMatch, ReserveError};
 
 /// The ids of a short sequence are stored inline, without an allocation.
 type Ids = SmallVec<[BlockId; 8]>;
@@ -213,25 +213,28 @@ impl Blocks {
     }
 
     /// Caches the full blocks from `at` on under their tokens, which are `head` followed by `tokens`. Returns how many
-    /// blocks of the list were exchanged for blocks with the same content that were cached before. Returns `None` if
-    /// block `at` is cached already: it has the content of another computation, not of these tokens, and nothing can
-    /// follow it here.
+    /// blocks of the list were exchanged for blocks with the same content that were cached before.
     ///
     /// Nothing is cached from a list that got its first block before the last
     /// [`reset_prefix_cache`](BlockPool::reset_prefix_cache).
     ///
     /// Other sequences read what is cached from now on: every slot of these blocks must have been written. Nothing is
     /// cached after a block that is not cached, or that is cached under another key.
-    pub fn cache(&mut self, key: &PrefixKey, at: usize, head: &[u32], tokens: &[u32]) -> Option<usize> {
+    ///
+    /// # Errors
+    ///
+    /// [`AlreadyCached`] if block `at` is cached: it has the content of another computation, not of these tokens, and
+    /// nothing can be cached after it here.
+    pub fn cache(&mut self, key: &PrefixKey, at: usize, head: &[u32], tokens: &[u32]) -> Result<usize, AlreadyCached> {
         if head.len() >= self.pool.block_size() || at >= self.ids.len() {
-            return Some(0);
+            return Ok(0);
         }
         let Self { pool, ids, epoch } = self;
         let duplicates = pool.ledger().cache(*epoch, key, ids, at, head, tokens)?;
         if !duplicates.is_empty() {
             pool.free(&duplicates);
         }
-        Some(duplicates.len())
+        Ok(duplicates.len())
     }
 
     /// Copies the first `tokens.len()` tokens of block `at` into `tokens`. Returns whether the block is cached: only

@@ -14,6 +14,11 @@ pub struct OutOfBlocks {
     pub available: usize,
 }
 
+/// A block is cached already: it has the content of another computation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the block is cached already, under the tokens that it was computed for")]
+pub struct AlreadyCached;
+
 /// The memory of the blocks could not be copied, read or written.
 #[derive(Debug, Error)]
 #[error("block storage: {0}")]

@@ -10,6 +10,7 @@ use crate::PoolError;
 
 /// The shape of the keys and values of one token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct KvShape {
     /// Attention layers.
     pub layers: usize,
@@ -20,6 +21,11 @@ pub struct KvShape {
 }
 
 impl KvShape {
+    /// The shape `(layers, kv_heads, head_dim)`.
+    pub const fn new(layers: usize, kv_heads: usize, head_dim: usize) -> Self {
+        Self { layers, kv_heads, head_dim }
+    }
+
     /// Bytes that a block takes over all layers when its numbers are stored as `dtype`; `None` if that overflows.
     pub fn bytes_per_block(&self, block_size: usize, dtype: KvDtype) -> Option<usize> {
         let Self { layers, kv_heads, head_dim } = *self;
@@ -278,7 +284,7 @@ mod tests {
 
     #[test]
     fn the_bytes_of_a_block_are_counted_or_overflow() {
-        let shape = KvShape { layers: 2, kv_heads: 8, head_dim: 128 };
+        let shape = KvShape::new(2, 8, 128);
         let bytes = |dtype| shape.bytes_per_block(16, dtype);
         assert_eq!(bytes(KvDtype::F32), Some(2 * 2 * 16 * 8 * 128 * 4));
         assert_eq!(bytes(KvDtype::Bf16), bytes(KvDtype::F32).map(|bytes| bytes / 2));

@@ -27,7 +27,7 @@ mod tensors;
 
 pub use blocks::Blocks;
 pub use dtype::KvDtype;
-pub use error::{Inconsistent, OutOfBlocks, PoolError, ReserveError, StorageError};
+pub use error::{AlreadyCached, Inconsistent, OutOfBlocks, PoolError, ReserveError, StorageError};
 pub use events::{KvEvent, KvEvents};
 pub use id::BlockId;
 pub use key::PrefixKey;

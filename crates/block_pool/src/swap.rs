@@ -63,7 +63,8 @@ impl SwappedBlocks {
             pool.storage().write(id, &self.bytes[at * size..][..size])?;
         }
         if let Some((key, tokens)) = &self.prefix {
-            blocks.cache(key, 0, &[], tokens);
+            // They were allocated here, so they are not cached.
+            let _ = blocks.cache(key, 0, &[], tokens);
         }
         Ok(blocks)
     }

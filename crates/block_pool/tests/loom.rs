@@ -38,7 +38,7 @@ fn nothing(pool: &BlockPool) -> (Blocks, Blocks) {
 /// Leaves one evictable block in the pool, cached under the token 7.
 fn cache_and_free(pool: &BlockPool) {
     let mut blocks = pool.allocate(1).unwrap();
-    blocks.cache(&PrefixKey::new(), 0, &[], &[7]);
+    blocks.cache(&PrefixKey::new(), 0, &[], &[7]).unwrap();
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn a_cached_block_is_matched_or_evicted_never_both() {
 fn the_same_content_is_cached_once() {
     let cache = |pool: BlockPool, _| {
         let mut mine = pool.allocate(1).unwrap();
-        mine.cache(&PrefixKey::new(), 0, &[], &[7]);
+        mine.cache(&PrefixKey::new(), 0, &[], &[7]).unwrap();
         Some(mine)
     };
     two_threads(2, nothing, cache, cache, |pool, a, b| {
@@ -114,7 +114,7 @@ fn the_same_content_is_cached_once() {
 fn nothing_computed_before_a_reset_is_cached_after_it() {
     let begin = |pool: &BlockPool| (pool.allocate(1).unwrap(), Blocks::empty(pool));
     let cache = |_, mut mine: Blocks| {
-        mine.cache(&PrefixKey::new(), 0, &[], &[7]);
+        mine.cache(&PrefixKey::new(), 0, &[], &[7]).unwrap();
         drop_all(mine)
     };
     let reset = |pool: BlockPool, _| {

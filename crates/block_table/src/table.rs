@@ -287,9 +287,9 @@ impl BlockTable {
         // Right after the freed range, the block before was freed: a cached block must follow its parent.
         let follows = self.freed == 0 || first > self.sink_blocks() + self.freed;
         if let (Some(tail), Some(at), true, false) = (&self.tail, self.index_of(first), follows, self.private) {
-            // `None`: this block is still cached for other tokens, because `reserve` did not copy it. What follows it
+            // An error: this block is still cached for other tokens, because `reserve` did not copy it. What follows it
             // must not be cached either.
-            self.private |= self.blocks.cache(&self.key, at, tail, tokens).is_none();
+            self.private |= self.blocks.cache(&self.key, at, tail, tokens).is_err();
         }
         let unfinished = self.len % block_size;
         let tail = self.tail.get_or_insert_default();

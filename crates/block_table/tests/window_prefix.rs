@@ -181,13 +181,13 @@ fn the_key_must_match_the_block_before_too() {
     let pool = BlockPool::new(16, 2).unwrap();
     let (own, other) = (PrefixKey::new(), PrefixKey::new().salt(Salt::new(b"other")));
     let mut blocks = pool.allocate(2).unwrap();
-    blocks.cache(&own, 0, &[], &[7, 7, 8, 8]);
+    blocks.cache(&own, 0, &[], &[7, 7, 8, 8]).unwrap();
     let mut first = blocks.fork(1);
     assert_eq!(first.match_prefix(&other, 1, &[8, 8]), 0);
     assert_eq!(first.lookup_prefix(&other, 1, &[8, 8], 2).tokens, 0);
     // Nothing is cached there either: sequences with `own` would match what was computed under `other`.
     first.grow(1).unwrap();
-    assert_eq!(first.cache(&other, 1, &[], &[9, 9]), Some(0));
+    assert_eq!(first.cache(&other, 1, &[], &[9, 9]), Ok(0));
     assert_eq!(
         (pool.lookup_prefix(&own, &[7, 7, 9, 9, 0]).tokens, pool.lookup_prefix(&other, &[7, 7, 9, 9, 0]).tokens),
         (2, 0)

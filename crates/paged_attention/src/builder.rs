@@ -138,7 +138,12 @@ impl KvCacheBuilder {
         Ok(KvCache::from_parts(pool, tensors, self.shape, self.kernel, metrics))
     }
 
-    fn block_count(&self) -> Result<usize, CacheError> {
+    /// How many blocks [`build`](Self::build) allocates.
+    ///
+    /// # Errors
+    ///
+    /// [`CacheError::TooLittleMemory`] if the given memory does not hold one block.
+    pub fn block_count(&self) -> Result<usize, CacheError> {
         let bytes = match self.size {
             Size::Blocks(blocks) => return Ok(blocks),
             Size::Bytes(bytes) => bytes,

@@ -19,7 +19,7 @@ use crate::{AttendError, Attention, CommitError, KvCache, PushError, validate, w
 ///
 /// ```compile_fail
 /// # use paged_attention::{KvCache, KvShape};
-/// # let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
+/// # let shape = KvShape::new(1, 1, 4);
 /// # let cache = KvCache::builder(shape).blocks(4).build().unwrap();
 /// let mut table = cache.table();
 /// let mut step = cache.step();
@@ -157,7 +157,7 @@ impl<'t> Step<'t> {
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
         let _span =
             tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();
-        let heads = validate::queries(&self.cache, self.plan.rows(), q, k, attention)?;
+        let heads = validate::queries(&self.cache, self.rows()?, q, k, attention)?;
         self.fill(layer, k, v)?;
         let attended = self.cache.layer(layer)?.attend(&self.plan, q, heads, attention)?;
         self.written.insert(layer);
@@ -180,10 +180,18 @@ impl<'t> Step<'t> {
     /// as written when all its work has succeeded.
     fn fill(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let target = self.cache.layer(layer)?;
-        validate::keys_and_values(&self.cache, self.plan.rows(), k, v)?;
+        validate::keys_and_values(&self.cache, self.rows()?, k, v)?;
         self.started.store(true, Ordering::Relaxed);
         self.written.remove(layer);
         target.write(&self.plan, k, v)
+    }
+
+    /// The number of new tokens.
+    fn rows(&self) -> Result<usize> {
+        match self.plan.rows() {
+            0 => Err(wrap_error(AttendError::EmptyStep)),
+            rows => Ok(rows),
+        }
     }
 
     /// Declares that these layers get no keys and values in this step, so that it can be committed without them: for a
@@ -197,7 +205,7 @@ impl<'t> Step<'t> {
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
     /// # use paged_attention::{KvCache, KvShape};
-    /// # let cache = KvCache::builder(KvShape { layers: 12, kv_heads: 1, head_dim: 4 }).blocks(4).build()?;
+    /// # let cache = KvCache::builder(KvShape::new(12, 1, 4)).blocks(4).build()?;
     /// # let mut table = cache.table();
     /// # let x = Tensor::zeros((2, 1, 4), DType::F32, &Device::Cpu)?;
     /// let mut step = cache.step();

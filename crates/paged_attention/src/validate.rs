@@ -69,9 +69,12 @@ pub enum AttendError {
         /// The cache's device.
         expected: String,
     },
-    /// The step has no sequences, or the tensors have no rows.
+    /// The step has no sequences.
     #[error("no sequence was pushed to the step")]
     EmptyStep,
+    /// A segment, or the tables of a write, have no new tokens.
+    #[error("no rows were given: there is no new token to compute")]
+    NoRows,
     /// The table's blocks belong to another cache's pool.
     #[error("the table belongs to another pool")]
     ForeignTable,
@@ -120,7 +123,7 @@ fn check_attention(attention: &Attention, heads: usize) -> std::result::Result<(
 
 fn check_keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -> std::result::Result<(), AttendError> {
     if rows == 0 {
-        return Err(AttendError::EmptyStep);
+        return Err(AttendError::NoRows);
     }
     let KvShape { kv_heads, head_dim, .. } = cache.shape();
     for (tensor, name) in [(k, "k"), (v, "v")] {
@@ -135,7 +138,7 @@ fn check_keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -
 
 fn check_queries(cache: &KvCache, rows: usize, q: &Tensor) -> std::result::Result<usize, AttendError> {
     if rows == 0 {
-        return Err(AttendError::EmptyStep);
+        return Err(AttendError::NoRows);
     }
     let KvShape { kv_heads, head_dim, .. } = cache.shape();
     let heads = match *q.dims() {

@@ -35,7 +35,7 @@ impl Case {
     fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
         Self {
             heads,
-            shape: KvShape { layers: 1, kv_heads, head_dim },
+            shape: KvShape::new(1, kv_heads, head_dim),
             dtype: KvDtype::F32,
             causal: true,
             window: None,
@@ -82,7 +82,7 @@ impl Case {
 
     /// Runs one step in which sequence `i` gets `new[i]` tokens. Returns the largest difference from dense attention.
     fn step(&self, free: &mut Scattered<'_>, sequences: &mut [Sequence], new: &[usize], random: &mut Random) -> f64 {
-        let KvShape { kv_heads, head_dim, layers } = self.shape;
+        let KvShape { kv_heads, head_dim, layers, .. } = self.shape;
         let cache = free.cache;
         let scale = 0.3;
         let tokens: usize = new.iter().sum();
@@ -318,7 +318,7 @@ fn windows_and_sink_tokens() {
 #[test]
 fn huge_numbers_give_no_nan() {
     for (name, configure) in backends() {
-        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16 };
+        let shape = KvShape::new(1, 1, 16);
         let cache = configure(KvCache::builder(shape).blocks(8)).build().unwrap();
         poison(&cache);
         let mut table = cache.table();
@@ -349,7 +349,7 @@ fn bits(
     threads: usize,
     attention: &Attention,
 ) -> Vec<u32> {
-    let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 32 };
+    let shape = KvShape::new(1, 2, 32);
     let blocks = 4096 / block_size;
     let cache = KvCache::builder(shape).blocks(blocks).block_size(block_size).dtype(dtype).kernel(kernel);
     let cache = cache.build().unwrap();
@@ -449,7 +449,7 @@ fn kernels_agree_to_the_last_bit() {
 fn inputs_and_the_result_have_the_type_of_the_caller() {
     for (name, configure) in backends() {
         for dtype in [DType::F16, DType::BF16] {
-            let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16 };
+            let shape = KvShape::new(1, 1, 16);
             let cache = configure(KvCache::builder(shape).blocks(4)).build().unwrap();
             let (mut a, mut b) = (cache.table(), cache.table());
             let numbers = Random::new(2).numbers(20 * 16);
@@ -475,7 +475,7 @@ fn inputs_and_the_result_have_the_type_of_the_caller() {
 #[test]
 fn strided_views_of_one_projection_are_accepted() {
     for (name, configure) in backends() {
-        let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 8 };
+        let shape = KvShape::new(1, 2, 8);
         let run = |strided: bool| {
             let cache = configure(KvCache::builder(shape).blocks(4)).build().unwrap();
             let mut table = cache.table();
@@ -496,7 +496,7 @@ fn strided_views_of_one_projection_are_accepted() {
 #[test]
 fn what_is_stored_can_be_read_back() {
     for (name, configure) in backends() {
-        let shape = KvShape { layers: 2, kv_heads: 2, head_dim: 5 };
+        let shape = KvShape::new(2, 2, 5);
         let cache = configure(KvCache::builder(shape).blocks(6).block_size(4)).build().unwrap();
         poison(&cache);
         let mut table = cache.table();

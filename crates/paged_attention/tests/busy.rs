@@ -13,7 +13,7 @@ use candle_core::DType;
 use common::{Random, tensor};
 use paged_attention::{Attention, KvCache, KvShape};
 
-const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 4, head_dim: 64 };
+const SHAPE: KvShape = KvShape::new(1, 4, 64);
 const THREADS: usize = 4;
 const TOKENS: usize = 400;
 

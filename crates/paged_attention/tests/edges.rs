@@ -18,7 +18,7 @@ use paged_attention::{Attention, BlockTable, KvCache, KvShape, Segment, TableOpt
 
 const DIM: usize = 16;
 const HEADS: usize = 2;
-const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 1, head_dim: DIM };
+const SHAPE: KvShape = KvShape::new(1, 1, DIM);
 const SCALE: f32 = 0.3;
 
 fn table(cache: &KvCache, window: Option<Window>) -> BlockTable {

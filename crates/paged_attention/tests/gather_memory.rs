@@ -42,7 +42,7 @@ static ALLOCATOR: Counting = Counting;
 fn the_whole_mask_of_a_long_prompt_is_never_in_memory() {
     const TOKENS: usize = 6000;
     const HEADS: usize = 4;
-    let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 4 };
+    let shape = KvShape::new(1, 2, 4);
     let cache = KvCache::builder(shape).blocks(400).backend(Backend::Gather).build().unwrap();
     let mut random = Random::new(1);
     let (q, k) = (random.numbers(TOKENS * HEADS * 4), random.numbers(TOKENS * 2 * 4));

@@ -13,7 +13,7 @@ fn kernels() -> impl Iterator<Item = Kernel> {
 }
 
 fn cache(kernel: Kernel, head_dim: usize) -> KvCache {
-    let shape = KvShape { layers: 1, kv_heads: 1, head_dim };
+    let shape = KvShape::new(1, 1, head_dim);
     KvCache::builder(shape).blocks(16).dtype(KvDtype::Int8).kernel(kernel).build().unwrap()
 }
 

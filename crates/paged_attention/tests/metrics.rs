@@ -9,7 +9,7 @@ use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, Share
 use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 use paged_attention::{BlockTable, KvCache, KvCacheBuilder, KvShape};
 
-const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
+const SHAPE: KvShape = KvShape::new(1, 1, 4);
 
 /// The name and the number of free blocks of each cache that reports `kv_cache_blocks` when a step of each of `caches`
 /// is dropped.

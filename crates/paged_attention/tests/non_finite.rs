@@ -115,7 +115,7 @@ impl Case {
     }
 
     fn cache(&self, configure: &Configure) -> KvCache {
-        let shape = KvShape { layers: 1, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        let shape = KvShape::new(1, self.kv_heads, self.head_dim);
         let blocks = self.tokens().div_ceil(self.block_size) + 8;
         let cache = configure(KvCache::builder(shape).blocks(blocks).block_size(self.block_size).dtype(self.dtype));
         let cache = cache.build().unwrap();
@@ -219,7 +219,7 @@ fn the_first_row_of_a_prefill_does_not_see_the_second_token() {
     for (name, configure) in backends() {
         for dtype in dtypes(name) {
             for x in POISONS {
-                let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
+                let shape = KvShape::new(1, 1, 4);
                 let cache = configure(KvCache::builder(shape).blocks(4).dtype(dtype)).build().unwrap();
                 let mut table = cache.table();
                 let mut step = cache.step();

@@ -10,7 +10,7 @@ use paged_attention::{
     Attention, BlockTable, KvCache, KvDtype, KvShape, Segment, TableOptions, Window, attend_segments,
 };
 
-const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 24 };
+const SHAPE: KvShape = KvShape::new(2, 2, 24);
 const HEADS: usize = 6;
 const WIDTH: usize = SHAPE.kv_heads * SHAPE.head_dim;
 const LAYER: usize = 1;
@@ -230,7 +230,7 @@ fn a_segment_with_a_window_may_end_before_the_positions_that_it_has_kept() {
 #[test]
 fn segments_that_do_not_fit_are_refused() {
     let cache = KvCache::builder(SHAPE).blocks(20).block_size(4).build().unwrap();
-    let other = KvCache::builder(KvShape { head_dim: 8, ..SHAPE }).blocks(4).build().unwrap();
+    let other = KvCache::builder(KvShape::new(SHAPE.layers, SHAPE.kv_heads, 8)).blocks(4).build().unwrap();
     let twin = KvCache::builder(SHAPE).blocks(4).build().unwrap();
     let filled = |cache: &KvCache, options: &TableOptions| {
         let mut table = cache.table_with(options);

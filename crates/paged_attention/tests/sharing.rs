@@ -11,7 +11,7 @@ use common::{backends, tensor};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 use paged_attention::{BlockTable, CommitError, KvCache, KvDtype, KvShape, Step};
 
-const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 8 };
+const SHAPE: KvShape = KvShape::new(2, 2, 8);
 
 /// Writes keys and values that depend on the tokens only.
 fn write(step: &Step<'_>) -> candle_core::Result<()> {

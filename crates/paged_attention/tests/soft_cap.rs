@@ -11,7 +11,7 @@ use paged_attention::{Attention, KvCache, KvDtype, KvShape};
 /// The weights of two tokens with these scores. Their values are `[1, 0]` and `[0, 1]`, so the result has the two
 /// weights.
 fn weights(configure: &Configure, dtype: KvDtype, scores: [f32; 2], scale: f32, cap: f32) -> [f64; 2] {
-    let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 2 };
+    let shape = KvShape::new(1, 1, 2);
     let cache = configure(KvCache::builder(shape).blocks(4).dtype(dtype)).build().unwrap();
     let mut table = cache.table();
     let mut step = cache.step();
@@ -87,7 +87,7 @@ fn scales_of_every_size() {
 fn an_infinite_cap_is_no_cap_and_invalid_caps_are_refused() {
     assert_eq!(Attention::new(1.0).soft_cap(f32::INFINITY), Attention::new(1.0));
     for (name, configure) in backends() {
-        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 2 };
+        let shape = KvShape::new(1, 1, 2);
         let cache = configure(KvCache::builder(shape).blocks(4)).build().unwrap();
         for cap in [0.0, -0.0, -1.0, f32::NEG_INFINITY, f32::NAN] {
             let mut table = cache.table();

@@ -13,7 +13,7 @@ use paged_attention::{
     Attention, Backend, BlockTable, CacheError, KvCache, KvDtype, KvShape, OutOfBlocks, PoolError, PushError, Step,
 };
 
-const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: 4 };
+const SHAPE: KvShape = KvShape::new(2, 1, 4);
 
 fn cache(blocks: usize) -> KvCache {
     KvCache::builder(SHAPE).blocks(blocks).block_size(4).build().unwrap()
@@ -157,8 +157,7 @@ fn attend_error(step: &paged_attention::Step<'_>, layer: usize, q: &Tensor, k: &
 #[test]
 fn invalid_tensors_are_errors_that_say_why() {
     for (name, configure) in backends() {
-        let cache =
-            configure(KvCache::builder(KvShape { layers: 2, kv_heads: 2, head_dim: 4 }).blocks(4)).build().unwrap();
+        let cache = configure(KvCache::builder(KvShape::new(2, 2, 4)).blocks(4)).build().unwrap();
         let mut table = cache.table();
         let mut step = cache.step();
         let t = |tokens: usize, heads: usize, dim: usize| {
@@ -208,17 +207,17 @@ fn impossible_caches_are_refused_with_the_numbers() {
     assert!(matches!(build(SHAPE, 4, 0, KvDtype::F32), Err(CacheError::Pool(PoolError::EmptyBlocks))));
     assert!(matches!(build(SHAPE, usize::MAX, 2, KvDtype::F32), Err(CacheError::Pool(PoolError::TooLarge { .. }))));
     assert!(matches!(
-        build(KvShape { head_dim: usize::MAX, ..SHAPE }, 4, 4, KvDtype::F32),
+        build(KvShape::new(2, 1, usize::MAX), 4, 4, KvDtype::F32),
         Err(CacheError::Pool(PoolError::OutOfMemory { .. }))
     ));
     assert_eq!(
-        message(build(KvShape { kv_heads: 0, ..SHAPE }, 4, 4, KvDtype::F32)),
+        message(build(KvShape::new(2, 0, 4), 4, 4, KvDtype::F32)),
         "keys and values need at least one layer, head and dimension: 2 layers, 0 heads x 4"
     );
     let error = KvDtype::try_from(DType::U8).unwrap_err();
     assert_eq!(error.to_string(), "keys and values cannot be stored as u8; use f32, f16 or bf16");
     let int8 = |head_dim, backend| {
-        let shape = KvShape { head_dim, ..SHAPE };
+        let shape = KvShape::new(2, 1, head_dim);
         KvCache::builder(shape).blocks(1).dtype(KvDtype::Int8).backend(backend).build()
     };
     assert!(int8(2048, Backend::Fused).is_ok());
@@ -227,7 +226,7 @@ fn impossible_caches_are_refused_with_the_numbers() {
         "heads of 2049 dimensions are too large for 8-bit storage, which takes at most 2048"
     );
     assert!(matches!(int8(64, Backend::Gather), Err(CacheError::Pool(PoolError::UnsupportedDType(_)))));
-    let wide = KvShape { layers: 64, kv_heads: 64, head_dim: 1024 };
+    let wide = KvShape::new(64, 64, 1024);
     assert_eq!(
         message(build(wide, 1 << 24, 16, KvDtype::F32)),
         "16777216 blocks of 536870912 bytes do not fit into this machine's memory"

@@ -20,7 +20,7 @@ const THREADS: usize = 8;
 const ACTIONS: usize = 20_000;
 /// The maximum, for a thread that goes on because some event has not happened yet.
 const MOST_ACTIONS: usize = 1_000_000;
-const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: 4 };
+const SHAPE: KvShape = KvShape::new(2, 1, 4);
 
 /// The payload of the panics that a worker causes on purpose.
 struct OnPurpose;

@@ -15,7 +15,7 @@ use common::{Random, tensor};
 use paged_attention::{Attention, BlockTable, KvCache, KvShape};
 use rayon::prelude::*;
 
-const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 4, head_dim: 32 };
+const SHAPE: KvShape = KvShape::new(1, 4, 32);
 const HEADS: usize = 8;
 const THREADS: usize = 8;
 /// The number of groups of sequences. Groups are stepped concurrently.

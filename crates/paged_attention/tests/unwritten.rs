@@ -8,10 +8,10 @@ use candle_core::{DType, Device, Tensor};
 use common::backends;
 use paged_attention::{Attention, BlockTable, CommitError, KvCache, KvShape, Step};
 
-const SHAPE: KvShape = KvShape { layers: 3, kv_heads: 1, head_dim: 4 };
+const SHAPE: KvShape = KvShape::new(3, 1, 4);
 
 fn cache(layers: usize) -> KvCache {
-    KvCache::builder(KvShape { layers, ..SHAPE }).blocks(16).block_size(4).build().unwrap()
+    KvCache::builder(KvShape::new(layers, SHAPE.kv_heads, SHAPE.head_dim)).blocks(16).block_size(4).build().unwrap()
 }
 
 fn prompt() -> Vec<u32> {

@@ -94,7 +94,7 @@ impl Config {
 
     /// What the cache stores for each token: the number of layers and heads, and the size of a head.
     pub fn shape(&self) -> KvShape {
-        KvShape { layers: self.layers, kv_heads: self.kv_heads, head_dim: self.head_dim }
+        KvShape::new(self.layers, self.kv_heads, self.head_dim)
     }
 
     /// The maximum number of tokens in a sequence.

@@ -153,7 +153,7 @@ mod tests {
     fn answers_are_escaped_in_text_and_exact_in_json() {
         let answer = Answer { request: 0, tokens: vec![1], prompt_tokens: 1, cached_tokens: 0, preemptions: 0 };
         let outcome = Outcome { answers: vec![answer], ..Outcome::default() };
-        let cache = KvCache::builder(KvShape { layers: 1, kv_heads: 1, head_dim: 2 }).blocks(1).build().unwrap();
+        let cache = KvCache::builder(KvShape::new(1, 1, 2)).blocks(1).build().unwrap();
         let text = "one\t1\n\u{1b}]0;two\u{9b}2J\u{202e}";
         let report = Report::new(outcome, &cache, 8, &["a\u{7}".into()], vec![text.into()]);
         assert_eq!(report.answers(), "── 1 ── a\\u{7}\none\t1\n\\u{1b}]0;two\\u{9b}2J\\u{202e}\n\n");

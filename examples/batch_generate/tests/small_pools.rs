@@ -11,7 +11,7 @@ const VOCABULARY: usize = 5;
 const END: u32 = 4;
 const CONTEXT: usize = 400;
 const HEAD_DIM: usize = 4;
-const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 1, head_dim: HEAD_DIM };
+const SHAPE: KvShape = KvShape::new(2, 1, HEAD_DIM);
 
 /// A cheap model in which every error shows: the second layer's keys and values, and the logits, depend on every bit of
 /// the attention before them. One wrong number in one slot changes the answer.

@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use harness::Record;
+use harness::{Contender, Race, Record, Rounds};
 use kvbm_logical::SequenceHash;
 
 use crate::{is_smoke_test, median};
@@ -17,16 +17,17 @@ use crate::{is_smoke_test, median};
 mod kvbm;
 mod ours;
 mod prompts;
-mod race;
 mod report;
 mod threads;
 
 use kvbm::{Backend, Kvbm, NAME as KVBM, hashes};
 use ours::Ours;
 use prompts::Prompts;
-use race::{Race, Standing};
-use report::{Line, Report, Target};
+use report::{Comparison, Line, Report, Target, comparisons};
 use threads::throughput;
+
+/// Our name in a race.
+const OURS: &str = "ours";
 
 /// Tokens per block, on both sides.
 const BLOCK_SIZE: usize = 16;
@@ -56,16 +57,27 @@ pub fn measure(record: &mut Record) -> Result<()> {
     Ok(())
 }
 
+/// Many short rounds, after some in which caches and branch predictors warm up and lists grow to their size.
+fn rounds() -> Rounds {
+    if is_smoke_test() { Rounds::exactly(2) } else { Rounds::exactly(201).after_warm_up(20) }
+}
+
+fn run<const N: usize>(mut contenders: [Contender<'_>; N]) -> Result<Race> {
+    Race::run(rounds(), &mut contenders)
+}
+
 /// Allocates `n` blocks from an empty pool and frees them.
 fn allocate(report: &mut Report, n: usize, target: Target) -> Result<()> {
     let (ours, kvbm) = (Ours::new(POOL)?, Kvbm::new(POOL, Backend::Lru)?);
     // A run is long compared with reading the clock, and short enough to be rarely interrupted.
     let times = 2048_usize.div_ceil(n);
-    let race = Race::new(|()| (0..times).for_each(|_| drop(black_box(ours.allocate(n)))))
-        .against(KVBM, |()| (0..times).for_each(|_| drop(black_box(kvbm.allocate(n)))));
+    let race = run([
+        Contender::timed(OURS, |()| (0..times).for_each(|_| drop(black_box(ours.allocate(n))))),
+        Contender::timed(KVBM, |()| (0..times).for_each(|_| drop(black_box(kvbm.allocate(n))))),
+    ])?;
     let case = format!("allocate {n} and free, per block");
-    for standing in race.run(times * n, || ()) {
-        report.push(Line::time(&case, standing, Some(target)));
+    for comparison in comparisons(&race, times * n) {
+        report.push(Line::time(&case, comparison, Some(target)));
     }
     Ok(())
 }
@@ -82,13 +94,15 @@ fn match_in_use(report: &mut Report, target: Target) -> Result<()> {
     let matched = (ours.matches(&tokens), kvbm.matches(&hashed));
     ensure!(matched == (PROMPT, PROMPT), "{matched:?} of {PROMPT} blocks match");
 
-    let race = Race::new(|()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens))))))
-        .against(KVBM, |()| (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed))))))
-        .against(format!("{KVBM}, hashing"), |()| {
+    let race = run([
+        Contender::timed(OURS, |()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens)))))),
+        Contender::timed(KVBM, |()| (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed)))))),
+        Contender::timed(format!("{KVBM}, hashing"), |()| {
             (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(&hashes(black_box(&tokens))))));
-        });
-    for (standing, target) in race.run(TIMES * PROMPT, || ()).into_iter().zip([Some(target), None]) {
-        report.push(Line::time(&format!("match {PROMPT} held and drop, per block"), standing, target));
+        }),
+    ])?;
+    for (comparison, target) in comparisons(&race, TIMES * PROMPT).zip([Some(target), None]) {
+        report.push(Line::time(&format!("match {PROMPT} held and drop, per block"), comparison, target));
     }
     drop((our_blocks, their_blocks));
     Ok(())
@@ -113,12 +127,15 @@ fn match_evictable(report: &mut Report, target: Target) -> Result<()> {
             "{backend:?}: {matched} blocks match, {available} are available"
         );
 
-        let race = Race::new(|()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens))))));
-        let race = race.against(backend.peer(), |()| {
-            (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed)))));
-        });
-        for standing in race.run(TIMES * PROMPT, || ()) {
-            report.push(Line::time(&format!("match {PROMPT} remembered and drop, per block"), standing, Some(target)));
+        let race = run([
+            Contender::timed(OURS, |()| (0..TIMES).for_each(|_| drop(black_box(ours.matching(black_box(&tokens)))))),
+            Contender::timed(backend.peer(), |()| {
+                (0..TIMES).for_each(|_| drop(black_box(kvbm.matching(black_box(&hashed)))));
+            }),
+        ])?;
+        for comparison in comparisons(&race, TIMES * PROMPT) {
+            let case = format!("match {PROMPT} remembered and drop, per block");
+            report.push(Line::time(&case, comparison, Some(target)));
         }
     }
     Ok(())
@@ -163,16 +180,18 @@ fn publish_and_evict_against(
 
     let peer = backend.peer() + if hashing { ", hashing" } else { "" };
     let mut last = Batch::default();
-    let standings = Race::new(we_publish).against(peer, they_publish).run(TIMES * PROMPT, || {
+    let mut contenders = [Contender::timed(OURS, we_publish), Contender::timed(peer, they_publish)];
+    let race = Race::run_with(rounds(), &mut contenders, || {
         last = Batch::draw(&mut prompts, TIMES);
         last.clone()
-    });
+    })?;
+    drop(contenders);
     // The first prompt was matched just before; the second is the oldest.
     let (we_kept, they_kept) = matched(&first, 1);
     ensure!(we_kept < PROMPT && they_kept < PROMPT, "the oldest blocks were not evicted");
     ensure!(matched(&last, TIMES - 1) == (PROMPT, PROMPT), "the newest prompt was not published");
-    for standing in standings {
-        report.push(Line::time(&format!("allocate {PROMPT}, publish, free, evicting, per block"), standing, target));
+    for comparison in comparisons(&race, TIMES * PROMPT) {
+        report.push(Line::time(&format!("allocate {PROMPT}, publish, free, evicting, per block"), comparison, target));
     }
     Ok(())
 }
@@ -204,13 +223,13 @@ fn two_threads(report: &mut Report, target: Target) -> Result<()> {
     let rates: Vec<_> = (0..rounds).map(|_| [our_rate(1), their_rate(1), our_rate(2), their_rate(2)]).collect();
     let middle = |of: fn(&[f64; 4]) -> f64| median(rates.iter().map(of).collect());
     let case = "allocate 1 and free, two threads";
-    let standing = Standing {
+    let comparison = Comparison {
         peer: KVBM.into(),
         ours: middle(|[_, _, ours, _]| 1e9 / ours),
         theirs: middle(|[_, _, _, theirs]| 1e9 / theirs),
         ratio: middle(|[_, _, ours, theirs]| ours / theirs),
     };
-    report.push(Line::time(case, standing, None));
+    report.push(Line::time(case, comparison, None));
     report.push(Line {
         case: format!("{case}, of one thread's throughput"),
         metric: "scaling",

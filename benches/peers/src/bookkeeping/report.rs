@@ -2,8 +2,7 @@
 
 use std::fmt;
 
-use super::Standing;
-use harness::Row;
+use harness::{Race, Row};
 
 /// The target of a case. A miss is reported, but is not an error.
 #[derive(Debug, Default, Clone, Copy)]
@@ -35,7 +34,30 @@ impl fmt::Display for Target {
     }
 }
 
-/// One comparison.
+/// Our time compared with one peer's.
+#[derive(Debug, Clone)]
+pub(crate) struct Comparison {
+    /// The peer's name.
+    pub(crate) peer: String,
+    /// Our median time in nanoseconds.
+    pub(crate) ours: f64,
+    /// The peer's median time in nanoseconds.
+    pub(crate) theirs: f64,
+    /// The median, over the rounds, of the peer's time divided by ours; above 1 we are ahead.
+    pub(crate) ratio: f64,
+}
+
+/// Compares the first contender of a race with each other one. A turn has this number of `units`; times are of one.
+pub(crate) fn comparisons(race: &Race, units: usize) -> impl Iterator<Item = Comparison> {
+    race.names().iter().enumerate().skip(1).map(move |(at, peer)| Comparison {
+        peer: peer.clone(),
+        ours: race.time(0) / units as f64,
+        theirs: race.time(at) / units as f64,
+        ratio: race.ratio(at, 0),
+    })
+}
+
+/// One line of the table.
 #[derive(Debug)]
 pub(crate) struct Line {
     /// What was measured.
@@ -58,8 +80,8 @@ pub(crate) struct Line {
 
 impl Line {
     /// A comparison of times in nanoseconds.
-    pub(crate) fn time(case: &str, standing: Standing, target: Option<Target>) -> Self {
-        let Standing { peer, ours, theirs, ratio } = standing;
+    pub(crate) fn time(case: &str, comparison: Comparison, target: Option<Target>) -> Self {
+        let Comparison { peer, ours, theirs, ratio } = comparison;
         Self { case: case.into(), metric: "time", unit: "ns", ours, peer, theirs, ratio, target }
     }
 
@@ -124,8 +146,8 @@ mod tests {
     use super::*;
 
     fn line(target: Target) -> Line {
-        let standing = Standing { peer: "b".into(), ours: 10.0, theirs: 30.0, ratio: 3.0 };
-        Line::time("a", standing, Some(target))
+        let comparison = Comparison { peer: "b".into(), ours: 10.0, theirs: 30.0, ratio: 3.0 };
+        Line::time("a", comparison, Some(target))
     }
 
     #[test]

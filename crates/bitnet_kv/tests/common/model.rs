@@ -4,7 +4,7 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use super::Random;
+use super::{Random, RandomTensor};
 
 pub const LAYERS: usize = 2;
 pub const HEADS: usize = 20;

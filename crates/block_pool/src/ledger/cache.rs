@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use super::write::cost_of_copy;
 use super::{Ledger, MAX_REF_COUNT};
 use crate::prefix::{Past, PrefixTree};
-use crate::{BlockId, KvEvent, PrefixKey, PrefixMatch};
+use crate::{AlreadyCached, BlockId, KvEvent, PrefixKey, PrefixMatch};
 
 /// A search for the cached blocks that continue a sequence.
 #[derive(Debug, Clone, Copy)]
@@ -64,7 +64,7 @@ impl Ledger {
     /// Caches the blocks `ids[at..]` under their tokens, which are `head` followed by `tokens`, as many as are full.
     /// Where a block with the same content is cached already, `ids` gets that one, and the block that it replaces is
     /// returned, still counted as used. Caches nothing if `epoch`, in which the content began to be written, is over.
-    /// Returns `None` if the first block is cached already.
+    /// Fails if the first block is cached already.
     pub(crate) fn cache(
         &mut self,
         epoch: u64,
@@ -73,17 +73,17 @@ impl Ledger {
         at: usize,
         head: &[u32],
         tokens: &[u32],
-    ) -> Option<SmallVec<[BlockId; 8]>> {
+    ) -> Result<SmallVec<[BlockId; 8]>, AlreadyCached> {
         let mut duplicates = SmallVec::new();
         if epoch != self.epoch || head.len() + tokens.len() < self.block_size {
-            return Some(duplicates);
+            return Ok(duplicates);
         }
         if self.tree.contains(ids[at]) {
-            return None;
+            return Err(AlreadyCached);
         }
         let mut parent_block = at.checked_sub(1).map(|before| ids[before]);
         // Without a parent no search would reach the block.
-        let Some(mut parent) = self.tree.start_or_root(key, at, parent_block) else { return Some(duplicates) };
+        let Some(mut parent) = self.tree.start_or_root(key, at, parent_block) else { return Ok(duplicates) };
         let mut head = head;
         let mut rest = tokens;
         for entry in &mut ids[at..] {
@@ -113,7 +113,7 @@ impl Ledger {
             }
             parent_block = Some(*entry);
         }
-        Some(duplicates)
+        Ok(duplicates)
     }
 
     /// The tokens of a cached block.

@@ -74,7 +74,7 @@ mod tests {
     /// There are enough blocks to admit the preempted sequence again at once.
     #[test]
     fn none_is_admitted_before_all_have_fitted_into_a_step() {
-        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
+        let shape = KvShape::new(1, 1, 4);
         let cache = KvCache::builder(shape).blocks(32).build().unwrap();
         let requests = vec![Request { prompt: vec![1, 2, 3], max_tokens: 4 }; 2];
         let sampling = Sampling::greedy();
@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn a_pool_used_by_other_tables_is_an_error_and_not_an_endless_wait() {
-        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 4 };
+        let shape = KvShape::new(1, 1, 4);
         let cache = KvCache::builder(shape).blocks(4).block_size(4).build().unwrap();
         let requests = [Request { prompt: vec![1; 8], max_tokens: 4 }];
         let sampling = Sampling::greedy();

@@ -23,16 +23,6 @@ pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Avx2>()
 }
 
-/// Calls an intrinsic of this instruction set, on registers or on an array of exactly the size that it reads or writes.
-macro_rules! instruction {
-    ($call:expr) => {{
-        // SAFETY: this type is private to this file and named only in `run`, and `Kernel::run` calls that only if
-        // `is_available` has confirmed that this CPU has the instructions. Pointers come from references to arrays of
-        // exactly the size that is read or written.
-        unsafe { $call }
-    }};
-}
-
 /// The same instruction on both halves.
 macro_rules! both {
     ($f:ident, $($x:expr),+) => { Self(instruction!($f($($x.0),+)), instruction!($f($($x.1),+))) };
@@ -45,6 +35,22 @@ impl Avx2 {
         let (low, high) = from.split_at(8);
         (instruction!(_mm_loadu_si128(low.as_ptr().cast())), instruction!(_mm_loadu_si128(high.as_ptr().cast())))
     }
+}
+
+/// Shifts the bits of eight integers, and reads them as floats.
+#[inline(always)]
+fn shift_left<const BITS: i32>(x: __m256i) -> __m256 {
+    instruction!(_mm256_castsi256_ps(instruction!(_mm256_slli_epi32::<BITS>(x))))
+}
+
+/// Adds to each sum the products of four unsigned bytes with four signed ones.
+///
+/// Two products are added in a signed 16-bit integer first: 255 * 64 * 2 and 127 * 127 * 2 fit.
+#[inline(always)]
+fn add_pairs(sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+    let pairs = instruction!(_mm256_maddubs_epi16(unsigned, signed));
+    let quads = instruction!(_mm256_madd_epi16(pairs, instruction!(_mm256_set1_epi16(1))));
+    instruction!(_mm256_add_epi32(sums, quads))
 }
 
 impl Wide for Avx2 {
@@ -78,18 +84,16 @@ impl Wide for Avx2 {
     fn load_f16(from: &[f16; LANES]) -> Self {
         let (low, high) = from.split_at(8);
         Self(
-            instruction!(_mm256_cvtph_ps(_mm_loadu_si128(low.as_ptr().cast()))),
-            instruction!(_mm256_cvtph_ps(_mm_loadu_si128(high.as_ptr().cast()))),
+            instruction!(_mm256_cvtph_ps(instruction!(_mm_loadu_si128(low.as_ptr().cast())))),
+            instruction!(_mm256_cvtph_ps(instruction!(_mm_loadu_si128(high.as_ptr().cast())))),
         )
     }
 
     #[inline(always)]
     fn load_bf16(from: &[bf16; LANES]) -> Self {
-        let load_16_bit = Self::load_16_bit(from);
-        Self(
-            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_16_bit.0)))),
-            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_16_bit.1)))),
-        )
+        let (low, high) = Self::load_16_bit(from);
+        let widen = |half| shift_left::<16>(instruction!(_mm256_cvtepu16_epi32(half)));
+        Self(widen(low), widen(high))
     }
 
     #[inline(always)]
@@ -129,8 +133,10 @@ impl Wide for Avx2 {
 
     #[inline(always)]
     fn max_or_nan(self, other: Self) -> Self {
-        let max =
-            |x, y| instruction!(_mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), _mm256_castps_si256(y))));
+        let max = |x, y| {
+            let (x, y) = (instruction!(_mm256_castps_si256(x)), instruction!(_mm256_castps_si256(y)));
+            instruction!(_mm256_castsi256_ps(instruction!(_mm256_max_epu32(x, y))))
+        };
         Self(max(self.0, other.0), max(self.1, other.1))
     }
 
@@ -145,10 +151,8 @@ impl Wide for Avx2 {
 
     #[inline(always)]
     fn power_of_two(self) -> Self {
-        Self(
-            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0)))),
-            instruction!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.1)))),
-        )
+        let shifted = |x| shift_left::<23>(instruction!(_mm256_castps_si256(x)));
+        Self(shifted(self.0), shifted(self.1))
     }
 
     type Ints = (__m256i, __m256i);
@@ -166,39 +170,27 @@ impl Wide for Avx2 {
         (instruction!(_mm256_loadu_si256(low.as_ptr().cast())), instruction!(_mm256_loadu_si256(high.as_ptr().cast())))
     }
 
-    // Two products of bytes are added in a signed 16-bit integer: 255 * 64 * 2 and 127 * 127 * 2 fit.
     #[inline(always)]
     fn dot_unsigned(sums: Self::Ints, quads: Self::Quads, by: [i8; 4]) -> Self::Ints {
         let by = i32::from_ne_bytes(by.map(|x| x as u8));
-        instruction!({
-            let (by, one) = (_mm256_set1_epi32(by), _mm256_set1_epi16(1));
-            (
-                _mm256_add_epi32(sums.0, _mm256_madd_epi16(_mm256_maddubs_epi16(quads.0, by), one)),
-                _mm256_add_epi32(sums.1, _mm256_madd_epi16(_mm256_maddubs_epi16(quads.1, by), one)),
-            )
-        })
+        let by = instruction!(_mm256_set1_epi32(by));
+        (add_pairs(sums.0, quads.0, by), add_pairs(sums.1, quads.1, by))
     }
 
     #[inline(always)]
     fn dot_signed(sums: Self::Ints, quads: Self::Quads, by: [u8; 4]) -> Self::Ints {
-        instruction!({
-            let (by, one) = (_mm256_set1_epi32(i32::from_ne_bytes(by)), _mm256_set1_epi16(1));
-            (
-                _mm256_add_epi32(sums.0, _mm256_madd_epi16(_mm256_maddubs_epi16(by, quads.0), one)),
-                _mm256_add_epi32(sums.1, _mm256_madd_epi16(_mm256_maddubs_epi16(by, quads.1), one)),
-            )
-        })
+        let by = instruction!(_mm256_set1_epi32(i32::from_ne_bytes(by)));
+        (add_pairs(sums.0, by, quads.0), add_pairs(sums.1, by, quads.1))
     }
 
     #[inline(always)]
     fn combine<const SHIFT: i32>(high: Self::Ints, low: Self::Ints, subtract: i32) -> Self::Ints {
-        instruction!({
-            let subtract = _mm256_set1_epi32(subtract);
-            (
-                _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32::<SHIFT>(high.0), low.0), subtract),
-                _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32::<SHIFT>(high.1), low.1), subtract),
-            )
-        })
+        let subtract = instruction!(_mm256_set1_epi32(subtract));
+        let combine = |high, low| {
+            let sum = instruction!(_mm256_add_epi32(instruction!(_mm256_slli_epi32::<SHIFT>(high)), low));
+            instruction!(_mm256_sub_epi32(sum, subtract))
+        };
+        (combine(high.0, low.0), combine(high.1, low.1))
     }
 
     #[inline(always)]
@@ -209,7 +201,7 @@ impl Wide for Avx2 {
     #[inline(always)]
     fn round_to_ints(self, to: &mut [i32; LANES]) {
         let (low, high) = to.split_at_mut(8);
-        instruction!(_mm256_storeu_si256(low.as_mut_ptr().cast(), _mm256_cvtps_epi32(self.0)));
-        instruction!(_mm256_storeu_si256(high.as_mut_ptr().cast(), _mm256_cvtps_epi32(self.1)));
+        instruction!(_mm256_storeu_si256(low.as_mut_ptr().cast(), instruction!(_mm256_cvtps_epi32(self.0))));
+        instruction!(_mm256_storeu_si256(high.as_mut_ptr().cast(), instruction!(_mm256_cvtps_epi32(self.1))));
     }
 }

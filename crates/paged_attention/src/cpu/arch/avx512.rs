@@ -30,14 +30,9 @@ pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Avx512>()
 }
 
-/// Calls an intrinsic of this instruction set, on registers or on an array of exactly the size that it reads or writes.
-macro_rules! instruction {
-    ($call:expr) => {{
-        // SAFETY: this type is private to this file and named only in `run`, and `Kernel::run` calls that only if
-        // `is_available` has confirmed that this CPU has the instructions. Pointers come from references to arrays of
-        // exactly the size that is read or written.
-        unsafe { $call }
-    }};
+#[inline(always)]
+fn splat_int(x: i32) -> __m512i {
+    instruction!(_mm512_set1_epi32(x))
 }
 
 impl Wide for Avx512 {
@@ -67,15 +62,13 @@ impl Wide for Avx512 {
 
     #[inline(always)]
     fn load_f16(from: &[f16; LANES]) -> Self {
-        Self(instruction!(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()))))
+        Self(instruction!(_mm512_cvtph_ps(instruction!(_mm256_loadu_si256(from.as_ptr().cast())))))
     }
 
     #[inline(always)]
     fn load_bf16(from: &[bf16; LANES]) -> Self {
-        Self(instruction!({
-            let upper = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(upper))
-        }))
+        let upper = instruction!(_mm512_cvtepu16_epi32(instruction!(_mm256_loadu_si256(from.as_ptr().cast()))));
+        Self(instruction!(_mm512_castsi512_ps(instruction!(_mm512_slli_epi32::<16>(upper)))))
     }
 
     #[inline(always)]
@@ -115,23 +108,20 @@ impl Wide for Avx512 {
 
     #[inline(always)]
     fn max_or_nan(self, other: Self) -> Self {
-        Self(instruction!({
-            let (x, y) = (_mm512_castps_si512(self.0), _mm512_castps_si512(other.0));
-            _mm512_castsi512_ps(_mm512_max_epu32(x, y))
-        }))
+        let (x, y) = (instruction!(_mm512_castps_si512(self.0)), instruction!(_mm512_castps_si512(other.0)));
+        Self(instruction!(_mm512_castsi512_ps(instruction!(_mm512_max_epu32(x, y)))))
     }
 
     #[inline(always)]
     fn select_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
-        Self(instruction!({
-            let mask = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, limit.0);
-            _mm512_mask_blend_ps(mask, otherwise.0, then.0)
-        }))
+        let mask = instruction!(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, limit.0));
+        Self(instruction!(_mm512_mask_blend_ps(mask, otherwise.0, then.0)))
     }
 
     #[inline(always)]
     fn power_of_two(self) -> Self {
-        Self(instruction!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))))
+        let bits = instruction!(_mm512_castps_si512(self.0));
+        Self(instruction!(_mm512_castsi512_ps(instruction!(_mm512_slli_epi32::<23>(bits)))))
     }
 
     type Ints = __m512i;
@@ -150,20 +140,19 @@ impl Wide for Avx512 {
     #[inline(always)]
     fn dot_unsigned(sums: __m512i, quads: __m512i, by: [i8; 4]) -> __m512i {
         let by = i32::from_ne_bytes(by.map(|x| x as u8));
-        instruction!(_mm512_dpbusd_epi32(sums, quads, _mm512_set1_epi32(by)))
+        instruction!(_mm512_dpbusd_epi32(sums, quads, splat_int(by)))
     }
 
     #[inline(always)]
     fn dot_signed(sums: __m512i, quads: __m512i, by: [u8; 4]) -> __m512i {
-        instruction!(_mm512_dpbusd_epi32(sums, _mm512_set1_epi32(i32::from_ne_bytes(by)), quads))
+        instruction!(_mm512_dpbusd_epi32(sums, splat_int(i32::from_ne_bytes(by)), quads))
     }
 
     #[inline(always)]
     fn combine<const SHIFT: i32>(high: __m512i, low: __m512i, subtract: i32) -> __m512i {
-        instruction!({
-            let shifted = _mm512_sllv_epi32(high, _mm512_set1_epi32(SHIFT));
-            _mm512_sub_epi32(_mm512_add_epi32(shifted, low), _mm512_set1_epi32(subtract))
-        })
+        let shifted = instruction!(_mm512_sllv_epi32(high, splat_int(SHIFT)));
+        let sum = instruction!(_mm512_add_epi32(shifted, low));
+        instruction!(_mm512_sub_epi32(sum, splat_int(subtract)))
     }
 
     #[inline(always)]
@@ -173,17 +162,15 @@ impl Wide for Avx512 {
 
     #[inline(always)]
     fn round_to_ints(self, to: &mut [i32; LANES]) {
-        instruction!(_mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_cvtps_epi32(self.0)));
+        instruction!(_mm512_storeu_si512(to.as_mut_ptr().cast(), instruction!(_mm512_cvtps_epi32(self.0))));
     }
 
     #[inline(always)]
     fn split<const SHIFT: i32>(self, high: &mut [u8; LANES], low: &mut [u8; LANES]) {
-        instruction!({
-            let ints = _mm512_cvtps_epi32(self.0);
-            let upper = _mm512_srlv_epi32(ints, _mm512_set1_epi32(SHIFT));
-            let lower = _mm512_and_si512(ints, _mm512_set1_epi32((1 << SHIFT) - 1));
-            _mm_storeu_si128(high.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(upper));
-            _mm_storeu_si128(low.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(lower));
-        });
+        let ints = instruction!(_mm512_cvtps_epi32(self.0));
+        let upper = instruction!(_mm512_srlv_epi32(ints, splat_int(SHIFT)));
+        let lower = instruction!(_mm512_and_si512(ints, splat_int((1 << SHIFT) - 1)));
+        instruction!(_mm_storeu_si128(high.as_mut_ptr().cast(), instruction!(_mm512_cvtepi32_epi8(upper))));
+        instruction!(_mm_storeu_si128(low.as_mut_ptr().cast(), instruction!(_mm512_cvtepi32_epi8(lower))));
     }
 }

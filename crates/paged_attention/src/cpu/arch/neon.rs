@@ -19,15 +19,6 @@ pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Neon>()
 }
 
-/// Calls an intrinsic of this instruction set, on registers or on an array of exactly the size that it reads or writes.
-macro_rules! instruction {
-    ($call:expr) => {{
-        // SAFETY: every 64-bit Arm CPU that this target covers has NEON. Pointers come from references to arrays of
-        // exactly the size that is read or written.
-        unsafe { $call }
-    }};
-}
-
 /// The same instruction on all four registers.
 macro_rules! all {
     ($f:ident, $($x:expr),+) => {
@@ -51,17 +42,19 @@ impl Neon {
 
 #[inline(always)]
 fn choose(x: float32x4_t, limit: float32x4_t, then: float32x4_t, otherwise: float32x4_t) -> float32x4_t {
-    instruction!(vbslq_f32(vcltq_f32(x, limit), then, otherwise))
+    instruction!(vbslq_f32(instruction!(vcltq_f32(x, limit)), then, otherwise))
 }
 
 #[inline(always)]
 fn max_bits(x: float32x4_t, y: float32x4_t) -> float32x4_t {
-    instruction!(vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(x), vreinterpretq_u32_f32(y))))
+    let (x, y) = (instruction!(vreinterpretq_u32_f32(x)), instruction!(vreinterpretq_u32_f32(y)));
+    instruction!(vreinterpretq_f32_u32(instruction!(vmaxq_u32(x, y))))
 }
 
 #[inline(always)]
 fn shift_to_exponent(x: float32x4_t) -> float32x4_t {
-    instruction!(vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(x))))
+    let bits = instruction!(vreinterpretq_u32_f32(x));
+    instruction!(vreinterpretq_f32_u32(instruction!(vshlq_n_u32::<23>(bits))))
 }
 
 impl Wide for Neon {
