@@ -8,6 +8,7 @@ use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::kv_cache::{ConcatKvCache, KvCache};
 use candle_nn::ops::softmax_last_dim;
 use half::f16;
+use harness::Contender;
 use rayon::ThreadPool;
 
 use crate::child::Case;

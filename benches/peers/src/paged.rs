@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use paged_attention::{Attention, BlockTable, KvCache, KvDtype, KvShape};
+use harness::Contender;
 use rayon::ThreadPool;
 
 use crate::child::Case;
