@@ -5,35 +5,67 @@ use std::ops::{Deref, Range};
 
 use smallvec::SmallVec;
 
-use crate::ledger::{Query, Writable};
-use crate::{AlreadyCached, BlockId, BlockPool, OutOfBlocks, PrefixKey, PrefixMatch, ReserveError};
+use crate::ledger::{Leftovers, Query, Reservation, Why};
+use crate::list::{Ids, List};
+use crate::{
+    AlreadyCached, BlockId, BlockPool, GroupBlock, OutOfBlocks, OutOfWindow, PrefixKey, PrefixMatch, ReserveError,
+    Span, Window,
+};
 
-/// The ids of a short sequence are stored inline, without an allocation.
-type Ids = SmallVec<[BlockId; 8]>;
-
-/// An ordered list of blocks that are in use. Dropping it frees them all, under one lock.
+/// The blocks of one sequence that are in use: an ordered list in each group of the pool. Dropping it frees them all,
+/// under one lock.
 ///
-/// A list, not a single block, is the unit of ownership: a double free or a use after free cannot be written in safe
-/// code, and blocks leak only if a list is never dropped (`std::mem::forget`). Several lists can use the same block
-/// (see [`fork`](Self::fork)); it is freed when the last of them is dropped.
-#[must_use = "dropping the list frees its blocks"]
+/// The whole of a sequence's blocks, not a single block, is the unit of ownership: a double free or a use after free
+/// cannot be written in safe code, and blocks leak only if they are never dropped (`std::mem::forget`). Several
+/// sequences can use the same block (see [`fork`](Self::fork)); it is freed when the last of them is dropped.
+///
+/// Blocks are numbered in the order of the sequence's tokens, and all groups have the same numbers: block `n` holds the
+/// tokens from `n * block_size` on. In a group with a window, those that the window has passed are freed, and the list
+/// does not have them any more. A `Blocks` is also the list of its first group, as a slice.
+#[must_use = "dropping them frees the blocks"]
 pub struct Blocks {
     pool: BlockPool,
-    ids: Ids,
-    /// The pool's epoch when the list got its first block: see [`BlockPool::reset_prefix_cache`].
+    first: List,
+    /// The lists of all groups but the first.
+    others: Vec<List>,
+    /// A window of the sequence itself, which narrows the span of every group.
+    window: Option<Window>,
+    /// The pool's epoch when the lists got their first block: see [`BlockPool::reset_prefix_cache`].
     epoch: u64,
 }
 
 impl Blocks {
-    /// Makes an empty list, to which [`grow`](Self::grow) can add blocks of `pool`.
+    /// Makes empty lists, to which [`grow`](Self::grow) can add blocks of `pool`.
     #[inline]
     pub fn empty(pool: &BlockPool) -> Self {
-        Self { pool: pool.clone(), ids: Ids::new(), epoch: 0 }
+        let others = match pool.groups().len() {
+            1 => Vec::new(),
+            groups => (1..groups).map(|_| List::default()).collect(),
+        };
+        Self { pool: pool.clone(), first: List::default(), others, window: None, epoch: 0 }
     }
 
-    /// Allocates `n` blocks that replace those of a list which got its first block in `epoch`.
-    pub(crate) fn successors(pool: &BlockPool, epoch: u64, n: usize) -> Result<Self, OutOfBlocks> {
-        let mut blocks = pool.allocate(n)?;
+    /// The same, for a sequence with a window of its own, which narrows the span of every group.
+    pub fn with_window(mut self, window: Option<Window>) -> Self {
+        self.window = window;
+        self
+    }
+
+    /// Allocates blocks that replace those of lists which got their first block in `epoch`: lists of these lengths, with
+    /// these numbers of freed blocks.
+    pub(crate) fn successors(
+        pool: &BlockPool,
+        window: Option<Window>,
+        epoch: u64,
+        lists: &[(usize, usize)],
+    ) -> Result<Self, OutOfBlocks> {
+        let mut blocks = Self::empty(pool).with_window(window);
+        let units = lists.iter().zip(pool.groups()).map(|((n, _), group)| n * group.units);
+        let (requested, available) = (units.sum(), pool.available());
+        for (group, &(n, freed)) in lists.iter().enumerate() {
+            blocks.grow_group(group, n).map_err(|_| OutOfBlocks { requested, available })?;
+            blocks.list_mut(group).freed = freed;
+        }
         blocks.epoch = epoch;
         Ok(blocks)
     }
@@ -48,174 +80,447 @@ impl Blocks {
         &self.pool
     }
 
-    /// Adds `n` blocks at the end, adjacent to the last one where possible.
+    /// The window of the sequence itself.
+    pub fn window(&self) -> Option<Window> {
+        self.window
+    }
+
+    /// Which tokens a token of the sequence sees in a group.
+    ///
+    /// # Panics
+    ///
+    /// If the pool has no such group.
+    #[inline]
+    pub fn span(&self, group: usize) -> Span {
+        self.pool.groups()[group].span.narrowed_by(self.window)
+    }
+
+    /// The blocks of a group, in order, without the freed ones; empty if the pool has no such group.
+    #[inline]
+    pub fn group(&self, group: usize) -> &[BlockId] {
+        self.list(group).map_or(&[], |list| &list.ids)
+    }
+
+    /// How many blocks the sequence has, freed ones included: the number of the next block.
+    #[inline]
+    pub fn end(&self) -> usize {
+        self.first.end()
+    }
+
+    /// The numbers of the blocks that were freed in a group. The blocks before the range come first in
+    /// [`group`](Self::group), those after it follow. If none was freed, the range is empty and at the end of the list.
+    pub fn freed(&self, group: usize) -> Range<usize> {
+        let Some(list) = self.list(group) else { return 0..0 };
+        let start = if list.freed > 0 { self.sink_blocks(group) } else { list.ids.len() };
+        start..start + list.freed
+    }
+
+    /// The block of a group with this number, unless it was freed.
+    #[inline]
+    pub fn block(&self, group: usize, number: usize) -> Option<BlockId> {
+        let list = self.list(group)?;
+        if list.freed == 0 {
+            return list.ids.get(number).copied();
+        }
+        list.block(number, self.sink_blocks(group))
+    }
+
+    #[inline]
+    fn list(&self, group: usize) -> Option<&List> {
+        match group {
+            0 => Some(&self.first),
+            group => self.others.get(group - 1),
+        }
+    }
+
+    #[inline]
+    fn list_mut(&mut self, group: usize) -> &mut List {
+        match group {
+            0 => &mut self.first,
+            group => &mut self.others[group - 1],
+        }
+    }
+
+    fn groups(&self) -> Range<usize> {
+        0..1 + self.others.len()
+    }
+
+    fn sink_blocks(&self, group: usize) -> usize {
+        self.span(group).sink_blocks(self.pool.block_size())
+    }
+
+    /// Adds `n` blocks at the end of each list, adjacent to the last one where possible.
     ///
     /// # Errors
     ///
-    /// [`OutOfBlocks`] when fewer than `n` are available; then none is added.
+    /// [`OutOfBlocks`] when the pool has no room for all of them; then none is added.
     #[inline]
     pub fn grow(&mut self, n: usize) -> Result<(), OutOfBlocks> {
         if n == 0 {
             return Ok(());
         }
-        self.make_room(n)?;
-        let last = self.ids.last().copied();
-        let Self { pool, ids, epoch } = self;
+        if self.others.is_empty() {
+            return self.grow_group(0, n);
+        }
+        self.reserve(None, n)
+    }
+
+    /// Adds `n` blocks at the end of one list.
+    #[inline]
+    fn grow_group(&mut self, group: usize, n: usize) -> Result<(), OutOfBlocks> {
+        if n == 0 {
+            return Ok(());
+        }
+        let units = self.pool.groups()[group].units;
+        let requested = if units == 1 { n } else { n.saturating_mul(units) };
+        if requested > self.pool.units() {
+            return Err(OutOfBlocks { requested, available: self.pool.available() });
+        }
+        let Self { pool, first, others, epoch, .. } = self;
+        let ids = if group == 0 { &mut first.ids } else { &mut others[group - 1].ids };
+        ids.reserve(n);
+        let last = ids.last().copied();
         let mut ledger = pool.ledger();
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        let evicted = ledger.allocate(n, last, |run| add(ids, run))?;
-        if evicted > 0 {
-            let orphaned = ledger.drain_orphaned();
+        let evicted = ledger.allocate_checked(group, n, last, |run| add(ids, run))?;
+        if evicted > 0 || ledger.has_leftovers() {
+            let leftovers = ledger.take_leftovers();
             drop(ledger);
-            self.clean_up(evicted, orphaned);
+            self.clean_up(&[Reservation { copied: None, evicted }], group, leftovers);
         }
         Ok(())
     }
 
-    /// Makes room in the list for `n` more ids, so that nothing is allocated on the heap under the pool's lock. More
-    /// blocks than the pool has are refused before memory for their ids is requested.
-    #[inline]
-    fn make_room(&mut self, n: usize) -> Result<(), OutOfBlocks> {
-        if n > self.pool.blocks() {
-            return Err(OutOfBlocks { requested: n, available: self.pool.available() });
+    /// Makes block number `at` writable in every group and adds `n` blocks at the end of each list. Copies are put
+    /// before those, and have yet to get their content.
+    fn reserve_blocks(&mut self, at: Option<usize>, n: usize) -> Result<SmallVec<[Reservation; 1]>, OutOfBlocks> {
+        // More blocks than the pool has are refused before memory for their ids is requested, outside of the lock.
+        if n > self.pool.units() {
+            let units = self.pool.groups().iter().map(|group| group.units).sum::<usize>();
+            let requested = n.saturating_mul(units);
+            return Err(OutOfBlocks { requested, available: self.pool.available() });
         }
-        self.ids.reserve(n);
-        Ok(())
+        let mut sinks = SmallVec::<[usize; 4]>::new();
+        let mut lists: SmallVec<[List; 4]> = SmallVec::new();
+        for group in self.groups() {
+            sinks.push(self.sink_blocks(group));
+            let list = self.list_mut(group);
+            list.ids.reserve(n.saturating_add(1));
+            lists.push(std::mem::take(list));
+        }
+        let mut ledger = self.pool.ledger();
+        if lists.iter().all(|list| list.ids.is_empty()) {
+            self.epoch = ledger.epoch();
+        }
+        let index = |group: usize, list: &List| list.index_of(at?, sinks[group]);
+        let reserved = ledger.reserve(&mut lists, index, n);
+        let leftovers = ledger.has_leftovers().then(|| ledger.take_leftovers());
+        drop(ledger);
+        for (group, list) in lists.into_iter().enumerate() {
+            *self.list_mut(group) = list;
+        }
+        let reserved = reserved?;
+        if leftovers.is_some() || reserved.iter().any(|of| of.evicted > 0) {
+            self.clean_up(&reserved, 0, leftovers.unwrap_or_default());
+        }
+        Ok(reserved)
     }
 
-    /// Finishes an allocation that has evicted blocks: those still have their old content.
+    fn reserve(&mut self, at: Option<usize>, n: usize) -> Result<(), OutOfBlocks> {
+        self.reserve_blocks(at, n).map(drop)
+    }
+
+    /// Finishes an allocation that has evicted blocks or taken memory of other groups: the former still have their old
+    /// content. `reserved` are the allocations of the groups from number `first` on.
     #[cold]
-    fn clean_up(&self, evicted: usize, orphaned: Vec<BlockId>) {
+    fn clean_up(&self, reserved: &[Reservation], first: usize, leftovers: Leftovers) {
         // Dropped at the end, even if the storage panics: this frees the blocks.
-        let orphaned = Blocks { pool: self.pool.clone(), ids: orphaned.into(), epoch: self.epoch };
-        self.pool.poison(&self.ids[self.ids.len() - evicted..]);
-        drop(orphaned);
+        let leftovers = self.pool.own(leftovers);
+        for (group, of) in (first..).zip(reserved) {
+            let ids = self.group(group);
+            self.pool.poison(group, &ids[ids.len() - of.evicted..]);
+        }
+        drop(leftovers);
         // Last, because this calls the host's code, which may panic.
+        let evicted: usize = reserved.iter().map(|of| of.evicted).sum();
         tracing::trace!(evicted, "cached blocks were evicted");
     }
 
-    /// Makes block `at` writable and adds `n` blocks at the end, in one transaction.
+    /// Makes block number `at` writable in every group and adds `n` blocks at the end of each list, in one transaction.
     ///
-    /// If block `at` is cached or other lists use it, too, this list gets a copy of it, and the original stays
-    /// unchanged (copy-on-write). There is one exception: if only this list uses the original and there is no room for
-    /// the copy, the original is uncached and written in place. If `at` is not in the list, nothing is copied.
+    /// If the block is cached or other sequences use it, too, this one gets a copy of it, and the original stays
+    /// unchanged (copy-on-write). There is one exception: if only this sequence uses the original and there is no room
+    /// for the copy, the original is uncached and written in place. If there is no block `at`, nothing is copied.
     ///
     /// # Errors
     ///
-    /// [`ReserveError::OutOfBlocks`] when the pool has no room for both the copy and the growth;
-    /// [`ReserveError::Storage`] when the copy fails. In both cases the list is unchanged.
+    /// [`ReserveError::OutOfBlocks`] when the pool has no room for both the copies and the growth;
+    /// [`ReserveError::Storage`] when a copy fails. In both cases the blocks are unchanged.
     #[inline]
     pub fn copy_on_write(&mut self, at: usize, n: usize) -> Result<(), ReserveError> {
-        let Some(&original) = self.ids.get(at) else {
-            return Ok(self.grow(n)?);
-        };
-        let before = self.ids.len();
-        self.make_room(n.saturating_add(1))?;
-        let last = self.ids.last().copied();
-        let Self { pool, ids, .. } = self;
-        let mut ledger = pool.ledger();
-        let (writable, evicted) = ledger.make_writable(original, n, last, |run| add(ids, run))?;
-        if evicted > 0 || ledger.has_orphaned() {
-            let orphaned = ledger.drain_orphaned();
-            drop(ledger);
-            self.clean_up(evicted, orphaned);
-        } else {
-            drop(ledger);
+        match self.writable(at) {
+            None => return Ok(self.grow(n)?),
+            Some(true) if n == 0 => return Ok(()),
+            Some(_) => {}
         }
-        if matches!(writable, Writable::InPlace) {
+        let before: SmallVec<[usize; 4]> = self.groups().map(|group| self.group(group).len()).collect();
+        let reserved = self.reserve_blocks(Some(at), n)?;
+        if reserved.iter().all(|of| of.copied.is_none()) {
             return Ok(());
         }
-        // Until it has its content, the copy stays at the end of the list. Meanwhile this list still uses the original,
-        // so that it cannot be allocated by another.
-        if let Err(error) = self.pool.storage().copy(original, self.ids[before]) {
-            self.truncate(before);
-            return Err(error.into());
+        // Until they have their content, the copies stay at the end of the lists. Meanwhile this sequence still uses the
+        // originals, so that they cannot be allocated by another.
+        for (group, of) in reserved.iter().enumerate() {
+            let Some(original) = of.copied else { continue };
+            if let Err(error) = self.pool.storage(group).copy(original, self.group(group)[before[group]]) {
+                for (group, before) in before.into_iter().enumerate() {
+                    self.truncate_group(group, before);
+                }
+                return Err(error.into());
+            }
         }
-        self.ids[at] = self.ids[before];
-        self.ids.remove(before);
-        let mut ledger = self.pool.ledger();
-        ledger.count_copy();
-        if at + 1 < before {
-            ledger.mark_passed(&[original]);
+        for (group, of) in reserved.iter().enumerate() {
+            let Some(original) = of.copied else { continue };
+            let (before, sinks) = (before[group], self.sink_blocks(group));
+            let list = self.list_mut(group);
+            let Some(index) = list.index_of(at, sinks) else { continue };
+            list.ids[index] = list.ids[before];
+            list.ids.remove(before);
+            let mut ledger = self.pool.ledger();
+            ledger.count_copy();
+            if index + 1 < before {
+                ledger.mark_passed(group, &[original]);
+            }
+            drop(ledger);
+            self.pool.free(group, &[original], Why::Ended);
         }
-        drop(ledger);
-        self.pool.free(&[original]);
         Ok(())
     }
 
-    /// Keeps the first `len` blocks and frees the others. Does nothing if there are no more than `len`.
+    /// Whether block number `at` can be written as it is, in every group that has it; `None` if no group has it.
     #[inline]
-    pub fn truncate(&mut self, len: usize) {
-        if len < self.ids.len() {
-            self.pool.free(&self.ids[len..]);
-            self.ids.truncate(len);
+    fn writable(&self, at: usize) -> Option<bool> {
+        let of = |group| Some((group, self.block(group, at)?));
+        let mut blocks = self.groups().filter_map(of).peekable();
+        blocks.peek()?;
+        let ledger = self.pool.ledger();
+        Some(blocks.all(|(group, id)| ledger.is_writable(group, id)))
+    }
+
+    /// Keeps the blocks before number `end` and frees the others. Does nothing if there are none.
+    #[inline]
+    pub fn truncate(&mut self, end: usize) {
+        for group in self.groups() {
+            let freed = self.list(group).map_or(0, |list| list.freed);
+            self.truncate_group(group, end.saturating_sub(freed));
         }
     }
 
-    /// Frees the blocks at `range`, as far as the list has them; those after it move up. Of these blocks, the cached
-    /// ones may from now on be evicted before the blocks that follow them.
-    pub fn remove(&mut self, range: Range<usize>) {
-        let end = range.end.min(self.ids.len());
-        if range.start < end {
-            self.pool.ledger().mark_passed(&self.ids[range.start..end]);
-            self.pool.free(&self.ids[range.start..end]);
-            self.ids.drain(range.start..end);
+    /// Keeps the first `len` blocks of a list.
+    #[inline]
+    fn truncate_group(&mut self, group: usize, len: usize) {
+        let Self { pool, first, others, .. } = self;
+        let ids = if group == 0 { &mut first.ids } else { &mut others[group - 1].ids };
+        if len < ids.len() {
+            pool.free(group, &ids[len..], Why::Ended);
+            ids.truncate(len);
         }
     }
 
-    /// Makes another list that uses the first `len` of these blocks too.
-    pub fn fork(&self, len: usize) -> Blocks {
-        let ids = Ids::from_slice(&self.ids[..len.min(self.ids.len())]);
-        if !ids.is_empty() {
-            self.pool.ledger().add_refs(&ids);
+    /// Keeps what a sequence of the first `len` tokens has.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfWindow`] when a window has freed a block that the next token would see; then nothing changes.
+    pub fn go_back(&mut self, len: usize) -> Result<(), OutOfWindow> {
+        let freed = self.freed_at(len)?;
+        for (group, freed) in freed.into_iter().enumerate() {
+            let sinks = self.sink_blocks(group);
+            if freed < self.list_mut(group).freed {
+                self.truncate_group(group, sinks);
+                self.list_mut(group).freed = freed;
+            }
         }
-        Blocks { pool: self.pool.clone(), ids, epoch: self.epoch }
+        self.truncate(self.pool.blocks_for(len));
+        Ok(())
+    }
+
+    /// For each group, how many of the first blocks of a sequence of the first `len` tokens are freed: as many as now, or
+    /// none if it ends before the freed ones.
+    fn freed_at(&self, len: usize) -> Result<SmallVec<[usize; 4]>, OutOfWindow> {
+        let block_size = self.pool.block_size();
+        let of = |group: usize| {
+            let freed = self.list(group).map_or(0, |list| list.freed);
+            if freed == 0 {
+                return Ok(0);
+            }
+            let (span, sinks) = (self.span(group), self.sink_blocks(group));
+            // If the group has no window, the caller stores the freed tokens elsewhere: only `len` itself must not lie
+            // among them.
+            let needed = if span.is_all() { len } else { span.start(len) };
+            let kept = (sinks + freed).saturating_mul(block_size);
+            match len {
+                _ if len <= sinks.saturating_mul(block_size) => Ok(0),
+                _ if needed >= kept => Ok(freed),
+                _ => Err(OutOfWindow { len, needed, kept }),
+            }
+        };
+        self.groups().map(of).collect()
+    }
+
+    /// Frees the blocks that no token after the first `len` tokens sees.
+    #[inline]
+    pub fn free_invisible(&mut self, len: usize) {
+        for group in self.groups() {
+            let span = self.span(group);
+            if !span.is_all() {
+                let block_size = self.pool.block_size();
+                let passed = span.freed_blocks(len, block_size);
+                self.free_after(group, span.sink_blocks(block_size), passed, Why::Passed);
+            }
+        }
+    }
+
+    /// Frees the blocks before number `end`, for sequences whose first tokens are stored elsewhere from now on. Does
+    /// nothing if a group has a window.
+    pub fn free_before(&mut self, end: usize) {
+        if self.groups().all(|group| self.span(group).is_all()) {
+            for group in self.groups() {
+                self.free_after(group, 0, end, Why::Ended);
+            }
+        }
+    }
+
+    /// Frees the first `passed` blocks after `sinks` of a list, unless they are freed already.
+    fn free_after(&mut self, group: usize, sinks: usize, passed: usize, why: Why) {
+        let Self { pool, first, others, .. } = self;
+        let list = if group == 0 { first } else { &mut others[group - 1] };
+        if passed <= list.freed {
+            return;
+        }
+        let range = sinks.min(list.ids.len())..(sinks + passed - list.freed).min(list.ids.len());
+        if !range.is_empty() {
+            pool.ledger().mark_passed(group, &list.ids[range.clone()]);
+            pool.free(group, &list.ids[range.clone()], why);
+            list.ids.drain(range);
+        }
+        list.freed = passed;
+    }
+
+    /// Makes other lists that use these blocks before number `end` too.
+    pub fn fork(&self, end: usize) -> Blocks {
+        let freed: SmallVec<[usize; 4]> = self.groups().map(|group| self.list(group).map_or(0, |l| l.freed)).collect();
+        self.fork_with(end, &freed)
+    }
+
+    /// Makes other lists that use what a sequence of the first `len` tokens has.
+    ///
+    /// # Errors
+    ///
+    /// As [`go_back`](Self::go_back).
+    pub fn fork_at(&self, len: usize) -> Result<Blocks, OutOfWindow> {
+        Ok(self.fork_with(self.pool.blocks_for(len), &self.freed_at(len)?))
+    }
+
+    fn fork_with(&self, end: usize, freed: &[usize]) -> Blocks {
+        let mut fork = Self::empty(&self.pool).with_window(self.window);
+        fork.epoch = self.epoch;
+        let mut ledger = self.pool.ledger();
+        for (group, &freed) in freed.iter().enumerate() {
+            let ids = self.group(group);
+            let ids = Ids::from_slice(&ids[..end.saturating_sub(freed).min(ids.len())]);
+            ledger.add_refs(group, &ids);
+            *fork.list_mut(group) = List { ids, freed };
+        }
+        drop(ledger);
+        fork
     }
 
     /// Adds the cached blocks that continue these with `tokens`, and returns how many of the tokens they cover. `at` is
-    /// the number, in its sequence, of the first block to match: the length of the list, unless blocks were
-    /// [removed](Self::remove).
+    /// the number of the first block to match: [`end`](Self::end).
     ///
-    /// Nothing matches unless `at` is 0, or the block before is cached under the same key. With a window, only those
-    /// blocks are added that a sequence of the new length uses: the blocks of the sink tokens, and those that its next
-    /// token sees. The last block added may match only in its first few tokens: it must be made writable with
+    /// Nothing matches unless `at` is 0, or the block before is cached under the same key. In a group with a window, only
+    /// those blocks are added that a sequence of the new length uses: the blocks of the sink tokens, and those that its
+    /// next token sees. The last block added may match only in its first few tokens: it must be made writable with
     /// [`copy_on_write`](Self::copy_on_write) before the sequence continues in it.
     pub fn match_prefix(&mut self, key: &PrefixKey, at: usize, tokens: &[u32]) -> usize {
         if tokens.is_empty() {
             return 0;
         }
-        self.ids.reserve(self.pool.blocks_for(tokens.len()).min(self.pool.blocks()));
-        let last = self.ids.last().copied();
-        let Self { pool, ids, epoch } = self;
+        let last = self.last(at);
+        let room = self.pool.blocks_for(tokens.len()).min(self.pool.units());
+        let Self { pool, first, others, epoch, .. } = self;
+        first.ids.reserve(room);
         let mut ledger = pool.ledger();
-        if ids.is_empty() {
+        if at == 0 {
             *epoch = ledger.epoch();
         }
-        ledger.match_prefix(Query { key, at, last, tokens }, |id| ids.push(id))
+        let query = Query { key, at, last, tokens };
+        let matched = if others.is_empty() {
+            ledger.match_prefix(query, |_, id| first.ids.push(id))
+        } else {
+            ledger.match_prefix(query, |group, id| match group {
+                0 => first.ids.push(id),
+                group => others[group - 1].ids.push(id),
+            })
+        };
+        drop(ledger);
+        if matched > 0 {
+            self.pass_matched(at, at * self.pool.block_size() + matched);
+        }
+        matched
     }
 
-    /// Looks up what [`match_prefix`](Self::match_prefix) would match at this moment, and how many available blocks it
-    /// would take to use that match and then to have slots for `slots` tokens from block number `at` on. No block is
-    /// used, and the statistics do not change.
-    pub fn lookup_prefix(&self, key: &PrefixKey, at: usize, tokens: &[u32], slots: usize) -> PrefixMatch {
-        let last = self.ids.last().copied();
-        self.pool.ledger().lookup_prefix(Query { key, at, last, tokens }, slots)
-    }
-
-    /// How many available blocks [`copy_on_write`](Self::copy_on_write) with the same arguments needs.
-    pub fn copy_on_write_cost(&self, at: usize, n: usize) -> usize {
-        match self.ids.get(at) {
-            Some(&id) => self.pool.ledger().copy_on_write_cost(id, n),
-            None => n,
+    /// After a match from block `at` on, up to `len` tokens: frees the blocks that the sequence had before and that
+    /// windows have passed now. The match has added no such blocks.
+    fn pass_matched(&mut self, at: usize, len: usize) {
+        let block_size = self.pool.block_size();
+        for group in self.groups() {
+            let span = self.span(group);
+            if span.is_all() {
+                continue;
+            }
+            let (sinks, passed) = (span.sink_blocks(block_size), span.freed_blocks(len, block_size));
+            let had = at.saturating_sub(sinks).min(passed);
+            self.free_after(group, sinks, had, Why::Passed);
+            let list = self.list_mut(group);
+            list.freed = list.freed.max(passed);
         }
     }
 
-    /// Caches the full blocks from `at` on under their tokens, which are `head` followed by `tokens`. Returns how many
-    /// blocks of the list were exchanged for blocks with the same content that were cached before.
+    /// Block number `at - 1` in any group that has it.
+    fn last(&self, at: usize) -> Option<GroupBlock> {
+        let number = at.checked_sub(1)?;
+        self.groups().find_map(|group| Some(GroupBlock { group, block: self.block(group, number)? }))
+    }
+
+    /// Looks up what [`match_prefix`](Self::match_prefix) would match at this moment, and how many available units it
+    /// would take to use that match and then to have slots for `slots` tokens from block number `at` on. With `chunk`,
+    /// the sequence gets slots for at most this many tokens at a time, and windows free blocks in between. No block is
+    /// used, and the statistics do not change.
+    pub fn lookup_prefix(
+        &self,
+        key: &PrefixKey,
+        at: usize,
+        tokens: &[u32],
+        slots: usize,
+        chunk: Option<usize>,
+    ) -> PrefixMatch {
+        let last = self.last(at);
+        self.pool.ledger().lookup_prefix(Query { key, at, last, tokens }, slots, chunk)
+    }
+
+    /// How many available units [`copy_on_write`](Self::copy_on_write) with the same arguments needs.
+    pub fn copy_on_write_cost(&self, at: usize, n: usize) -> usize {
+        self.pool.ledger().reserve_cost(self.groups().map(|group| self.block(group, at)), n)
+    }
+
+    /// Caches the full blocks from number `at` on under their tokens, which are `head` followed by `tokens`. Returns how
+    /// many blocks were exchanged for blocks with the same content that were cached before.
     ///
-    /// Nothing is cached from a list that got its first block before the last
+    /// Nothing is cached from lists that got their first block before the last
     /// [`reset_prefix_cache`](BlockPool::reset_prefix_cache).
     ///
     /// Other sequences read what is cached from now on: every slot of these blocks must have been written. Nothing is
@@ -226,23 +531,34 @@ impl Blocks {
     /// [`AlreadyCached`] if block `at` is cached: it has the content of another computation, not of these tokens, and
     /// nothing can be cached after it here.
     pub fn cache(&mut self, key: &PrefixKey, at: usize, head: &[u32], tokens: &[u32]) -> Result<usize, AlreadyCached> {
-        if head.len() >= self.pool.block_size() || at >= self.ids.len() {
+        if head.len() >= self.pool.block_size() || at >= self.end() {
             return Ok(0);
         }
-        let Self { pool, ids, epoch } = self;
-        let duplicates = pool.ledger().cache(*epoch, key, ids, at, head, tokens)?;
-        if !duplicates.is_empty() {
-            pool.free(&duplicates);
+        let Self { pool, first, others, epoch, .. } = self;
+        let duplicates = if others.is_empty() {
+            pool.ledger().cache(*epoch, key, std::slice::from_mut(first), at, head, tokens)?
+        } else {
+            let mut lists: SmallVec<[List; 4]> = SmallVec::new();
+            lists.push(std::mem::take(first));
+            lists.extend(others.iter_mut().map(std::mem::take));
+            let duplicates = pool.ledger().cache(*epoch, key, &mut lists, at, head, tokens);
+            let mut lists = lists.into_iter();
+            *first = lists.next().unwrap_or_default();
+            others.iter_mut().zip(lists).for_each(|(other, list)| *other = list);
+            duplicates?
+        };
+        for &(group, id) in &duplicates {
+            pool.free(group, &[id], Why::Ended);
         }
         Ok(duplicates.len())
     }
 
-    /// Copies the first `tokens.len()` tokens of block `at` into `tokens`. Returns whether the block is cached: only
-    /// then are its tokens known.
+    /// Copies the first `tokens.len()` tokens of block number `at` into `tokens`. Returns whether the block is cached:
+    /// only then are its tokens known.
     pub fn cached_tokens(&self, at: usize, tokens: &mut [u32]) -> bool {
-        let Some(&id) = self.ids.get(at) else { return false };
         let ledger = self.pool.ledger();
-        let known = ledger.tokens(id).and_then(|known| known.get(..tokens.len()));
+        let of = |group| ledger.tokens(group, self.block(group, at)?);
+        let known = self.groups().find_map(of).and_then(|known| known.get(..tokens.len()));
         if let Some(known) = known {
             tokens.copy_from_slice(known);
         }
@@ -265,19 +581,33 @@ impl Deref for Blocks {
 
     #[inline]
     fn deref(&self) -> &[BlockId] {
-        &self.ids
+        &self.first.ids
     }
 }
 
 impl fmt::Debug for Blocks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.iter()).finish()
+        if self.others.is_empty() {
+            return f.debug_list().entries(self.iter()).finish();
+        }
+        f.debug_list().entries(self.groups().map(|group| self.group(group))).finish()
     }
 }
 
 impl Drop for Blocks {
+    /// Blocks with windows are freed last, and so evicted last: without the last window of an idle prefix, all of the
+    /// prefix is useless.
     #[inline]
     fn drop(&mut self) {
-        self.truncate(0);
+        if self.others.is_empty() {
+            return self.truncate_group(0, 0);
+        }
+        for windowed in [false, true] {
+            for group in self.groups() {
+                if self.span(group).is_all() != windowed {
+                    self.truncate_group(group, 0);
+                }
+            }
+        }
     }
 }

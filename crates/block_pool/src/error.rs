@@ -43,6 +43,21 @@ pub enum ReserveError {
     Storage(#[from] StorageError),
 }
 
+/// A sequence cannot be truncated to this length: blocks that its next token would see were freed, by a window or by
+/// [`free_before`](crate::Blocks::free_before). Compute the sequence again, or use a larger window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error(
+    "cannot truncate to {len} tokens: position {needed} would be visible again, but positions before {kept} were freed"
+)]
+pub struct OutOfWindow {
+    /// The requested length.
+    pub len: usize,
+    /// The first position after the sink tokens that the next token would see.
+    pub needed: usize,
+    /// The first position after the sink tokens that was not freed.
+    pub kept: usize,
+}
+
 /// A pool cannot be made from these numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -53,6 +68,14 @@ pub enum PoolError {
     /// A block needs at least one token.
     #[error("a block of 0 tokens holds nothing")]
     EmptyBlocks,
+    /// The budget is less than one block of each group.
+    #[error("a budget of {units} units does not hold one block of each group, which take {one_of_each}")]
+    SmallBudget {
+        /// The budget.
+        units: usize,
+        /// What one block of each group takes.
+        one_of_each: usize,
+    },
     /// Blocks and slots are counted in 32 bits.
     #[error("{blocks} blocks of {block_size} tokens are too many: a pool has at most {max} slots")]
     TooLarge {

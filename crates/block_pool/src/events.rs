@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 
-use crate::{BlockId, PrefixKey};
+use crate::{BlockId, GroupBlock, PrefixKey};
 
 /// A change of what the pool has cached. A receiver that applies all events in order rebuilds the pool's prefix tree.
 ///
@@ -12,12 +12,16 @@ use crate::{BlockId, PrefixKey};
 #[cfg_attr(feature = "serde", serde(tag = "event", rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum KvEvent {
-    /// A full block became cached: it is found by its tokens and those of its ancestors.
+    /// A full block became cached: it is found by its tokens and those of its ancestors. In a pool with several groups,
+    /// the tokens are found when the blocks of all groups that the next token sees are cached.
     BlockStored {
+        /// The group of layers whose keys and values it has; 0 in a pool with one group.
+        group: usize,
         /// The block.
         block: BlockId,
-        /// The block before it in the prefix, which was stored earlier; `None` for the first block.
-        parent: Option<BlockId>,
+        /// A block of the tokens before it in the prefix, of any group, which was stored earlier; `None` for the first
+        /// tokens.
+        parent: Option<GroupBlock>,
         /// The tokens of the block, `block_size` of them. In the events that a stream begins with, they may be preceded
         /// by the tokens of blocks between `parent` and this one that were removed before the stream began. Then these
         /// are several times `block_size` tokens, and the last `block_size` are those of this block.
@@ -28,6 +32,8 @@ pub enum KvEvent {
     /// The block is not cached any more. Its node stays in the prefix tree as a tombstone while other blocks follow it,
     /// which sequences with a window may still match.
     BlockRemoved {
+        /// Its group of layers.
+        group: usize,
         /// The block.
         block: BlockId,
     },

@@ -1,18 +1,19 @@
 //! Which cached block is evicted next when memory is needed: the policy is in this file only.
 //!
-//! It is least recently used. The evictable blocks are a list in the order in which their ref_count became 0. A
-//! sequence frees its blocks from its end to its start. So within one sequence the tail is evicted before the head, and
-//! a child before its parent, and a prefix that many sequences share stays longest.
+//! First come the blocks that a window has passed: no sequence is likely to need them again. Then it is least recently
+//! used: the evictable blocks are a list in the order in which their ref_count became 0. A sequence frees its blocks
+//! from its end to its start. So within one sequence the tail is evicted before the head, and a child before its
+//! parent, and a prefix that many sequences share stays longest.
 
-use crate::BlockId;
+use crate::prefix::Entry;
 
-/// The evictable blocks, the next to be evicted first.
+/// The evictable blocks of all groups, the next to be evicted first.
 ///
-/// A ring of links, one entry for each block, and entry 0, which is both ends of the list. Zeroed memory is the empty
-/// list, and every operation is a few writes.
+/// Two rings of links, one entry for each block, and entries 0 and 1, which are both ends of a ring each. Zeroed memory
+/// never touched costs nothing, and every operation is a few writes.
 #[derive(Debug)]
 pub(crate) struct EvictionList {
-    /// Entry `i` has the `[older, newer]` entries of the block with index `i - 1`; entry 0 is both ends of the list.
+    /// Link `i` has the `[older, newer]` links of entry `i - 2`; links 0 and 1 are the ends of the rings.
     links: Vec<[u32; 2]>,
     len: usize,
 }
@@ -20,9 +21,15 @@ pub(crate) struct EvictionList {
 const OLDER: usize = 0;
 const NEWER: usize = 1;
 
+/// The ends of the ring of blocks that a window has passed, and of the others.
+const PASSED: u32 = 0;
+const OTHERS: u32 = 1;
+
 impl EvictionList {
     pub(crate) fn empty(blocks: usize) -> Self {
-        Self { links: vec![[0; 2]; blocks + 1], len: 0 }
+        let mut links = vec![[0; 2]; blocks + 2];
+        links[OTHERS as usize] = [OTHERS; 2];
+        Self { links, len: 0 }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -30,40 +37,69 @@ impl EvictionList {
     }
 
     /// The block that is evicted next.
-    pub(crate) fn next_victim(&self) -> Option<BlockId> {
-        Self::block(self.links[0][NEWER])
+    #[inline]
+    pub(crate) fn next_victim(&self) -> Option<Entry> {
+        self.oldest(PASSED).or_else(|| self.oldest_used())
+    }
+
+    /// The oldest block that no window has passed.
+    #[inline]
+    pub(crate) fn oldest_used(&self) -> Option<Entry> {
+        self.oldest(OTHERS)
+    }
+
+    #[inline]
+    fn oldest(&self, ring: u32) -> Option<Entry> {
+        Some(self.links[ring as usize][NEWER]).filter(|&link| link != ring).map(Self::entry)
     }
 
     /// Adds a block at the newest end: its ref_count has become 0.
-    pub(crate) fn insert(&mut self, id: BlockId) {
-        let entry = Self::entry(id);
-        let newest = self.links[0][OLDER];
-        self.links[entry as usize] = [newest, 0];
-        self.links[newest as usize][NEWER] = entry;
-        self.links[0][OLDER] = entry;
+    #[inline]
+    pub(crate) fn insert(&mut self, entry: Entry) {
+        self.insert_into(OTHERS, entry);
+    }
+
+    /// Adds a block that a window has passed.
+    #[inline]
+    pub(crate) fn insert_passed(&mut self, entry: Entry) {
+        self.insert_into(PASSED, entry);
+    }
+
+    #[inline]
+    fn insert_into(&mut self, ring: u32, entry: Entry) {
+        let link = Self::link(entry);
+        let newest = self.links[ring as usize][OLDER];
+        self.links[link as usize] = [newest, ring];
+        self.links[newest as usize][NEWER] = link;
+        self.links[ring as usize][OLDER] = link;
         self.len += 1;
     }
 
     /// Removes a block: it is in use again, or uncached.
-    pub(crate) fn remove(&mut self, id: BlockId) {
-        let [older, newer] = self.links[Self::entry(id) as usize];
+    #[inline]
+    pub(crate) fn remove(&mut self, entry: Entry) {
+        let [older, newer] = self.links[Self::link(entry) as usize];
         self.links[older as usize][NEWER] = newer;
         self.links[newer as usize][OLDER] = older;
         self.len -= 1;
     }
 
-    /// From the oldest to the newest.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = BlockId> + '_ {
-        let next = |id: &BlockId| Self::block(self.links[Self::entry(*id) as usize][NEWER]);
-        std::iter::successors(self.next_victim(), next)
+    /// From the next one to be evicted to the last.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Entry> + '_ {
+        [PASSED, OTHERS].into_iter().flat_map(move |ring| {
+            let next = move |link: &u32| Some(self.links[*link as usize][NEWER]).filter(|&link| link != ring);
+            std::iter::successors(next(&ring), next).map(Self::entry)
+        })
     }
 
-    fn entry(id: BlockId) -> u32 {
-        id.index() as u32 + 1
+    #[inline]
+    fn link(entry: Entry) -> u32 {
+        entry as u32 + 2
     }
 
-    fn block(entry: u32) -> Option<BlockId> {
-        entry.checked_sub(1).map(|index| BlockId::new(index as usize))
+    #[inline]
+    fn entry(link: u32) -> Entry {
+        link as usize - 2
     }
 }
 
@@ -72,16 +108,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_least_recently_used_block_is_evicted_first() {
-        let mut list = EvictionList::empty(4);
+    fn passed_blocks_are_evicted_first_then_the_least_recently_used() {
+        let mut list = EvictionList::empty(6);
         assert_eq!(list.next_victim(), None);
-        for index in [2, 0, 3, 1] {
-            list.insert(BlockId::new(index));
+        for entry in [2, 0, 3, 1] {
+            list.insert(entry);
         }
-        list.remove(BlockId::new(3));
-        list.remove(BlockId::new(2));
-        list.insert(BlockId::new(2));
-        assert_eq!(list.iter().map(BlockId::index).collect::<Vec<_>>(), [0, 1, 2]);
-        assert_eq!(list.len(), 3);
+        list.remove(3);
+        list.remove(2);
+        list.insert(2);
+        assert_eq!(list.iter().collect::<Vec<_>>(), [0, 1, 2]);
+        list.insert_passed(5);
+        list.insert_passed(4);
+        assert_eq!(list.iter().collect::<Vec<_>>(), [5, 4, 0, 1, 2]);
+        assert_eq!((list.next_victim(), list.oldest_used(), list.len()), (Some(5), Some(0), 5));
+        list.remove(4);
+        list.remove(5);
+        assert_eq!((list.next_victim(), list.len()), (Some(0), 3));
     }
 }

@@ -24,6 +24,7 @@ pub(crate) struct FreeBlocks {
     /// One bit per word: all its 64 blocks are free.
     whole: Vec<u64>,
     len: usize,
+    blocks: usize,
 }
 
 /// Blocks of one word that are about to become free.
@@ -43,6 +44,7 @@ impl FreeBlocks {
             any: vec![0; words.div_ceil(WORD)],
             whole: vec![0; words.div_ceil(WORD)],
             len: 0,
+            blocks,
         };
         for w in 0..words {
             let n = (blocks - w * WORD).min(WORD);
@@ -53,6 +55,21 @@ impl FreeBlocks {
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    /// How many blocks there are, free or not.
+    pub(crate) fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// The free blocks from `64 * at` on, one bit for each.
+    pub(crate) fn word(&self, at: usize) -> u64 {
+        self.words[at]
+    }
+
+    /// Takes a certain free block.
+    pub(crate) fn remove(&mut self, index: usize) {
+        self.remove_word(index / WORD, 1 << (index % WORD), 1);
     }
 
     pub(crate) fn contains(&self, id: BlockId) -> bool {

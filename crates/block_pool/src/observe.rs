@@ -10,7 +10,7 @@ static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, 
 ///
 /// | name | kind | |
 /// |---|---|---|
-/// | `kv_cache_blocks` | gauge | labelled `state`: `free`, `in_use` or `evictable` |
+/// | `kv_cache_blocks` | gauge | labelled `state`: `free`, `in_use` or `evictable`; with several groups, in units |
 /// | `kv_cache_queried_tokens` | counter | tokens for which a cached prefix was searched |
 /// | `kv_cache_hit_tokens` | counter | tokens of these that matched |
 /// | `kv_cache_evictions` | counter | cached blocks that were evicted |
@@ -39,7 +39,7 @@ impl PoolMetrics {
     pub fn record(&self, pool: &BlockPool) {
         let (free, evictable, stats) = {
             let ledger = pool.ledger();
-            (ledger.free_blocks(), ledger.evictable(), ledger.stats())
+            (ledger.free_units(), ledger.evictable(), ledger.stats())
         };
         let blocks = [free, pool.blocks() - free - evictable, evictable];
         let counters = [stats.queried_tokens, stats.hit_tokens, stats.evictions, stats.copies];

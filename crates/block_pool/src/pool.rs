@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-use crate::ledger::{Ledger, Query};
+use crate::ledger::{Ledger, Leftovers, Query, Why};
 use crate::storage::NoStorage;
 use crate::sync::{Arc, Mutex, MutexGuard, lock};
 use crate::{
-    BlockId, BlockStorage, Blocks, Inconsistent, KvEvents, OutOfBlocks, PoolError, PrefixKey, PrefixMatch, Stats,
+    BlockId, BlockStorage, Blocks, GroupBlocks, Inconsistent, KvEvents, OutOfBlocks, PoolError, PoolGroup, PrefixKey,
+    PrefixMatch, Stats,
 };
 
 /// The most slots of a pool. They are counted in 32 bits, signed, so that index tensors of any integer type can hold
@@ -17,6 +18,9 @@ pub(crate) const MAX_SLOTS: usize = i32::MAX as usize;
 const FREED_AT_ONCE: usize = 1024;
 
 /// A pool of fixed-size token blocks. Cloning gives another handle to the same pool.
+///
+/// A pool can have several groups of layers ([`with_groups`](Self::with_groups)). They share one budget, counted in
+/// *units*: a block of group `g` takes `groups()[g].units` of them. In a pool with one group a unit is a block.
 ///
 /// ```
 /// use block_pool::{BlockPool, OutOfBlocks};
@@ -38,8 +42,10 @@ pub struct BlockPool(Arc<Inner>);
 
 struct Inner {
     ledger: Mutex<Ledger>,
-    storage: Box<dyn BlockStorage>,
-    blocks: usize,
+    /// One for each group.
+    storages: Vec<Box<dyn BlockStorage>>,
+    groups: Vec<PoolGroup>,
+    units: usize,
     block_size: usize,
     poisons: bool,
 }
@@ -65,12 +71,52 @@ impl BlockPool {
         block_size: usize,
         storage: impl BlockStorage + 'static,
     ) -> Result<Self, PoolError> {
-        check_size(blocks, block_size)?;
+        Self::with_groups(blocks, block_size, [(PoolGroup::new(1), Box::new(storage) as Box<dyn BlockStorage>)])
+    }
+
+    /// Makes a pool of several groups of layers without memory: bookkeeping only.
+    ///
+    /// # Errors
+    ///
+    /// As [`with_groups`](Self::with_groups).
+    pub fn of_groups(units: usize, block_size: usize, groups: &[PoolGroup]) -> Result<Self, PoolError> {
+        Self::with_groups(units, block_size, groups.iter().map(|&group| (group, Box::new(NoStorage) as _)))
+    }
+
+    /// Makes a pool of several groups of layers, whose blocks lie in a storage of each group. The groups share a budget
+    /// of `units` units: at any time it can be used for blocks of any of them.
+    ///
+    /// A group never has more than [`blocks_of_group`](Self::blocks_of_group) blocks, and its storage needs room for this
+    /// many. With several groups that is address space for more than the budget: the pool asks a storage to
+    /// [release](BlockStorage::release) the memory of free blocks when another group needs it.
+    ///
+    /// # Errors
+    ///
+    /// [`PoolError`] when there is no group, a number is 0, a group has more than 2³¹ - 1 slots, or the budget does not
+    /// hold one block of each group.
+    pub fn with_groups(
+        units: usize,
+        block_size: usize,
+        groups: impl IntoIterator<Item = (PoolGroup, Box<dyn BlockStorage>)>,
+    ) -> Result<Self, PoolError> {
+        let (groups, storages): (Vec<_>, Vec<_>) = groups.into_iter().unzip();
+        let one_of_each = groups.iter().map(|group| group.units).fold(0, usize::saturating_add);
+        if units == 0 || groups.is_empty() || groups.iter().any(|group| group.units == 0) {
+            return Err(PoolError::NoBlocks);
+        }
+        for group in &groups {
+            check_size(units / group.units, block_size)?;
+        }
+        if units < one_of_each {
+            return Err(PoolError::SmallBudget { units, one_of_each });
+        }
+        let with_blocks: Vec<_> = groups.iter().map(|&group| (group, units / group.units)).collect();
         Ok(Self(Arc::new(Inner {
-            ledger: Mutex::new(Ledger::new(blocks, block_size)),
-            poisons: storage.poisons(),
-            storage: Box::new(storage),
-            blocks,
+            ledger: Mutex::new(Ledger::new(units, &with_blocks, block_size)),
+            poisons: storages.iter().any(|storage| storage.poisons()),
+            storages,
+            groups,
+            units,
             block_size,
         })))
     }
@@ -87,10 +133,42 @@ impl BlockPool {
         Ok(blocks)
     }
 
-    /// How many blocks the pool has.
+    /// How many blocks the pool has; with several groups, how many units its budget has.
     #[inline]
     pub fn blocks(&self) -> usize {
-        self.0.blocks
+        self.0.units
+    }
+
+    /// How many units the budget of all groups has.
+    #[inline]
+    pub fn units(&self) -> usize {
+        self.0.units
+    }
+
+    /// The groups of layers.
+    #[inline]
+    pub fn groups(&self) -> &[PoolGroup] {
+        &self.0.groups
+    }
+
+    /// How many blocks of a group there can be: as many as the whole budget has units for. 0 if there is no such group.
+    pub fn blocks_of_group(&self, group: usize) -> usize {
+        self.0.groups.get(group).map_or(0, |group| self.0.units / group.units)
+    }
+
+    /// How many blocks of a group are in use and evictable at this moment; none if there is no such group.
+    pub fn usage(&self, group: usize) -> GroupBlocks {
+        if group >= self.0.groups.len() {
+            return GroupBlocks::default();
+        }
+        let (in_use, evictable) = self.ledger().blocks_of_group(group);
+        GroupBlocks { in_use, evictable }
+    }
+
+    /// How many units of memory the blocks of all groups have at most, if groups share their memory: those that were
+    /// ever written, and not [released](BlockStorage::release) since.
+    pub fn resident(&self) -> usize {
+        if self.0.groups.len() == 1 { self.0.units } else { self.ledger().resident() }
     }
 
     /// How many tokens fit in a block.
@@ -99,20 +177,20 @@ impl BlockPool {
         self.0.block_size
     }
 
-    /// How many blocks can be allocated at this moment: the free ones, and the [evictable](Self::evictable) ones, which
-    /// are evicted for it.
+    /// How many units can be allocated at this moment: the free ones, and those of [evictable](Self::evictable) blocks,
+    /// which are evicted for it.
     pub fn available(&self) -> usize {
         self.ledger().available()
     }
 
-    /// How many blocks are evictable: cached and not in use.
+    /// How many units evictable blocks take: cached and not in use.
     pub fn evictable(&self) -> usize {
         self.ledger().evictable()
     }
 
-    /// How many blocks are in use. A block that several sequences share counts once.
+    /// How many units blocks in use take. A block that several sequences share counts once.
     pub fn in_use(&self) -> usize {
-        self.blocks() - self.available()
+        self.units() - self.available()
     }
 
     /// How many blocks `tokens` tokens need.
@@ -131,7 +209,7 @@ impl BlockPool {
     /// do not change. The last token is never part of the match, because its logits must be computed.
     pub fn lookup_prefix(&self, key: &PrefixKey, prompt: &[u32]) -> PrefixMatch {
         let known = &prompt[..prompt.len().saturating_sub(1)];
-        self.ledger().lookup_prefix(Query { key, at: 0, last: None, tokens: known }, prompt.len())
+        self.ledger().lookup_prefix(Query { key, at: 0, last: None, tokens: known }, prompt.len(), None)
     }
 
     /// Uncaches every prefix, for example after the model's weights have changed: what was computed with the old
@@ -141,10 +219,10 @@ impl BlockPool {
         let old_tree = self.ledger().reset();
         drop(old_tree);
         loop {
-            let mut freed = Freed { pool: self, ids: Vec::new() };
-            let to_poison = self.0.poisons.then_some(&mut freed.ids);
+            let mut freed = Freed { pool: self, blocks: Vec::new() };
+            let to_poison = self.0.poisons.then_some(&mut freed.blocks);
             let more = self.ledger().free_uncached(FREED_AT_ONCE, to_poison);
-            self.poison(&freed.ids);
+            freed.poison();
             if !more {
                 return;
             }
@@ -178,53 +256,84 @@ impl BlockPool {
         self.ledger().check()
     }
 
-    /// Does the same as [`check`](Self::check), and checks that the ref_count of each block is the number of times that
-    /// it occurs in `lists`. `lists` must be all the lists that use blocks, and no other thread may change one
-    /// meanwhile.
+    /// Does the same as [`check`](Self::check), and checks that the ref_count of each block of the first group is the
+    /// number of times that it occurs in `lists`. `lists` must be all the lists that use blocks, and no other thread may
+    /// change one meanwhile.
     ///
     /// # Errors
     ///
     /// [`Inconsistent`] names the first block whose ref_count is too high (it leaked) or too low.
     pub fn check_ref_counts<'a>(&self, lists: impl IntoIterator<Item = &'a [BlockId]>) -> Result<(), Inconsistent> {
+        self.check_ref_counts_of_group(0, lists)
+    }
+
+    /// Does the same as [`check_ref_counts`](Self::check_ref_counts) for a group.
+    ///
+    /// # Errors
+    ///
+    /// As [`check_ref_counts`](Self::check_ref_counts).
+    pub fn check_ref_counts_of_group<'a>(
+        &self,
+        group: usize,
+        lists: impl IntoIterator<Item = &'a [BlockId]>,
+    ) -> Result<(), Inconsistent> {
         // The caller's iterator runs without the lock: it may call the pool.
-        let mut counted = vec![0u32; self.blocks()];
+        let mut counted = vec![0u32; self.blocks_of_group(group)];
         for id in lists.into_iter().flatten() {
             match counted.get_mut(id.index()) {
                 Some(count) => *count = count.saturating_add(1),
                 None => return Err(Inconsistent(format!("{id:?} is not a block of this pool"))),
             }
         }
-        self.ledger().check_counted(&counted)
+        self.ledger().check_counted(group, &counted)
     }
 
-    pub(crate) fn storage(&self) -> &dyn BlockStorage {
-        &*self.0.storage
+    pub(crate) fn storage(&self, group: usize) -> &dyn BlockStorage {
+        &*self.0.storages[group]
     }
 
-    /// Decrements the ref_count of each block. If the storage poisons free blocks, it does so outside the lock, and
-    /// before the blocks can be allocated again.
+    /// Decrements the ref_count of each block of a group. If the storage poisons free blocks, it does so outside the
+    /// lock, and before the blocks can be allocated again.
     #[inline]
-    pub(crate) fn free(&self, ids: &[BlockId]) {
+    pub(crate) fn free(&self, group: usize, ids: &[BlockId], why: Why) {
         if ids.is_empty() {
             return;
         }
         // While a panic unwinds, the code that panicked may still be using the storage.
         if !self.0.poisons || std::thread::panicking() {
-            return self.ledger().free(ids);
+            return self.ledger().free(group, ids, why);
         }
+        let unfreed = self.ledger().free_except_last_refs(group, ids, why);
         // Dropped at the end, even if the storage panics: this frees the blocks.
-        let freed = Freed { pool: self, ids: self.ledger().free_except_last_refs(ids) };
-        self.poison(&freed.ids);
+        let freed = Freed { pool: self, blocks: unfreed.into_iter().map(|id| (group, id)).collect() };
+        freed.poison();
     }
 
     /// Overwrites blocks whose content is not needed any more, if the storage does that.
-    pub(crate) fn poison(&self, ids: &[BlockId]) {
+    pub(crate) fn poison(&self, group: usize, ids: &[BlockId]) {
         if self.0.poisons
             && !ids.is_empty()
-            && let Err(error) = self.storage().poison(ids)
+            && let Err(error) = self.storage(group).poison(ids)
         {
             tracing::warn!(%error, "free blocks could not be poisoned");
         }
+    }
+
+    /// Deals with the leftovers of an allocation, and returns their owner, which frees them.
+    pub(crate) fn own(&self, leftovers: Leftovers) -> impl Drop + use<'_> {
+        let Leftovers { evicted, mut unneeded } = leftovers;
+        let mut freed = Freed { pool: self, blocks: evicted };
+        freed.poison();
+        unneeded.sort_unstable();
+        let release = |of: &[(usize, BlockId)]| {
+            let ids: Vec<_> = of.iter().map(|&(_, id)| id).collect();
+            if let Some(&(group, _)) = of.first() {
+                self.storage(group).release(&ids);
+            }
+        };
+        freed.blocks.extend_from_slice(&unneeded);
+        unneeded.chunk_by(|a, b| a.0 == b.0).for_each(release);
+        freed
     }
 
     /// Nothing that runs under this lock can panic half-way, so the ledger is consistent even if the lock is poisoned.
@@ -234,22 +343,35 @@ impl BlockPool {
     }
 }
 
-/// Blocks with a ref_count of 1, which are freed when this is dropped.
+/// Blocks with a ref_count of 1, each with its group, which are freed when this is dropped.
 struct Freed<'p> {
     pool: &'p BlockPool,
-    ids: Vec<BlockId>,
+    blocks: Vec<(usize, BlockId)>,
+}
+
+impl Freed<'_> {
+    fn poison(&self) {
+        if self.pool.0.poisons {
+            for group in 0..self.pool.0.groups.len() {
+                let own = self.blocks.iter().filter(|(of, _)| *of == group);
+                self.pool.poison(group, &own.map(|&(_, id)| id).collect::<Vec<_>>());
+            }
+        }
+    }
 }
 
 impl Drop for Freed<'_> {
     fn drop(&mut self) {
-        self.pool.ledger().free(&self.ids);
+        let mut ledger = self.pool.ledger();
+        self.blocks.iter().for_each(|&(group, id)| ledger.free(group, &[id], Why::Ended));
     }
 }
 
 impl fmt::Debug for BlockPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BlockPool")
-            .field("blocks", &self.blocks())
+            .field("units", &self.units())
+            .field("groups", &self.groups().len())
             .field("block_size", &self.block_size())
             .field("available", &self.available())
             .finish()

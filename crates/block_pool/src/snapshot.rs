@@ -35,8 +35,10 @@ pub enum BlockState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Snapshot {
-    /// The state of each block, by its index.
+    /// The state of each block of the first group, by its index.
     pub blocks: Vec<BlockState>,
+    /// The states of the blocks of the other groups.
+    pub other_groups: Vec<Vec<BlockState>>,
     /// Tokens in a block.
     pub block_size: usize,
     /// What the pool has done since it was made.
@@ -47,16 +49,16 @@ pub struct Snapshot {
 const LINE: usize = 64;
 
 impl Snapshot {
-    /// How many blocks are in a state for which `is` is true.
-    fn count(&self, is: impl Fn(&BlockState) -> bool) -> usize {
-        self.blocks.iter().filter(|&state| is(state)).count()
+    /// The states of the blocks of each group.
+    pub fn groups(&self) -> impl Iterator<Item = &[BlockState]> {
+        std::iter::once(&self.blocks).chain(&self.other_groups).map(Vec::as_slice)
     }
 }
 
 impl BlockPool {
     /// The state of every block at this moment.
     pub fn snapshot(&self) -> Snapshot {
-        let ((ref_counts, cached), stats) = {
+        let (states, stats) = {
             let ledger = self.ledger();
             (ledger.states(), ledger.stats())
         };
@@ -65,32 +67,42 @@ impl BlockPool {
             (0, false) => BlockState::Free,
             (n, _) => BlockState::InUse(n),
         };
-        let blocks = ref_counts.into_iter().zip(cached).map(state).collect();
-        Snapshot { blocks, block_size: self.block_size(), stats }
+        let mut groups = states.into_iter().map(|states| states.into_iter().map(state).collect());
+        let blocks = groups.next().unwrap_or_default();
+        Snapshot { blocks, other_groups: groups.collect(), block_size: self.block_size(), stats }
     }
 }
 
 impl fmt::Display for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for line in self.blocks.chunks(LINE) {
-            for state in line {
-                match *state {
-                    BlockState::Free => f.write_str("·")?,
-                    BlockState::Evictable => f.write_str("▒")?,
-                    BlockState::InUse(1) => f.write_str("█")?,
-                    BlockState::InUse(n @ 2..=9) => write!(f, "{n}")?,
-                    BlockState::InUse(_) => f.write_str("+")?,
-                }
+        for (group, blocks) in self.groups().enumerate() {
+            if !self.other_groups.is_empty() {
+                writeln!(f, "group {group}:")?;
             }
-            writeln!(f)?;
+            picture(f, blocks)?;
         }
-        let evictable = self.count(|state| *state == BlockState::Evictable);
-        let free = self.count(|state| *state == BlockState::Free);
-        let blocks = self.blocks.len();
-        writeln!(
-            f,
-            "{} of {blocks} blocks in use (█ by one, a digit by several), {evictable} evictable (▒), {free} free (·)",
-            blocks - evictable - free
-        )
+        Ok(())
     }
+}
+
+fn picture(f: &mut fmt::Formatter<'_>, blocks: &[BlockState]) -> fmt::Result {
+    for line in blocks.chunks(LINE) {
+        for state in line {
+            match *state {
+                BlockState::Free => f.write_str("·")?,
+                BlockState::Evictable => f.write_str("▒")?,
+                BlockState::InUse(1) => f.write_str("█")?,
+                BlockState::InUse(n @ 2..=9) => write!(f, "{n}")?,
+                BlockState::InUse(_) => f.write_str("+")?,
+            }
+        }
+        writeln!(f)?;
+    }
+    let count = |is: BlockState| blocks.iter().filter(|&&state| state == is).count();
+    let (evictable, free, all) = (count(BlockState::Evictable), count(BlockState::Free), blocks.len());
+    let in_use = all - evictable - free;
+    writeln!(
+        f,
+        "{in_use} of {all} blocks in use (█ by one, a digit by several), {evictable} evictable (▒), {free} free (·)"
+    )
 }

@@ -2,7 +2,7 @@
 
 use crate::{BlockId, StorageError};
 
-/// The memory of a pool's blocks.
+/// The memory of the blocks of a pool, or of one of its groups of layers.
 ///
 /// The pool makes these calls outside its lock, and only for blocks that cannot be allocated or evicted meanwhile.
 pub trait BlockStorage: Send + Sync {
@@ -30,6 +30,13 @@ pub trait BlockStorage: Send + Sync {
 
     /// How many bytes [`read`](Self::read) appends.
     fn bytes_per_block(&self) -> usize;
+
+    /// Gives the memory of blocks back to the system, which provides it again, with any content, when they are written
+    /// next. Only a pool whose groups share their memory calls this, for blocks that no sequence uses. Without an
+    /// implementation the process keeps the memory.
+    fn release(&self, ids: &[BlockId]) {
+        let _ = ids;
+    }
 
     /// Whether blocks are [poisoned](Self::poison) when they become free. The pool calls this once, when it is made.
     fn poisons(&self) -> bool {

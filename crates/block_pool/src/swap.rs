@@ -1,13 +1,16 @@
 //! Blocks swapped out to host memory.
 
-use crate::{BlockPool, Blocks, PrefixKey, ReserveError, StorageError};
+use crate::{BlockPool, Blocks, PrefixKey, ReserveError, StorageError, Window};
 
-/// The content of a list of blocks in host memory, while the blocks themselves are used for other sequences.
+/// The content of a sequence's blocks in host memory, while the blocks themselves are used for other sequences.
 #[derive(Clone)]
 pub struct SwappedBlocks {
     pool: BlockPool,
+    window: Option<Window>,
     epoch: u64,
-    blocks: usize,
+    /// For each group, how many blocks there are, and how many were freed before.
+    lists: Vec<(usize, usize)>,
+    /// The content of the blocks, group by group.
     bytes: Vec<u8>,
     /// The key and the tokens of its cached prefix.
     prefix: Option<(PrefixKey, Vec<u32>)>,
@@ -19,16 +22,24 @@ impl Blocks {
     ///
     /// # Errors
     ///
-    /// [`StorageError`] when the memory cannot be read; then the list is unchanged.
+    /// [`StorageError`] when the memory cannot be read; then nothing changes.
     pub fn swap_out(&mut self) -> Result<SwappedBlocks, StorageError> {
         let pool = self.pool().clone();
-        let mut bytes = Vec::new();
-        for &id in self.iter() {
-            pool.storage().read(id, &mut bytes)?;
+        let (mut bytes, mut lists) = (Vec::new(), Vec::new());
+        let mut prefix: Option<(PrefixKey, Vec<u32>)> = None;
+        for group in 0..pool.groups().len() {
+            let ids = self.group(group);
+            for &id in ids {
+                pool.storage(group).read(id, &mut bytes)?;
+            }
+            lists.push((ids.len(), self.freed(group).len()));
+            // A group with a window knows only the tokens before those that it has freed.
+            let known = pool.ledger().prefix(group, ids);
+            let longer = |known: &(PrefixKey, Vec<u32>)| prefix.as_ref().is_none_or(|(_, of)| known.1.len() > of.len());
+            prefix = known.filter(longer).or(prefix);
         }
-        let prefix = pool.ledger().prefix(self);
-        let swapped = SwappedBlocks { epoch: self.epoch(), blocks: self.len(), bytes, prefix, pool };
-        self.truncate(0);
+        let swapped = SwappedBlocks { window: self.window(), epoch: self.epoch(), lists, bytes, prefix, pool };
+        *self = Blocks::empty(&swapped.pool).with_window(swapped.window);
         Ok(swapped)
     }
 }
@@ -39,9 +50,9 @@ impl SwappedBlocks {
         &self.pool
     }
 
-    /// How many blocks [`swap_in`](Self::swap_in) allocates.
-    pub fn blocks(&self) -> usize {
-        self.blocks
+    /// How many available units [`swap_in`](Self::swap_in) takes.
+    pub fn units(&self) -> usize {
+        self.lists.iter().zip(self.pool.groups()).map(|((blocks, _), group)| blocks * group.units).sum()
     }
 
     /// How many bytes of host memory the content takes.
@@ -57,10 +68,15 @@ impl SwappedBlocks {
     /// and the content stays in host memory.
     pub fn swap_in(&self) -> Result<Blocks, ReserveError> {
         let pool = &self.pool;
-        let mut blocks = Blocks::successors(pool, self.epoch, self.blocks)?;
-        let size = pool.storage().bytes_per_block();
-        for (at, &id) in blocks.iter().enumerate() {
-            pool.storage().write(id, &self.bytes[at * size..][..size])?;
+        let mut blocks = Blocks::successors(pool, self.window, self.epoch, &self.lists)?;
+        let mut bytes = &self.bytes[..];
+        for group in 0..pool.groups().len() {
+            let size = pool.storage(group).bytes_per_block();
+            for &id in blocks.group(group) {
+                let (block, rest) = bytes.split_at(size);
+                pool.storage(group).write(id, block)?;
+                bytes = rest;
+            }
         }
         if let Some((key, tokens)) = &self.prefix {
             // They were allocated here, so they are not cached.
@@ -72,6 +88,6 @@ impl SwappedBlocks {
 
 impl std::fmt::Debug for SwappedBlocks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SwappedBlocks").field("blocks", &self.blocks).field("bytes", &self.bytes.len()).finish()
+        f.debug_struct("SwappedBlocks").field("units", &self.units()).field("bytes", &self.bytes.len()).finish()
     }
 }

@@ -11,10 +11,10 @@ mod table;
 
 pub use admission::{Admission, Admitted, Need, Room, preemption_victim};
 pub use block_pool::{
-    BlockId, BlockPool, BlockState, KvEvent, KvEvents, OutOfBlocks, PoolError, PrefixKey, PrefixMatch, ReserveError,
-    Salt, Snapshot, Stats, StorageError, Window,
+    BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, KvEvent, KvEvents, OutOfBlocks, OutOfWindow, PoolError,
+    PoolGroup, PrefixKey, PrefixMatch, ReserveError, Salt, Snapshot, Span, Stats, StorageError, Window,
 };
-pub use error::{NotReserved, OutOfWindow};
+pub use error::NotReserved;
 pub use sequences::{CheckedOut, SequenceError, SequenceId, Sequences};
 pub use swap::SwappedTable;
 pub use table::{BlockTable, TableOptions};

@@ -26,14 +26,9 @@ impl BlockTable {
         }
         let block_size = self.pool().block_size();
         let blocks = positions.start / block_size..positions.end.div_ceil(block_size);
-        // Their indices in the list, before the freed range and after it. Both ranges are clamped to the list, so that
-        // a huge range of positions takes no longer than the list is.
-        let freed = self.freed_blocks();
-        let after = |block: usize| block.saturating_sub(freed.len()).clamp(freed.start, self.blocks.len());
-        let indices =
-            [blocks.start.min(freed.start)..blocks.end.min(freed.start), after(blocks.start)..after(blocks.end)];
-        for at in indices.into_iter().flatten() {
-            self.blocks.copy_on_write(at, 0)?;
+        // Clamped to the table, so that a huge range of positions takes no longer than the table is.
+        for number in blocks.start..blocks.end.min(self.blocks.end()) {
+            self.blocks.copy_on_write(number, 0)?;
         }
         if positions.start < self.len {
             (self.private, self.tail) = (true, None);
@@ -44,18 +39,14 @@ impl BlockTable {
     /// Frees the reserved blocks that lie wholly at or after position `end`. Blocks with committed tokens are kept,
     /// whatever `end` is.
     pub fn shrink_to(&mut self, end: usize) {
-        self.blocks.truncate(self.pool().blocks_for(end.max(self.len)) - self.freed);
+        self.blocks.truncate(self.pool().blocks_for(end.max(self.len)));
     }
 
     /// Frees the blocks that lie wholly before `position`, as a window does: for sequences whose first tokens are
     /// stored elsewhere from now on. Only blocks of committed tokens are freed: a `position` after the last token
-    /// counts as the length. On a table with a window this does nothing. Afterwards the sequence cannot be truncated to
+    /// counts as the length. On a table with a window, in any group, this does nothing. Afterwards the sequence cannot be truncated to
     /// a length inside the freed range, except to 0.
     pub fn free_before(&mut self, position: usize) {
-        let freed = position.min(self.len) / self.pool().block_size();
-        if self.window().is_none() && freed > self.freed {
-            self.blocks.remove(0..freed - self.freed);
-            self.freed = freed;
-        }
+        self.blocks.free_before(position.min(self.len) / self.pool().block_size());
     }
 }

@@ -10,7 +10,6 @@ use crate::table::Tokens;
 pub struct SwappedTable {
     blocks: SwappedBlocks,
     len: usize,
-    freed: usize,
     key: PrefixKey,
     private: bool,
     tail: Option<Tokens>,
@@ -28,8 +27,8 @@ impl BlockTable {
         self.roll_back();
         let blocks = self.blocks.swap_out()?;
         let tail = self.tail.replace(Tokens::new());
-        let (len, freed) = (std::mem::take(&mut self.len), std::mem::take(&mut self.freed));
-        let swapped = SwappedTable { blocks, len, freed, key: self.key.clone(), private: self.private, tail };
+        let len = std::mem::take(&mut self.len);
+        let swapped = SwappedTable { blocks, len, key: self.key.clone(), private: self.private, tail };
         // Last: this calls the host's code, which may panic.
         tracing::debug!(tokens = len, bytes = swapped.bytes(), "swapped out");
         Ok(swapped)
@@ -47,9 +46,9 @@ impl SwappedTable {
         self.len == 0
     }
 
-    /// How many blocks [`swap_in`](Self::swap_in) allocates.
+    /// How many available blocks [`swap_in`](Self::swap_in) takes; units, if the pool has several groups.
     pub fn blocks(&self) -> usize {
-        self.blocks.blocks()
+        self.blocks.units()
     }
 
     /// How many bytes of host memory the sequence takes.
@@ -64,11 +63,11 @@ impl SwappedTable {
     /// [`ReserveError::OutOfBlocks`] when too few blocks are available, [`ReserveError::Storage`] when the pool's
     /// memory cannot be written. No block is allocated then. `self` keeps the sequence in any case.
     pub fn swap_in(&self) -> Result<BlockTable, ReserveError> {
-        let Self { blocks, len, freed, key, private, tail } = self;
+        let Self { blocks, len, key, private, tail } = self;
         let blocks = blocks.swap_in()?;
         tracing::debug!(tokens = len, blocks = blocks.len(), "swapped in");
         let (key, tail) = (key.clone(), tail.clone());
-        Ok(BlockTable { blocks, len: *len, freed: *freed, key, private: *private, tail })
+        Ok(BlockTable { blocks, len: *len, key, private: *private, tail })
     }
 
     /// The pool that the sequence came from.

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use block_pool::{BlockId, BlockPool, Blocks, PrefixKey, PrefixMatch, ReserveError, Salt, Window};
+use block_pool::{BlockId, BlockPool, Blocks, OutOfWindow, PrefixKey, PrefixMatch, ReserveError, Salt, Span, Window};
 use smallvec::SmallVec;
 
-use crate::{NotReserved, OutOfWindow};
+use crate::NotReserved;
 
 /// The tokens of a block that is not full yet. Up to 16 of them are stored inline, without an allocation.
 pub(crate) type Tokens = SmallVec<[u32; 16]>;
@@ -48,11 +48,8 @@ pub(crate) type Tokens = SmallVec<[u32; 16]>;
 #[derive(Debug)]
 #[must_use = "dropping the table frees its blocks"]
 pub struct BlockTable {
-    /// The blocks of the sink tokens, then those that are not freed.
     pub(crate) blocks: Blocks,
     pub(crate) len: usize,
-    /// How many blocks after those of the sink tokens were freed.
-    pub(crate) freed: usize,
     /// The key under which prefixes of this sequence are cached. It contains the window.
     pub(crate) key: PrefixKey,
     /// Whether no prefix of this sequence is cached or matched.
@@ -105,7 +102,7 @@ impl BlockTable {
         let TableOptions { ref salt, window, private } = *options;
         let mut key = PrefixKey::new().salt(salt.clone());
         key.window = window;
-        Self { blocks: Blocks::empty(pool), len: 0, freed: 0, key, private, tail: Some(Tokens::new()) }
+        Self { blocks: Blocks::empty(pool).with_window(window), len: 0, key, private, tail: Some(Tokens::new()) }
     }
 
     /// The pool that the blocks come from.
@@ -128,7 +125,7 @@ impl BlockTable {
     /// The number of positions up to the end of the last block: the first position that has no slot yet.
     #[inline]
     pub fn capacity(&self) -> usize {
-        (self.blocks.len() + self.freed) * self.pool().block_size()
+        self.blocks.end() * self.pool().block_size()
     }
 
     /// The sliding window of the sequence.
@@ -136,24 +133,45 @@ impl BlockTable {
         self.key.window
     }
 
-    /// The blocks of the table, in the order of their positions, without the freed ones.
+    /// The blocks of the table, in the order of their positions, without the freed ones: those of the first group, if
+    /// the pool has several.
     pub fn blocks(&self) -> &[BlockId] {
         &self.blocks
     }
 
+    /// The blocks of the table in a group of layers, in the order of their positions, without the freed ones; empty if
+    /// the pool has no such group.
+    pub fn blocks_of_group(&self, group: usize) -> &[BlockId] {
+        self.blocks.group(group)
+    }
+
+    /// Which tokens a token of the sequence sees in a group of layers; all of them, if the pool has no such group.
+    pub fn span_of_group(&self, group: usize) -> Span {
+        if group < self.pool().groups().len() { self.blocks.span(group) } else { Span::all() }
+    }
+
     /// The range of logical blocks that were freed, by the window or by [`free_before`](Self::free_before). The logical
     /// blocks before the range come first in [`blocks`](Self::blocks), those after it follow. If none was freed, the
-    /// range is empty and at the end of the table.
+    /// range is empty and at the end of the table. If the pool has several groups, this is the range of the first one.
     pub fn freed_blocks(&self) -> Range<usize> {
-        let start = if self.freed > 0 { self.sink_blocks() } else { self.blocks.len() };
-        start..start + self.freed
+        self.blocks.freed(0)
+    }
+
+    /// The range of logical blocks that were freed in a group of layers.
+    pub fn freed_blocks_of_group(&self, group: usize) -> Range<usize> {
+        self.blocks.freed(group)
     }
 
     /// The slot of the token at `position`, `block * block_size + offset`; `None` if `position` is not below the
-    /// capacity or its block was freed.
+    /// capacity or its block was freed. If the pool has several groups, this is the slot in the first one.
     pub fn slot(&self, position: usize) -> Option<usize> {
+        self.slot_of_group(0, position)
+    }
+
+    /// The slot of the token at `position` in a group of layers.
+    pub fn slot_of_group(&self, group: usize, position: usize) -> Option<usize> {
         let block_size = self.pool().block_size();
-        let block = self.blocks.get(self.index_of(position / block_size)?)?;
+        let block = self.blocks.block(group, position / block_size)?;
         Some(block.index() * block_size + position % block_size)
     }
 
@@ -169,13 +187,6 @@ impl BlockTable {
         let matched = self.blocks.match_prefix(&self.key, at, wanted);
         self.len += matched;
         self.tail = Some(Tokens::from_slice(&tokens[self.len - self.len % block_size..self.len]));
-        if let Some(window) = self.key.window {
-            // The match added no blocks that the window has passed. Those that the table had before are freed here.
-            let passed = window.freed_blocks(self.len, block_size);
-            let had = at.saturating_sub(self.sink_blocks()).min(passed);
-            self.free_after_sinks(had);
-            self.freed = self.freed.max(passed);
-        }
         matched
     }
 
@@ -183,22 +194,27 @@ impl BlockTable {
     /// takes to use the match and then to [reserve](Self::reserve) slots for the rest of the tokens. Both calls succeed
     /// if that many blocks are available. The look-up uses no block and does not change the statistics.
     ///
-    /// Blocks that a window frees as it moves on are not subtracted.
+    /// Blocks that a window frees as it moves on are not subtracted: see
+    /// [`lookup_prefix_in_chunks`](Self::lookup_prefix_in_chunks).
     pub fn lookup_prefix(&self, tokens: &[u32]) -> PrefixMatch {
-        let block_size = self.pool().block_size();
-        match self.matchable(tokens) {
-            Some((at, wanted)) => self.blocks.lookup_prefix(&self.key, at, wanted, tokens.len() - self.len),
-            None => {
-                let rest = tokens.len().saturating_sub(self.len);
-                let growth = self.growth(rest);
-                let mut found = PrefixMatch::default();
-                found.blocks = match self.index_of(self.len / block_size) {
-                    Some(at) if rest > 0 => self.blocks.copy_on_write_cost(at, growth),
-                    _ => growth,
-                };
-                found
-            }
+        self.lookup(tokens, None)
+    }
+
+    /// The same, for a sequence that is computed in chunks of at most `chunk` tokens: a window frees blocks in between,
+    /// so a long prompt takes no more of them than its window and a chunk.
+    pub fn lookup_prefix_in_chunks(&self, tokens: &[u32], chunk: usize) -> PrefixMatch {
+        self.lookup(tokens, Some(chunk))
+    }
+
+    fn lookup(&self, tokens: &[u32], chunk: Option<usize>) -> PrefixMatch {
+        let rest = tokens.len().saturating_sub(self.len);
+        if let Some((at, wanted)) = self.matchable(tokens) {
+            return self.blocks.lookup_prefix(&self.key, at, wanted, rest, chunk);
         }
+        let mut found = PrefixMatch::default();
+        let at = if rest > 0 { self.len / self.pool().block_size() } else { usize::MAX };
+        found.blocks = self.blocks.copy_on_write_cost(at, self.growth(rest));
+        found
     }
 
     /// The logical index of the block after the last one, and those of `tokens` from there on that may be matched;
@@ -206,11 +222,8 @@ impl BlockTable {
     fn matchable<'t>(&self, tokens: &'t [u32]) -> Option<(usize, &'t [u32])> {
         let block_size = self.pool().block_size();
         let known = tokens.len().saturating_sub(1);
-        // The block before was freed, so the path in the prefix tree cannot be continued.
-        let broken = self.freed > 0 && self.blocks.len() == self.sink_blocks();
         let whole = self.len.is_multiple_of(block_size) && self.capacity() == self.len;
-        (!self.private && whole && self.len < known && !broken)
-            .then(|| (self.len / block_size, &tokens[self.len..known]))
+        (!self.private && whole && self.len < known).then(|| (self.len / block_size, &tokens[self.len..known]))
     }
 
     /// Allocates slots for `n` tokens after the committed ones, as far as there are none yet.
@@ -229,21 +242,16 @@ impl BlockTable {
         }
         // The common case of a decode step: the token falls into the last block. It needs no division.
         let capacity = self.capacity();
-        let inside = self.len.saturating_add(n) <= capacity && capacity - self.len <= self.pool().block_size();
-        if inside && self.freed == 0 {
-            return self.blocks.copy_on_write(self.blocks.len() - 1, 0);
+        if self.len.saturating_add(n) <= capacity && capacity - self.len <= self.pool().block_size() {
+            return self.blocks.copy_on_write(self.blocks.end() - 1, 0);
         }
-        let growth = self.growth(n);
-        match self.index_of(self.len / self.pool().block_size()) {
-            Some(at) => self.blocks.copy_on_write(at, growth),
-            None => Ok(self.blocks.grow(growth)?),
-        }
+        self.blocks.copy_on_write(self.len / self.pool().block_size(), self.growth(n))
     }
 
     /// How many blocks are missing to have slots for `n` tokens after the committed ones.
     fn growth(&self, n: usize) -> usize {
         let needed = self.pool().blocks_for(self.len.saturating_add(n));
-        needed.saturating_sub(self.blocks.len() + self.freed)
+        needed.saturating_sub(self.blocks.end())
     }
 
     /// Makes the next `n` reserved slots part of the sequence without giving their token ids. Their blocks are not
@@ -281,28 +289,26 @@ impl BlockTable {
             if let Some(tail) = &mut self.tail {
                 tail.extend_from_slice(tokens);
             }
-            self.free_invisible();
+            self.blocks.free_invisible(self.len);
             return Ok(());
         }
-        // Right after the freed range, the block before was freed: a cached block must follow its parent.
-        let follows = self.freed == 0 || first > self.sink_blocks() + self.freed;
-        if let (Some(tail), Some(at), true, false) = (&self.tail, self.index_of(first), follows, self.private) {
+        if let (Some(tail), false) = (&self.tail, self.private) {
             // An error: this block is still cached for other tokens, because `reserve` did not copy it. What follows it
             // must not be cached either.
-            self.private |= self.blocks.cache(&self.key, at, tail, tokens).is_err();
+            self.private |= self.blocks.cache(&self.key, first, tail, tokens).is_err();
         }
         let unfinished = self.len % block_size;
         let tail = self.tail.get_or_insert_default();
         tail.clear();
         tail.reserve(block_size);
         tail.extend_from_slice(&tokens[tokens.len() - unfinished..]);
-        self.free_invisible();
+        self.blocks.free_invisible(self.len);
         Ok(())
     }
 
     /// Frees the reserved blocks that have no committed token.
     pub fn roll_back(&mut self) {
-        self.blocks.truncate(self.pool().blocks_for(self.len) - self.freed);
+        self.blocks.truncate(self.pool().blocks_for(self.len));
     }
 
     /// Reserves and commits `n` tokens at once, without their token ids: for callers that write the slots later or
@@ -330,23 +336,20 @@ impl BlockTable {
     /// [`OutOfWindow`] when the window has already freed a position that the next token would see, or when `len` lies
     /// among the tokens that [`free_before`](Self::free_before) has freed. The table is then unchanged.
     pub fn truncate(&mut self, len: usize) -> Result<(), OutOfWindow> {
-        if len < self.len {
-            let freed = self.freed_at(len)?;
-            self.tail = self.tail_at(len);
-            self.len = len;
-            if freed < self.freed {
-                self.blocks.truncate(self.sink_blocks());
-                self.freed = freed;
-            }
+        if len >= self.len {
+            self.roll_back();
+            return Ok(());
         }
-        self.roll_back();
+        let tail = self.tail_at(len);
+        self.blocks.go_back(len)?;
+        (self.tail, self.len) = (tail, len);
         Ok(())
     }
 
     /// A second sequence with the same tokens, in the same blocks. A table that writes to a shared block gets a copy
     /// first (copy-on-write). Reserved blocks are not part of the fork.
     pub fn fork(&self) -> BlockTable {
-        self.fork_with(self.len, self.freed)
+        self.fork_with(self.len, self.blocks.fork(self.pool().blocks_for(self.len)))
     }
 
     /// Like [`fork`](Self::fork), but with the first `len` tokens only.
@@ -356,18 +359,11 @@ impl BlockTable {
     /// As [`truncate`](Self::truncate).
     pub fn fork_at(&self, len: usize) -> Result<BlockTable, OutOfWindow> {
         let len = len.min(self.len);
-        Ok(self.fork_with(len, self.freed_at(len)?))
+        Ok(self.fork_with(len, self.blocks.fork_at(len)?))
     }
 
-    fn fork_with(&self, len: usize, freed: usize) -> BlockTable {
-        BlockTable {
-            blocks: self.blocks.fork(self.pool().blocks_for(len) - freed),
-            len,
-            freed,
-            key: self.key.clone(),
-            private: self.private,
-            tail: self.tail_at(len),
-        }
+    fn fork_with(&self, len: usize, blocks: Blocks) -> BlockTable {
+        BlockTable { blocks, len, key: self.key.clone(), private: self.private, tail: self.tail_at(len) }
     }
 
     #[inline]
@@ -380,52 +376,7 @@ impl BlockTable {
         if n > 0 {
             self.len += n;
             self.tail = self.len.is_multiple_of(self.pool().block_size()).then(Tokens::new);
-            self.free_invisible();
-        }
-    }
-
-    /// The index in the list of the block with the logical index `block`; `None` if it was freed.
-    pub(crate) fn index_of(&self, block: usize) -> Option<usize> {
-        if block < self.sink_blocks() || self.freed == 0 {
-            return Some(block);
-        }
-        block.checked_sub(self.freed).filter(|&at| at >= self.sink_blocks())
-    }
-
-    fn sink_blocks(&self) -> usize {
-        self.key.window.map_or(0, |window| window.sink_blocks(self.pool().block_size()))
-    }
-
-    /// Frees the blocks that no later token sees.
-    fn free_invisible(&mut self) {
-        let Some(window) = self.key.window else { return };
-        self.free_after_sinks(window.freed_blocks(self.len, self.pool().block_size()));
-    }
-
-    /// Frees the first `passed` blocks after those of the sink tokens, unless they are freed already.
-    fn free_after_sinks(&mut self, passed: usize) {
-        if passed > self.freed {
-            let sinks = self.sink_blocks();
-            self.blocks.remove(sinks..sinks + passed - self.freed);
-            self.freed = passed;
-        }
-    }
-
-    /// The value of `freed` for the first `len` tokens of this table: unchanged, or 0 if they end before the freed
-    /// range. An error if the next token, at position `len`, would see a freed block.
-    fn freed_at(&self, len: usize) -> Result<usize, OutOfWindow> {
-        if self.freed == 0 {
-            return Ok(0);
-        }
-        let block_size = self.pool().block_size();
-        let sinks = self.sink_blocks();
-        // Without a window, the caller stores the freed tokens elsewhere: only `len` itself must not lie among them.
-        let (needed, kept) =
-            (self.key.window.map_or(len, |window| window.start(len)), (sinks + self.freed) * block_size);
-        match len {
-            _ if len <= sinks * block_size => Ok(0),
-            _ if needed >= kept => Ok(self.freed),
-            _ => Err(OutOfWindow { len, needed, kept }),
+            self.blocks.free_invisible(self.len);
         }
     }
 
@@ -440,6 +391,6 @@ impl BlockTable {
             return self.tail.as_ref().map(|tail| Tokens::from_slice(&tail[..n]));
         }
         let mut tokens = Tokens::from_elem(0, n);
-        self.blocks.cached_tokens(self.index_of(block)?, &mut tokens).then_some(tokens)
+        self.blocks.cached_tokens(block, &mut tokens).then_some(tokens)
     }
 }

@@ -4,7 +4,9 @@
 
 mod common;
 
-use block_table::{BlockId, BlockPool, BlockTable, KvEvent, PrefixKey, ReserveError, Salt, TableOptions, Window};
+use block_table::{
+    BlockId, BlockPool, BlockTable, GroupBlock, KvEvent, PrefixKey, ReserveError, Salt, TableOptions, Window,
+};
 use common::{POISON, Slots, content};
 
 /// A sequence that has computed all of these tokens.
@@ -310,9 +312,10 @@ fn events_report_stored_and_removed_blocks_in_order() {
     drop(pool.allocate(2).unwrap()); // evicts the second block, then the first
     pool.reset_prefix_cache();
 
-    let stored = |block: BlockId, parent, tokens: [u32; 2], salt: &Salt| KvEvent::BlockStored {
+    let stored = |block: BlockId, parent: Option<BlockId>, tokens: [u32; 2], salt: &Salt| KvEvent::BlockStored {
+        group: 0,
         block,
-        parent,
+        parent: parent.map(|block| GroupBlock { group: 0, block }),
         tokens: tokens.to_vec(),
         key: PrefixKey::new().salt(salt.clone()),
     };
@@ -320,8 +323,8 @@ fn events_report_stored_and_removed_blocks_in_order() {
         stored(first, None, [1, 2], &Salt::none()),
         stored(second, Some(first), [3, 4], &Salt::none()),
         stored(third, None, [1, 2], &Salt::new(b"s")),
-        KvEvent::BlockRemoved { block: second },
-        KvEvent::BlockRemoved { block: first },
+        KvEvent::BlockRemoved { group: 0, block: second },
+        KvEvent::BlockRemoved { group: 0, block: first },
         KvEvent::AllBlocksCleared,
     ];
     let received: Vec<KvEvent> = events.try_iter().collect();

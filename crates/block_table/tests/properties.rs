@@ -200,10 +200,10 @@ fn stream(prompt: usize, branch: u32) -> Vec<u32> {
 /// What a router does with an event.
 fn route(router: &mut HashMap<BlockId, (PrefixKey, Vec<u32>)>, event: KvEvent, orphans: bool) -> Check {
     match event {
-        KvEvent::BlockStored { block, parent, tokens, key } => {
+        KvEvent::BlockStored { block, parent, tokens, key, .. } => {
             let before = match parent {
                 Some(parent) => {
-                    let (of_parent, before) = router.get(&parent).ok_or(TestCaseError::fail("no parent"))?;
+                    let (of_parent, before) = router.get(&parent.block).ok_or(TestCaseError::fail("no parent"))?;
                     prop_assert_eq!(of_parent, &key);
                     before.clone()
                 }
@@ -211,7 +211,7 @@ fn route(router: &mut HashMap<BlockId, (PrefixKey, Vec<u32>)>, event: KvEvent, o
             };
             prop_assert_eq!(router.insert(block, (key, [before, tokens].concat())), None, "stored twice");
         }
-        KvEvent::BlockRemoved { block } => {
+        KvEvent::BlockRemoved { block, .. } => {
             let Some((key, prefix)) = router.remove(&block) else {
                 return Err(TestCaseError::fail("removed, but not stored"));
             };

@@ -184,7 +184,7 @@ fn the_key_must_match_the_block_before_too() {
     blocks.cache(&own, 0, &[], &[7, 7, 8, 8]).unwrap();
     let mut first = blocks.fork(1);
     assert_eq!(first.match_prefix(&other, 1, &[8, 8]), 0);
-    assert_eq!(first.lookup_prefix(&other, 1, &[8, 8], 2).tokens, 0);
+    assert_eq!(first.lookup_prefix(&other, 1, &[8, 8], 2, None).tokens, 0);
     // Nothing is cached there either: sequences with `own` would match what was computed under `other`.
     first.grow(1).unwrap();
     assert_eq!(first.cache(&other, 1, &[], &[9, 9]), Ok(0));
@@ -211,7 +211,9 @@ fn events_have_the_key_and_skip_evicted_blocks() {
         .subscribe()
         .try_iter()
         .map(|event| match event {
-            KvEvent::BlockStored { block, parent, tokens, key: of } if of == key => (block, parent, tokens),
+            KvEvent::BlockStored { block, parent, tokens, key: of, .. } if of == key => {
+                (block, parent.map(|parent| parent.block), tokens)
+            }
             other => panic!("{other:?}"),
         })
         .collect();

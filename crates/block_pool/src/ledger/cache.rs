@@ -4,10 +4,12 @@ use std::sync::mpsc::Receiver;
 
 use smallvec::SmallVec;
 
+use super::counts::Why;
 use super::write::cost_of_copy;
-use super::{Ledger, MAX_REF_COUNT};
-use crate::prefix::{Past, PrefixTree};
-use crate::{AlreadyCached, BlockId, KvEvent, PrefixKey, PrefixMatch};
+use super::{Ledger, MAX_REF_COUNT, tree_groups};
+use crate::list::List;
+use crate::prefix::{Entry, Past, PrefixTree};
+use crate::{AlreadyCached, BlockId, GroupBlock, KvEvent, PrefixKey, PrefixMatch, Span};
 
 /// A search for the cached blocks that continue a sequence.
 #[derive(Debug, Clone, Copy)]
@@ -16,79 +18,123 @@ pub(crate) struct Query<'a> {
     pub(crate) key: &'a PrefixKey,
     /// The number, in the sequence, of the first block to match.
     pub(crate) at: usize,
-    /// The block before that one.
-    pub(crate) last: Option<BlockId>,
+    /// The block before that one, in any group that has it.
+    pub(crate) last: Option<GroupBlock>,
     /// The sequence's tokens from that block on.
     pub(crate) tokens: &'a [u32],
 }
 
+/// Blocks that were exchanged for cached ones: still counted as used, each with its group.
+pub(crate) type Duplicates = SmallVec<[(usize, BlockId); 8]>;
+
 impl Ledger {
-    /// Uses the cached blocks that continue a sequence: increments their ref_counts and passes them to `matched`.
-    /// Returns how many tokens matched. They may end inside the last block.
-    pub(crate) fn match_prefix(&mut self, query: Query<'_>, mut matched: impl FnMut(BlockId)) -> usize {
+    fn last_entry(&self, last: Option<GroupBlock>) -> Option<Entry> {
+        last.map(|GroupBlock { group, block }| self.entry(group, block))
+    }
+
+    /// Uses the cached blocks that continue a sequence: increments their ref_counts and passes them to `matched`, group
+    /// by group. Returns how many tokens matched. They may end inside the last block.
+    pub(crate) fn match_prefix(&mut self, query: Query<'_>, mut matched: impl FnMut(usize, BlockId)) -> usize {
         self.stats.queries += 1;
         self.stats.queried_tokens += query.tokens.len() as u64;
         let Query { key, at, last, tokens } = query;
-        let Self { tree, ref_counts, evictable, .. } = self;
-        let found = tree.longest(key, at, last, tokens, |id| {
-            let ref_count = &mut ref_counts[id.index()];
+        let last = self.last_entry(last);
+        let Self { tree, ref_counts, evictable, groups, units_evictable, units_in_use, .. } = self;
+        let found = tree.longest(key, at, last, tokens, |group, id| {
+            let of = &mut groups[group];
+            let entry = of.first + id.index();
+            let ref_count = &mut ref_counts[entry];
             if *ref_count == 0 {
-                evictable.remove(id);
+                evictable.remove(entry);
+                of.evictable -= 1;
+                *units_evictable -= of.units;
+                *units_in_use += of.units;
             }
             *ref_count = MAX_REF_COUNT.min(*ref_count + 1);
-            matched(id);
+            matched(group, id);
         });
         self.tree.record_use(found);
         self.stats.hit_tokens += found.tokens as u64;
         found.tokens
     }
 
-    /// Looks up what [`match_prefix`](Self::match_prefix) would match, and how many available blocks the sequence would
-    /// take to have slots for `slots` tokens from there on.
-    pub(crate) fn lookup_prefix(&self, query: Query<'_>, slots: usize) -> PrefixMatch {
+    /// Looks up what [`match_prefix`](Self::match_prefix) would match, and how many available units the sequence would
+    /// take to have slots for `slots` tokens from there on, all at once. With `chunk`, it gets slots for at most this
+    /// many tokens at a time, and its windows free blocks in between.
+    pub(crate) fn lookup_prefix(&self, query: Query<'_>, slots: usize, chunk: Option<usize>) -> PrefixMatch {
         let Query { key, at, last, tokens } = query;
-        let (mut in_use, mut evictable, mut of_last) = (0usize, 0usize, 0);
-        let found = self.tree.longest(key, at, last, tokens, |id| {
-            of_last = self.ref_counts[id.index()];
-            *if of_last > 0 { &mut in_use } else { &mut evictable } += 1;
+        let block_size = self.block_size;
+        let mut found = PrefixMatch::default();
+        // Of the blocks of each group that match: the units of the evictable ones, and how many lists use the last one.
+        let mut groups: SmallVec<[(usize, u32); 1]> = SmallVec::from_elem((0, 0), self.groups.len());
+        let matched = self.tree.longest(key, at, self.last_entry(last), tokens, |group, id| {
+            let users = self.ref_counts[self.entry(group, id)];
+            let (evictable, of_last) = &mut groups[group];
+            *of_last = users;
+            if users > 0 {
+                found.in_use += 1;
+            } else {
+                found.evictable += 1;
+                *evictable += 1;
+            }
         });
-        let tokens = found.tokens;
-        let growth = slots.div_ceil(self.block_size).saturating_sub(tokens.div_ceil(self.block_size));
+        found.tokens = matched.tokens;
+        let matched = found.tokens;
         // Whether the sequence continues inside the last block.
-        let inside = !tokens.is_multiple_of(self.block_size) && slots > tokens;
-        let copy = if inside { cost_of_copy(of_last) } else { 0 };
-        let blocks = evictable.saturating_add(growth).saturating_add(copy);
-        PrefixMatch { tokens, in_use, evictable, blocks }
+        let inside = !matched.is_multiple_of(block_size) && slots > matched;
+        let before = at * block_size;
+        for (of, (evictable, of_last)) in self.groups.iter().zip(groups) {
+            let growth = slots.div_ceil(block_size).saturating_sub(matched.div_ceil(block_size));
+            let span = of.spec.span.narrowed_by(key.window);
+            let growth = growth.min(peak(span, block_size, before + matched, chunk));
+            let copy = if inside { cost_of_copy(of_last) } else { 0 };
+            found.blocks = found.blocks.saturating_add((evictable + growth + copy).saturating_mul(of.units));
+        }
+        found
     }
 
-    /// Caches the blocks `ids[at..]` under their tokens, which are `head` followed by `tokens`, as many as are full.
-    /// Where a block with the same content is cached already, `ids` gets that one, and the block that it replaces is
-    /// returned, still counted as used. Caches nothing if `epoch`, in which the content began to be written, is over.
-    /// Fails if the first block is cached already.
+    /// Caches the blocks of the lists from number `at` on under their tokens, which are `head` followed by `tokens`, as
+    /// many as are full. Where a block with the same content is cached already, the list gets that one, and the block
+    /// that it replaces is returned. Caches nothing if `epoch`, in which the content began to be written, is over. Fails
+    /// if a block at `at` is cached already.
     pub(crate) fn cache(
         &mut self,
         epoch: u64,
         key: &PrefixKey,
-        ids: &mut [BlockId],
+        lists: &mut [List],
         at: usize,
         head: &[u32],
         tokens: &[u32],
-    ) -> Result<SmallVec<[BlockId; 8]>, AlreadyCached> {
+    ) -> Result<Duplicates, AlreadyCached> {
         let mut duplicates = SmallVec::new();
         if epoch != self.epoch || head.len() + tokens.len() < self.block_size {
             return Ok(duplicates);
         }
-        if self.tree.contains(ids[at]) {
+        let sinks: SmallVec<[usize; 1]> =
+            self.groups.iter().map(|of| of.spec.span.narrowed_by(key.window).sink_blocks(self.block_size)).collect();
+        let block = |lists: &[List], group: usize, block: usize| lists[group].block(block, sinks[group]);
+        let is_cached = |this: &Self, lists: &[List], number: usize| {
+            (0..lists.len())
+                .any(|group| block(lists, group, number).is_some_and(|id| this.tree.contains(this.entry(group, id))))
+        };
+        if is_cached(self, lists, at) {
             return Err(AlreadyCached);
         }
-        let mut parent_block = at.checked_sub(1).map(|before| ids[before]);
+        let parent_of = |this: &Self, lists: &[List], number: usize| {
+            let all =
+                (0..lists.len()).filter_map(|group| Some(GroupBlock { group, block: block(lists, group, number)? }));
+            // The groups whose window has passed the block, or which have replaced it, do not know it.
+            all.into_iter().find(|&GroupBlock { group, block }| this.tree.contains(this.entry(group, block)))
+        };
+        let mut parent_block = at.checked_sub(1).and_then(|before| parent_of(self, lists, before));
         // Without a parent no search would reach the block.
-        let Some(mut parent) = self.tree.start_or_root(key, at, parent_block) else { return Ok(duplicates) };
+        let last = self.last_entry(parent_block);
+        let Some(mut parent) = self.tree.start_or_root(key, at, last) else { return Ok(duplicates) };
         let mut head = head;
         let mut rest = tokens;
-        for entry in &mut ids[at..] {
-            let id = *entry;
-            if head.len() + rest.len() < self.block_size || self.tree.contains(id) {
+        let end = lists.iter().map(List::end).max().unwrap_or(0);
+        for number in at..end {
+            if head.len() + rest.len() < self.block_size || is_cached(self, lists, number) {
                 break;
             }
             let (now, later) = rest.split_at(self.block_size - head.len());
@@ -96,35 +142,41 @@ impl Ledger {
             own[..head.len()].copy_from_slice(head);
             own[head.len()..].copy_from_slice(now);
             (head, rest) = (&[], later);
-            let (node, same) = self.tree.insert(parent, id);
-            parent = node;
-            match same {
-                None => {
-                    let tokens = || self.tree.tokens(id).unwrap_or_default().to_vec();
-                    let event =
-                        || KvEvent::BlockStored { block: id, parent: parent_block, tokens: tokens(), key: key.clone() };
-                    self.subscribers.publish(event);
+            let node = self.tree.insert(parent);
+            let mut first = None;
+            for group in 0..lists.len() {
+                let Some(index) = lists[group].index_of(number, sinks[group]) else { continue };
+                let id = lists[group].ids[index];
+                match self.tree.set_block(node, group, id) {
+                    None => {
+                        let tokens = || self.tree.tokens_of(node.0).to_vec();
+                        let (parent, key) = (parent_block, || key.clone());
+                        let event = || KvEvent::BlockStored { group, block: id, parent, tokens: tokens(), key: key() };
+                        self.subscribers.publish(event);
+                    }
+                    Some(same) => {
+                        self.add_ref(group, self.entry(group, same));
+                        lists[group].ids[index] = same;
+                        duplicates.push((group, id));
+                    }
                 }
-                Some(same) => {
-                    self.add_ref(same);
-                    *entry = same;
-                    duplicates.push(id);
-                }
+                first = first.or(Some(GroupBlock { group, block: lists[group].ids[index] }));
             }
-            parent_block = Some(*entry);
+            (parent, parent_block) = (node.0, first);
         }
         Ok(duplicates)
     }
 
     /// The tokens of a cached block.
-    pub(crate) fn tokens(&self, id: BlockId) -> Option<&[u32]> {
-        self.tree.tokens(id)
+    pub(crate) fn tokens(&self, group: usize, id: BlockId) -> Option<&[u32]> {
+        self.tree.tokens(self.entry(group, id))
     }
 
-    /// The key and the tokens of the cached prefix that `ids` begin with.
-    pub(crate) fn prefix(&self, ids: &[BlockId]) -> Option<(PrefixKey, Vec<u32>)> {
-        let (key, blocks) = self.tree.path(ids)?;
-        let tokens = ids[..blocks].iter().filter_map(|&id| self.tree.tokens(id)).flatten().copied().collect();
+    /// The key and the tokens of the cached prefix that a group's blocks begin with.
+    pub(crate) fn prefix(&self, group: usize, ids: &[BlockId]) -> Option<(PrefixKey, Vec<u32>)> {
+        let entries: Vec<Entry> = ids.iter().map(|&id| self.entry(group, id)).collect();
+        let (key, blocks) = self.tree.path(&entries)?;
+        let tokens = entries[..blocks].iter().filter_map(|&entry| self.tree.tokens(entry)).flatten().copied().collect();
         Some((key, tokens))
     }
 
@@ -137,25 +189,29 @@ impl Ledger {
     pub(crate) fn reset(&mut self) -> PrefixTree {
         self.epoch += 1;
         self.subscribers.publish(|| KvEvent::AllBlocksCleared);
-        let empty = PrefixTree::new(self.ref_counts.len(), self.block_size);
+        let empty = PrefixTree::new(self.ref_counts.len(), tree_groups(&self.groups), self.block_size);
         std::mem::replace(&mut self.tree, empty)
     }
 
     /// Frees up to `n` of the blocks that were evictable when the tree was reset. Returns whether there may be more. If
     /// the blocks are to be poisoned first, they are added to `to_poison` instead, with a ref_count of 1, and the
     /// caller frees them.
-    pub(crate) fn free_uncached(&mut self, n: usize, to_poison: Option<&mut Vec<BlockId>>) -> bool {
+    pub(crate) fn free_uncached(&mut self, n: usize, to_poison: Option<&mut Vec<(usize, BlockId)>>) -> bool {
         let mut uncached = Vec::new();
         let list = to_poison.unwrap_or(&mut uncached);
         let before = list.len();
         for _ in 0..n {
-            // Their ref_count became 0 before that of all blocks cached since, so they come first.
-            let Some(id) = self.evictable.next_victim().filter(|&id| !self.tree.contains(id)) else { break };
-            self.add_ref(id);
-            list.push(id);
+            // In each of the two orders of eviction, their ref_count became 0 before that of all blocks cached since, so
+            // they come first.
+            let is_left = |entry: &Entry| !self.tree.contains(*entry);
+            let oldest = [self.evictable.next_victim(), self.evictable.oldest_used()];
+            let Some(entry) = oldest.into_iter().flatten().find(is_left) else { break };
+            let (group, id) = self.block(entry);
+            self.add_ref(group, entry);
+            list.push((group, id));
         }
         let more = list.len() - before == n;
-        self.free(&uncached);
+        uncached.into_iter().for_each(|(group, id)| self.free(group, &[id], Why::Ended));
         more
     }
 
@@ -163,4 +219,13 @@ impl Ledger {
     pub(crate) fn subscribe(&mut self) -> (Past, Receiver<KvEvent>) {
         (self.tree.past(), self.subscribers.add())
     }
+}
+
+/// The most blocks that a sequence adds in a group, to those of its first `from` tokens, while it grows by at most
+/// `chunk` tokens at a time; up to a block too many.
+fn peak(span: Span, block_size: usize, from: usize, chunk: Option<usize>) -> usize {
+    let Some(chunk) = chunk.filter(|_| !span.is_all()) else { return usize::MAX };
+    let had = from.div_ceil(block_size).saturating_sub(span.freed_blocks(from, block_size));
+    let most = span.sink_blocks(block_size).saturating_add(span.reach(block_size));
+    most.saturating_add(chunk.div_ceil(block_size)).saturating_sub(had)
 }

@@ -51,6 +51,13 @@ impl Children {
         }
     }
 
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::Few(children) => children.len(),
+            Self::Many(children) => children.len(),
+        }
+    }
+
     /// The child with exactly these tokens.
     #[inline(always)]
     pub(super) fn get<'t>(&self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> Option<NodeKey> {

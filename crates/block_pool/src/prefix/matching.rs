@@ -3,8 +3,8 @@
 use smallvec::SmallVec;
 
 use super::children::Near;
-use super::{NodeKey, PrefixTree};
-use crate::{BlockId, PrefixKey, Window};
+use super::{Entry, NodeKey, PrefixTree};
+use crate::{BlockId, PrefixKey, Span};
 
 /// The result of a search for a prefix.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -17,22 +17,22 @@ pub(crate) struct Match {
 
 impl PrefixTree {
     /// Finds the longest cached prefix of `tokens`, a sequence's tokens from its block number `at` on; `last` is the
-    /// block before. Passes to `found`, in order, the blocks that a table of that length uses: all of them, or, with a
-    /// window, those of the sink tokens and those that the next token sees.
+    /// block before. Passes to `found`, group by group and in order, the blocks that a table of that length uses: all of
+    /// them, or, with a window, those of the sink tokens and those that the next token sees.
     #[inline]
     pub(crate) fn longest(
         &self,
         key: &PrefixKey,
         at: usize,
-        last: Option<BlockId>,
+        last: Option<Entry>,
         tokens: &[u32],
-        mut found: impl FnMut(BlockId),
+        mut found: impl FnMut(usize, BlockId),
     ) -> Match {
         let Some(start) = self.start(key, at, last) else { return Match::default() };
-        match key.window {
-            None => self.longest_without_window(start, tokens, found),
-            Some(window) => self.longest_with_window(window, start, at, tokens, &mut found),
+        if self.groups.len() == 1 && key.window.is_none() && self.groups[0].0.is_all() {
+            return self.longest_without_window(start, tokens, |id| found(0, id));
         }
+        self.longest_with_windows(key, start, at, tokens, &mut found)
     }
 
     /// Marks a match as used.
@@ -42,7 +42,7 @@ impl PrefixTree {
         }
     }
 
-    /// Without a window, a prefix ends before the first block that is missing.
+    /// With one group and without a window, a prefix ends before the first block that is missing.
     #[inline]
     fn longest_without_window(&self, start: NodeKey, tokens: &[u32], mut found: impl FnMut(BlockId)) -> Match {
         let mut longest = Match { tokens: 0, end: start };
@@ -56,14 +56,14 @@ impl PrefixTree {
                 None => Near::Between(children.neighbours(rest, of)),
             };
             let part = match near {
-                Near::Exact(child) => match self.block(child) {
+                Near::Exact(child) => match self.block(child, 0) {
                     Some(id) => {
                         longest.end = child;
                         Some((id, self.block_size))
                     }
-                    None => self.nearest_of(children.neighbours(rest, of), rest),
+                    None => self.nearest_block(children.neighbours(rest, of), rest),
                 },
-                Near::Between(neighbours) => self.nearest_of(neighbours, rest),
+                Near::Between(neighbours) => self.nearest_block(neighbours, rest),
             };
             let Some((id, part)) = part else { return longest };
             found(id);
@@ -75,79 +75,111 @@ impl PrefixTree {
     }
 
     /// With a window, only the blocks of the sink tokens and those that the next token sees are needed; others may be
-    /// missing. The longest match is the last position at which the needed blocks are cached. (vLLM does the same from
-    /// the right: it looks for enough consecutive blocks before an end.)
+    /// missing. The longest match is the last position at which the blocks that are needed in every group are cached.
+    ///
+    /// (vLLM looks for enough consecutive blocks before an end, group after group, until no group shortens the match
+    /// any more. On one path from the root, one walk finds the same.)
     #[inline(never)]
-    fn longest_with_window(
+    fn longest_with_windows(
         &self,
-        window: Window,
+        key: &PrefixKey,
         start: NodeKey,
         at: usize,
         tokens: &[u32],
-        found: &mut dyn FnMut(BlockId),
+        found: &mut dyn FnMut(usize, BlockId),
     ) -> Match {
-        let (block_size, sink_blocks) = (self.block_size, window.sink_blocks(self.block_size));
-        let mut ids = SmallVec::<[BlockId; 64]>::new();
-        let first_seen = |len: usize| sink_blocks + window.freed_blocks(len, block_size);
-        // The node reached, and how many blocks lead to it. All of them from number `cached_from` on, and the sink
-        // blocks, are cached.
-        let (mut node, mut blocks, mut cached_from) = (start, at, 0);
-        // The last end so far at which all needed blocks are cached.
-        let (mut end, mut whole, mut part) = (start, at, None);
-        for block in tokens.chunks_exact(block_size) {
-            let Some((child, id)) = self.child(node, block) else { break };
-            match id {
-                None if blocks < sink_blocks => break,
-                None => cached_from = blocks + 1,
-                Some(id) if blocks < sink_blocks => ids.push(id),
-                Some(_) => {}
+        let block_size = self.block_size;
+        let mut needs: SmallVec<[Needs; 2]> =
+            self.groups.iter().map(|(span, _)| Needs::new(span.narrowed_by(key.window), block_size)).collect();
+        // The nodes on the path from block `at` on, and how many of them the longest match so far has.
+        let mut path = SmallVec::<[NodeKey; 64]>::new();
+        let (mut node, mut whole, mut part) = (start, at, None);
+        'walk: for block in tokens.chunks_exact(block_size) {
+            let Some(child) = self.nodes[node as usize].children.get(block, |child| self.tokens_of(child)) else {
+                break;
+            };
+            let blocks = at + path.len();
+            for (group, needs) in needs.iter_mut().enumerate() {
+                if self.block(child, group).is_none() {
+                    if needs.span.is_all() || blocks < needs.sink_blocks {
+                        break 'walk;
+                    }
+                    needs.cached_from = blocks + 1;
+                }
             }
-            (node, blocks) = (child, blocks + 1);
-            if cached_from <= first_seen(blocks * block_size) {
-                (end, whole) = (node, blocks);
+            node = child;
+            path.push(child);
+            if needs.iter().all(|needs| needs.are_met(blocks + 1, 0)) {
+                whole = blocks + 1;
             }
         }
-        if let Some((id, n)) = self.nearest_child(node, &tokens[(blocks - at) * block_size..])
-            && cached_from <= first_seen(blocks * block_size + n)
-        {
-            (end, whole, part) = (node, blocks, Some((id, n)));
+        let end = at + path.len();
+        let nearest = self.nearest_child(node, &tokens[path.len() * block_size..]);
+        if let Some((child, n)) = nearest.filter(|&(_, n)| needs.iter().all(|needs| needs.are_met(end, n))) {
+            (whole, part) = (end, Some((child, n)));
         }
         let tokens = (whole - at) * block_size + part.map_or(0, |(_, n)| n);
-        let sink_end = sink_blocks.clamp(at, whole);
-        ids.truncate(sink_end - at);
-        let seen = first_seen(at * block_size + tokens).clamp(sink_end, whole);
-        let first = ids.len();
-        let mut node = end;
-        for _ in seen..whole {
-            ids.extend(self.block(node));
-            node = self.nodes[node as usize].parent;
+        for (group, needs) in needs.iter().enumerate() {
+            let seen = needs.first_seen(at * block_size + tokens);
+            let blocks = (at..whole).filter(|&block| block < needs.sink_blocks || block >= seen);
+            let nodes = blocks.map(|block| path[block - at]).chain(part.map(|(child, _)| child));
+            nodes.filter_map(|node| self.block(node, group)).for_each(|id| found(group, id));
         }
-        ids[first..].reverse();
-        ids.extend(part.map(|(id, _)| id));
-        ids.into_iter().for_each(found);
-        Match { tokens, end }
+        Match { tokens, end: if whole == at { start } else { path[whole - at - 1] } }
     }
 
-    /// The child with exactly these tokens, which are one block, and its block if it has one.
-    #[inline(always)]
-    fn child(&self, parent: NodeKey, tokens: &[u32]) -> Option<(NodeKey, Option<BlockId>)> {
-        let key = self.nodes[parent as usize].children.get(tokens, |child| self.tokens_of(child))?;
-        Some((key, self.block(key)))
-    }
-
-    /// The block after `parent` that shares the most tokens with `tokens`, and how many they share: at least one.
-    fn nearest_child(&self, parent: NodeKey, tokens: &[u32]) -> Option<(BlockId, usize)> {
+    /// The node after `parent` that shares the most tokens with `tokens`, out of those that have a block in every group;
+    /// and how many they share, at least one.
+    fn nearest_child(&self, parent: NodeKey, tokens: &[u32]) -> Option<(NodeKey, usize)> {
         let neighbours = self.nodes[parent as usize].children.neighbours(tokens, |child| self.tokens_of(child));
-        self.nearest_of(neighbours, tokens)
+        self.nearest_of(neighbours, tokens, |child| self.blocks(child).count() == self.groups.len())
     }
 
-    fn nearest_of(&self, neighbours: [Option<NodeKey>; 2], tokens: &[u32]) -> Option<(BlockId, usize)> {
+    /// The block of the neighbour that shares the most tokens with `tokens`, and how many they share, at least one.
+    fn nearest_block(&self, neighbours: [Option<NodeKey>; 2], tokens: &[u32]) -> Option<(BlockId, usize)> {
+        let (child, n) = self.nearest_of(neighbours, tokens, |child| self.has_block(child))?;
+        Some((self.block(child, 0)?, n))
+    }
+
+    fn nearest_of(
+        &self,
+        neighbours: [Option<NodeKey>; 2],
+        tokens: &[u32],
+        is_cached: impl Fn(NodeKey) -> bool,
+    ) -> Option<(NodeKey, usize)> {
         neighbours
             .into_iter()
             .flatten()
-            .filter_map(|key| Some((self.block(key)?, common(self.tokens_of(key), tokens))))
+            .filter(|&child| is_cached(child))
+            .map(|child| (child, common(self.tokens_of(child), tokens)))
             .max_by_key(|&(_, matching)| matching)
             .filter(|&(_, matching)| matching > 0)
+    }
+}
+
+/// What a match needs of one group.
+struct Needs {
+    span: Span,
+    block_size: usize,
+    sink_blocks: usize,
+    /// All blocks of the path from this number on are cached, and so are the sink blocks.
+    cached_from: usize,
+}
+
+impl Needs {
+    fn new(span: Span, block_size: usize) -> Self {
+        Self { span, block_size, sink_blocks: span.sink_blocks(block_size), cached_from: 0 }
+    }
+
+    /// The first block, apart from sink blocks, that the next token of a sequence of `len` tokens sees.
+    fn first_seen(&self, len: usize) -> usize {
+        self.sink_blocks + self.span.freed_blocks(len, self.block_size)
+    }
+
+    /// Whether all blocks that the token after `blocks` blocks and `more` tokens sees are cached, as far as they are
+    /// among these blocks.
+    fn are_met(&self, blocks: usize, more: usize) -> bool {
+        self.cached_from <= self.first_seen(blocks * self.block_size + more)
     }
 }
 

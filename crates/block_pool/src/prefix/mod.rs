@@ -1,11 +1,12 @@
 //! The prefix tree, which finds blocks by their tokens: a radix tree whose edges are blocks of tokens.
 //!
 //! The path from a root to a node spells the tokens of a prefix, and there is one root for each [`PrefixKey`]. A node
-//! has a block while the keys and values of its tokens are in the pool. It can lose the block and keep its tokens and
-//! its position in the tree, as a *tombstone*, because the nodes below it may still be found: through a window, only
-//! the last blocks of a prefix are needed.
+//! has a block in each group of layers whose keys and values of its tokens are in the pool. It can lose them all and
+//! keep its tokens and its position in the tree, as a *tombstone*, because the nodes below it may still be found:
+//! through a window, only the last blocks of a prefix are needed.
 //!
 //! Two dense arrays map nodes to blocks and blocks to nodes. So evicting a block whose node has children reads no node.
+//! The blocks of all groups are numbered together there: see [`Entry`].
 //!
 //! Tokens are always compared. The only hash is the one that finds a key's root, and that map compares keys, too.
 
@@ -17,8 +18,9 @@ mod past;
 use std::collections::HashMap;
 
 use slab::Slab;
+use smallvec::SmallVec;
 
-use crate::{BlockId, PrefixKey};
+use crate::{BlockId, PrefixKey, Span};
 use children::Children;
 use leaves::Leaves;
 
@@ -28,10 +30,14 @@ pub(crate) use past::Past;
 /// "no node" where only the node of a block is meant.
 pub(crate) type NodeKey = u32;
 
+/// A block's index among the blocks of all groups: those of the first group come first. With one group it is the
+/// block's own index.
+pub(crate) type Entry = usize;
+
 const ROOT: NodeKey = 0;
 /// A flag in [`PrefixTree::node_of`], in addition to the node: the node has children.
 const HAS_CHILDREN: u32 = 1 << 31;
-/// In [`PrefixTree::block_of`]: no block. It is 0 because zeroed memory that was never touched costs nothing.
+/// In [`PrefixTree::block_of`]: no block in this group. It is 0 because zeroed memory that was never touched costs nothing.
 const NONE: u32 = 0;
 
 /// The most tombstones for each block of the pool. A tombstone takes some hundred bytes. Without a limit, an endless
@@ -53,11 +59,13 @@ struct Node {
     /// The block may be evicted before the blocks that follow it: a sequence has freed it and kept those, or the node
     /// got a new block after those were cached. Only the check of the eviction order reads this.
     passed: bool,
+    /// A node where sequences part lies so close after this one that the window of a token there reaches this node.
+    near_branch: bool,
 }
 
 impl Node {
     fn new(parent: NodeKey, root: NodeKey, used: u32) -> Self {
-        Self { parent, root, used, children: Children::default(), passed: false }
+        Self { parent, root, used, children: Children::default(), passed: false, near_branch: false }
     }
 }
 
@@ -68,16 +76,18 @@ pub(crate) struct PrefixTree {
     roots: HashMap<PrefixKey, NodeKey>,
     /// The key of each root.
     keys: HashMap<NodeKey, PrefixKey>,
-    /// The node of each block, with [`HAS_CHILDREN`] if the node has any; 0 if the block is not cached.
+    /// The node of each block of any group, with [`HAS_CHILDREN`] if the node has any; 0 if the block is not cached.
     node_of: Vec<u32>,
-    /// For each node, one more than the index of its block, or [`NONE`].
+    /// For each node and each group, at `node * groups + group`, one more than the index of its block, or [`NONE`].
     block_of: Vec<u32>,
+    /// The span and the entry of the first block of each group.
+    groups: SmallVec<[(Span, Entry); 1]>,
     /// The nodes without children, except roots.
     leaves: Leaves,
     /// Each node's tokens, at `node * block_size`. Allocated when the first block is cached: a pool without prefix
     /// caching pays nothing.
     tokens: Vec<u32>,
-    /// How many nodes have a block.
+    /// How many nodes have a block in any group.
     cached: usize,
     clock: u32,
     most_tombstones: usize,
@@ -85,7 +95,8 @@ pub(crate) struct PrefixTree {
 }
 
 impl PrefixTree {
-    pub(crate) fn new(blocks: usize, block_size: usize) -> Self {
+    /// A tree for `blocks` blocks of all groups. `groups` are the span and the first entry of each.
+    pub(crate) fn new(blocks: usize, groups: SmallVec<[(Span, Entry); 1]>, block_size: usize) -> Self {
         let mut nodes = Slab::new();
         nodes.insert(Node::new(ROOT, ROOT, 0));
         // A node's index has 31 bits, and each node may have a root of its own.
@@ -96,6 +107,7 @@ impl PrefixTree {
             keys: HashMap::from([(ROOT, PrefixKey::new())]),
             node_of: vec![0; blocks],
             block_of: Vec::new(),
+            groups,
             leaves: Leaves::default(),
             tokens: Vec::new(),
             cached: 0,
@@ -106,8 +118,8 @@ impl PrefixTree {
     }
 
     #[inline]
-    pub(crate) fn contains(&self, id: BlockId) -> bool {
-        self.node_of[id.index()] != 0
+    pub(crate) fn contains(&self, entry: Entry) -> bool {
+        self.node_of[entry] != 0
     }
 
     /// How many nodes have lost their block.
@@ -122,21 +134,33 @@ impl PrefixTree {
 
     /// The node of a cached block.
     #[inline]
-    fn node(&self, id: BlockId) -> Option<NodeKey> {
-        Some(self.node_of[id.index()] & !HAS_CHILDREN).filter(|&node| node != 0)
+    fn node(&self, entry: Entry) -> Option<NodeKey> {
+        Some(self.node_of[entry] & !HAS_CHILDREN).filter(|&node| node != 0)
     }
 
-    /// The block of a node, if it has one.
+    /// The block of a node in a group, if it has one.
     #[inline]
-    fn block(&self, node: NodeKey) -> Option<BlockId> {
-        let index = self.block_of.get(node as usize)?.checked_sub(1)?;
+    pub(crate) fn block(&self, node: NodeKey, group: usize) -> Option<BlockId> {
+        let index = self.block_of.get(node as usize * self.groups.len() + group)?.checked_sub(1)?;
         Some(BlockId::new(index as usize))
+    }
+
+    /// The blocks of a node, each with its group.
+    #[inline]
+    fn blocks(&self, node: NodeKey) -> impl Iterator<Item = (usize, BlockId)> + '_ {
+        (0..self.groups.len()).filter_map(move |group| Some((group, self.block(node, group)?)))
+    }
+
+    /// Whether the node has a block in any group.
+    #[inline]
+    fn has_block(&self, node: NodeKey) -> bool {
+        self.blocks(node).next().is_some()
     }
 
     /// The node below which block number `at` of a sequence is found: that of the block before it, `last`, or the key's
     /// root. `None` if that block is not cached, or was cached under another key.
     #[inline]
-    fn start(&self, key: &PrefixKey, at: usize, last: Option<BlockId>) -> Option<NodeKey> {
+    fn start(&self, key: &PrefixKey, at: usize, last: Option<Entry>) -> Option<NodeKey> {
         if at == 0 {
             return self.root(key);
         }
@@ -150,7 +174,7 @@ impl PrefixTree {
     }
 
     /// Does the same as [`start`](Self::start), and makes the root of a new key.
-    pub(crate) fn start_or_root(&mut self, key: &PrefixKey, at: usize, last: Option<BlockId>) -> Option<NodeKey> {
+    pub(crate) fn start_or_root(&mut self, key: &PrefixKey, at: usize, last: Option<Entry>) -> Option<NodeKey> {
         let start = self.start(key, at, last);
         if start.is_some() || at > 0 {
             return start;
@@ -164,12 +188,12 @@ impl PrefixTree {
 
     /// The tokens of a cached block.
     #[inline]
-    pub(crate) fn tokens(&self, id: BlockId) -> Option<&[u32]> {
-        self.node(id).map(|node| self.tokens_of(node))
+    pub(crate) fn tokens(&self, entry: Entry) -> Option<&[u32]> {
+        self.node(entry).map(|node| self.tokens_of(node))
     }
 
     #[inline]
-    fn tokens_of(&self, node: NodeKey) -> &[u32] {
+    pub(crate) fn tokens_of(&self, node: NodeKey) -> &[u32] {
         &self.tokens[node as usize * self.block_size..][..self.block_size]
     }
 
@@ -179,11 +203,11 @@ impl PrefixTree {
         if self.tokens.is_empty() {
             let (blocks, nodes) = (self.node_of.len(), self.node_of.len() + self.nodes.len());
             self.nodes.reserve(blocks);
-            (self.block_of, self.leaves) = (vec![NONE; nodes], Leaves::with_room(nodes));
+            (self.block_of, self.leaves) = (vec![NONE; nodes * self.groups.len()], Leaves::with_room(nodes));
             self.tokens = vec![0; nodes * self.block_size];
         }
         let node = self.nodes.vacant_key();
-        if node >= self.block_of.len() {
+        if node * self.groups.len() >= self.block_of.len() {
             self.make_room(2 * node);
         }
         &mut self.tokens[node * self.block_size..][..self.block_size]
@@ -191,46 +215,84 @@ impl PrefixTree {
 
     #[cold]
     fn make_room(&mut self, nodes: usize) {
-        self.block_of.resize(nodes, NONE);
+        self.block_of.resize(nodes * self.groups.len(), NONE);
         self.leaves.make_room(nodes);
         self.tokens.resize(nodes * self.block_size, 0);
     }
 
-    /// Caches a block after `parent`, under the tokens that were filled in last. If a block with the same tokens is
-    /// cached there, nothing changes, and that block is returned in addition to its node.
+    /// Returns the node after `parent` with the tokens that were filled in last, and whether it was made for this. The
+    /// caller gives it a block at once, with [`set_block`](Self::set_block).
     #[inline]
-    pub(crate) fn insert(&mut self, parent: NodeKey, id: BlockId) -> (NodeKey, Option<BlockId>) {
-        debug_assert!(!self.contains(id), "{id:?} is cached already");
+    pub(crate) fn insert(&mut self, parent: NodeKey) -> (NodeKey, bool) {
         let new = self.nodes.vacant_key() as NodeKey;
         let Self { nodes, tokens, block_size, .. } = self;
         let of = |node: NodeKey| &tokens[node as usize * *block_size..][..*block_size];
         let above = &mut nodes[parent as usize];
-        let known = above.children.get(of(new), of);
-        let node = known.unwrap_or(new);
-        if known.is_some() {
-            if let Some(same) = self.block(node) {
-                return (node, Some(same));
-            }
+        if let Some(known) = above.children.get(of(new), of) {
+            return (known, false);
+        }
+        let (before, is_root, root) = (above.children.len(), above.parent == parent, above.root);
+        above.children.insert(of(new), new, of);
+        self.clock = self.clock.wrapping_add(1);
+        nodes.insert(Node::new(parent, root, self.clock));
+        if before == 0 && !is_root {
+            self.leaves.extend(parent, new);
+            self.set_has_children(parent, HAS_CHILDREN);
+        } else {
+            self.leaves.insert_hottest(new);
+        }
+        if before == 1 && !is_root {
+            self.mark_branch(parent);
+        }
+        (new, true)
+    }
+
+    /// Gives a node a block in a group. If it has one there, nothing changes, and that block is returned.
+    #[inline]
+    pub(crate) fn set_block(&mut self, (node, is_new): (NodeKey, bool), group: usize, id: BlockId) -> Option<BlockId> {
+        let (at, entry) = (node as usize * self.groups.len() + group, self.entry(group, id));
+        debug_assert!(!self.contains(entry), "{id:?} is cached already");
+        if let Some(same) = self.block_of[at].checked_sub(1) {
+            return Some(BlockId::new(same as usize));
+        }
+        self.cached += usize::from(self.groups.len() == 1 || !self.has_block(node));
+        let mut has_children = false;
+        if !is_new {
+            has_children = !self.nodes[node as usize].children.is_empty();
             // The blocks that follow may be in use by sequences that used the node's former block.
             self.nodes[node as usize].passed = true;
             self.touch(node);
-        } else {
-            let (first, is_root, root) = (above.children.is_empty(), above.parent == parent, above.root);
-            above.children.insert(of(new), new, of);
-            self.clock = self.clock.wrapping_add(1);
-            nodes.insert(Node::new(parent, root, self.clock));
-            if first && !is_root {
-                self.leaves.extend(parent, new);
-                self.set_has_children(parent, HAS_CHILDREN);
-            } else {
-                self.leaves.insert_hottest(new);
-            }
         }
-        let flag = if self.nodes[node as usize].children.is_empty() { 0 } else { HAS_CHILDREN };
-        self.block_of[node as usize] = id.index() as u32 + 1;
-        self.node_of[id.index()] = node | flag;
-        self.cached += 1;
-        (node, None)
+        self.block_of[at] = id.index() as u32 + 1;
+        self.node_of[entry] = node | if has_children { HAS_CHILDREN } else { 0 };
+        None
+    }
+
+    /// The entry of a group's block.
+    #[inline]
+    fn entry(&self, group: usize, id: BlockId) -> Entry {
+        self.groups[group].1 + id.index()
+    }
+
+    /// Sequences part at this node: notes which blocks before it a token there sees through a window.
+    #[cold]
+    fn mark_branch(&mut self, mut node: NodeKey) {
+        let window = self.keys.get(&self.nodes[node as usize].root).and_then(|key| key.window);
+        let spans = self.groups.iter().map(|(span, _)| span.narrowed_by(window)).filter(|span| !span.is_all());
+        let reach = spans.map(|span| span.reach(self.block_size)).max().unwrap_or(0);
+        for _ in 0..reach {
+            let at = &mut self.nodes[node as usize];
+            if at.parent == node {
+                return;
+            }
+            at.near_branch = true;
+            node = at.parent;
+        }
+    }
+
+    /// Whether a later sequence that parts from others close after this cached block would see the block.
+    pub(crate) fn is_near_branch(&self, entry: Entry) -> bool {
+        self.node(entry).is_some_and(|node| self.nodes[node as usize].near_branch)
     }
 
     /// Marks a node as used now, so that its prefix is dropped later than those not used since.
@@ -245,22 +307,29 @@ impl PrefixTree {
         }
     }
 
-    /// Writes `flag`, which is [`HAS_CHILDREN`] or 0, to the entry of the node's block, if it has one.
+    /// Writes `flag`, which is [`HAS_CHILDREN`] or 0, to the entries of the node's blocks.
     #[inline]
     fn set_has_children(&mut self, node: NodeKey, flag: u32) {
-        if let Some(id) = self.block(node) {
-            self.node_of[id.index()] = node | flag;
+        for group in 0..self.groups.len() {
+            if let Some(id) = self.block(node, group) {
+                let entry = self.entry(group, id);
+                self.node_of[entry] = node | flag;
+            }
         }
     }
 
-    /// Takes a block out of the tree. Returns whether it was there. Its node stays while it has children.
+    /// Takes a block of a group out of the tree. Returns whether it was there. Its node stays while it has children or
+    /// another block.
     #[inline]
-    pub(crate) fn remove_block(&mut self, id: BlockId) -> bool {
-        let (node, has_children) = match std::mem::take(&mut self.node_of[id.index()]) {
+    pub(crate) fn remove_block(&mut self, group: usize, entry: Entry) -> bool {
+        let (node, has_children) = match std::mem::take(&mut self.node_of[entry]) {
             0 => return false,
             node => (node & !HAS_CHILDREN, node & HAS_CHILDREN != 0),
         };
-        self.block_of[node as usize] = NONE;
+        self.block_of[node as usize * self.groups.len() + group] = NONE;
+        if self.groups.len() > 1 && self.has_block(node) {
+            return true;
+        }
         self.cached -= 1;
         if !has_children {
             self.remove_leaf(node);
@@ -271,34 +340,33 @@ impl PrefixTree {
         true
     }
 
-    /// Notes that a sequence has freed these blocks and keeps using blocks that follow them.
-    pub(crate) fn mark_passed(&mut self, ids: &[BlockId]) {
-        for id in ids {
-            if let Some(node) = self.node(*id) {
-                self.nodes[node as usize].passed = true;
-            }
+    /// Notes that a sequence has freed this block and keeps using blocks that follow it.
+    pub(crate) fn mark_passed(&mut self, entry: Entry) {
+        if let Some(node) = self.node(entry) {
+            self.nodes[node as usize].passed = true;
         }
     }
 
-    /// Drops the coldest leaf, which is the last node of the least recently used prefix. Returns the leaf's block, if
-    /// it had one; `None` if there is no leaf. The next call continues with the same prefix, so that one prefix is lost
-    /// as a whole, instead of a part of each.
-    pub(crate) fn drop_coldest(&mut self) -> Option<Option<BlockId>> {
+    /// Drops the coldest leaf, which is the last node of the least recently used prefix. Returns the leaf's blocks, each
+    /// with its group; `None` if there is no leaf. The next call continues with the same prefix, so that one prefix is
+    /// lost as a whole, instead of a part of each.
+    pub(crate) fn drop_coldest(&mut self) -> Option<SmallVec<[(usize, BlockId); 1]>> {
         let key = self.leaves.coldest()?;
-        let block = self.block(key);
-        if let Some(id) = block {
-            (self.node_of[id.index()], self.block_of[key as usize]) = (0, NONE);
-            self.cached -= 1;
+        let blocks: SmallVec<_> = self.blocks(key).collect();
+        for &(group, id) in &blocks {
+            let entry = self.entry(group, id);
+            (self.node_of[entry], self.block_of[key as usize * self.groups.len() + group]) = (0, NONE);
         }
+        self.cached -= usize::from(!blocks.is_empty());
         self.remove_leaf(key);
-        Some(block)
+        Some(blocks)
     }
 
     /// Removes dead ends: nodes that have neither a block nor children. They are the coldest leaves. At most
     /// [`DEAD_ENDS_AT_ONCE`] are removed at a time, because a long sequence can leave a long row of them at once.
     fn clear_dead_ends(&mut self) {
         for _ in 0..DEAD_ENDS_AT_ONCE {
-            let Some(key) = self.leaves.coldest().filter(|&key| self.block(key).is_none()) else { return };
+            let Some(key) = self.leaves.coldest().filter(|&key| !self.has_block(key)) else { return };
             self.remove_leaf(key);
         }
     }
@@ -324,33 +392,34 @@ impl PrefixTree {
             return;
         }
         self.set_has_children(parent, 0);
-        if self.block(parent).is_some() && !used_later {
+        let has_block = self.has_block(parent);
+        if has_block && !used_later {
             self.leaves.replace(key, parent);
             return;
         }
         self.leaves.remove(key);
-        if self.block(parent).is_none() {
-            self.leaves.insert_coldest(parent);
-        } else {
+        if has_block {
             self.leaves.insert_hottest(parent);
+        } else {
+            self.leaves.insert_coldest(parent);
         }
     }
 
     /// How many of these blocks, from the first on, are a path from a root; and the key of that root.
-    pub(crate) fn path(&self, ids: &[BlockId]) -> Option<(PrefixKey, usize)> {
-        let first = &self.nodes[self.node(*ids.first()?)? as usize];
+    pub(crate) fn path(&self, entries: &[Entry]) -> Option<(PrefixKey, usize)> {
+        let first = &self.nodes[self.node(*entries.first()?)? as usize];
         if first.parent != first.root {
             return None;
         }
-        let follows = |pair: &&[BlockId]| {
+        let follows = |pair: &&[Entry]| {
             self.node(pair[1]).is_some_and(|node| Some(self.nodes[node as usize].parent) == self.node(pair[0]))
         };
-        Some((self.keys[&first.root].clone(), 1 + ids.windows(2).take_while(follows).count()))
+        Some((self.keys[&first.root].clone(), 1 + entries.windows(2).take_while(follows).count()))
     }
 
     /// Describes what is wrong with the tree, if anything is.
     pub(crate) fn inconsistency(&self) -> Option<String> {
-        let mut cached = 0;
+        let (mut cached, mut blocks) = (0, 0);
         for (key, node) in &self.nodes {
             let key = key as NodeKey;
             if !node.children.is_consistent(|child| self.tokens_of(child)) {
@@ -360,23 +429,23 @@ impl PrefixTree {
                 let of_key = self.keys.get(&key).and_then(|key| self.start(key, 0, None));
                 node.root == key && of_key == Some(key) && (key == ROOT || !node.children.is_empty())
             } else {
-                let block = self.block(key);
-                cached += usize::from(block.is_some());
-                let entry = if node.children.is_empty() { key } else { key | HAS_CHILDREN };
+                cached += usize::from(self.has_block(key));
+                blocks += self.blocks(key).count();
+                let expected = if node.children.is_empty() { key } else { key | HAS_CHILDREN };
                 let above = self.nodes.get(node.parent as usize);
                 above.is_some_and(|above| {
                     above.root == node.root
                         && above.children.get(self.tokens_of(key), |child| self.tokens_of(child)) == Some(key)
-                }) && block.is_none_or(|id| self.node_of[id.index()] == entry)
+                }) && self.blocks(key).all(|(group, id)| self.node_of[self.entry(group, id)] == expected)
             };
             if !known {
                 return Some(format!("node {key} is not found by its tokens"));
             }
         }
         let of_blocks = self.node_of.iter().filter(|&&node| node != 0).count();
-        if (of_blocks, self.cached) != (cached, cached) {
+        if (of_blocks, self.cached) != (blocks, cached) {
             return Some(format!(
-                "{of_blocks} blocks have a node, {cached} nodes have a block, but {} are counted",
+                "{of_blocks} blocks have a node, and nodes have {blocks}; {cached} nodes have a block, {} are counted",
                 self.cached
             ));
         }
@@ -386,13 +455,14 @@ impl PrefixTree {
         self.leaf_inconsistency()
     }
 
-    /// The cached blocks that follow `id` in the tree and must be evicted before it. There are none if the key has a
-    /// window, or if a sequence has freed this block earlier than those that follow: then they may stay longer.
-    pub(crate) fn followers(&self, id: BlockId) -> Vec<BlockId> {
-        let Some(node) = self.node(id).map(|node| &self.nodes[node as usize]) else { return Vec::new() };
-        if node.passed || self.keys[&node.root].window.is_some() {
+    /// The cached blocks of the same group that follow a block in the tree and must be evicted before it. There are none
+    /// if the group or the key has a window, or if a sequence has freed this block earlier than those that follow: then
+    /// they may stay longer.
+    pub(crate) fn followers(&self, group: usize, entry: Entry) -> Vec<BlockId> {
+        let Some(node) = self.node(entry).map(|node| &self.nodes[node as usize]) else { return Vec::new() };
+        if node.passed || !self.groups[group].0.is_all() || self.keys[&node.root].window.is_some() {
             return Vec::new();
         }
-        node.children.nodes().into_iter().filter_map(|child| self.block(child)).collect()
+        node.children.nodes().into_iter().filter_map(|child| self.block(child, group)).collect()
     }
 }

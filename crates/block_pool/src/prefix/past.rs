@@ -2,18 +2,23 @@
 
 use std::collections::HashMap;
 
+use smallvec::SmallVec;
+
 use super::{NodeKey, PrefixTree};
-use crate::{BlockId, KvEvent, PrefixKey};
+use crate::{BlockId, GroupBlock, KvEvent, PrefixKey};
 
 /// A copy of the tree. It is made in one pass under the pool's lock, and converted to events later without the lock.
 #[derive(Debug)]
 pub(crate) struct Past {
     keys: Vec<(NodeKey, PrefixKey)>,
-    /// Each node, its parent and its block, in the same order as `tokens`.
-    nodes: Vec<(NodeKey, NodeKey, Option<BlockId>)>,
+    /// Each node, its parent and its blocks, in the same order as `tokens`.
+    nodes: Vec<(NodeKey, NodeKey, Blocks)>,
     tokens: Vec<u32>,
     block_size: usize,
 }
+
+/// The blocks of a node, each with its group.
+type Blocks = SmallVec<[(usize, BlockId); 1]>;
 
 impl PrefixTree {
     pub(crate) fn past(&self) -> Past {
@@ -26,7 +31,7 @@ impl PrefixTree {
         for (key, node) in &self.nodes {
             let key = key as NodeKey;
             if node.parent != key {
-                past.nodes.push((key, node.parent, self.block(key)));
+                past.nodes.push((key, node.parent, self.blocks(key).collect()));
                 past.tokens.extend_from_slice(self.tokens_of(key));
             }
         }
@@ -46,22 +51,23 @@ impl Past {
         for (root, key) in &self.keys {
             // The nodes whose children are still to be reported, the last cached block up to there, and the tokens
             // after it.
-            let mut open: Vec<(NodeKey, Option<BlockId>, Vec<u32>)> = vec![(*root, None, Vec::new())];
+            let mut open: Vec<(NodeKey, Option<GroupBlock>, Vec<u32>)> = vec![(*root, None, Vec::new())];
             while let Some((node, parent, mut since)) = open.pop() {
                 let children = children.get(&node).map_or(&[][..], Vec::as_slice);
                 for (i, &child) in children.iter().enumerate() {
-                    let (node, _, block) = self.nodes[child];
+                    let (node, _, blocks) = &self.nodes[child];
                     // Usually there is one child. Then the tokens are moved, so that a long chain is not copied at each
                     // step.
                     let last = i + 1 == children.len();
                     let mut tokens = if last { std::mem::take(&mut since) } else { since.clone() };
                     tokens.extend_from_slice(&self.tokens[child * self.block_size..][..self.block_size]);
-                    match block {
-                        Some(block) => {
-                            events.push(KvEvent::BlockStored { block, parent, tokens, key: key.clone() });
-                            open.push((node, Some(block), Vec::new()));
-                        }
-                        None => open.push((node, parent, tokens)),
+                    for &(group, block) in blocks {
+                        let (tokens, key) = (tokens.clone(), key.clone());
+                        events.push(KvEvent::BlockStored { block, group, parent, tokens, key });
+                    }
+                    match blocks.first() {
+                        Some(&(group, block)) => open.push((*node, Some(GroupBlock { group, block }), Vec::new())),
+                        None => open.push((*node, parent, tokens)),
                     }
                 }
             }
