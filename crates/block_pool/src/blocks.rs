@@ -26,28 +26,43 @@ use crate::{
 pub struct Blocks {
     pool: BlockPool,
     first: List,
+    /// What most sequences do not have.
+    more: Option<Box<More>>,
+    /// The pool's epoch when the lists got their first block: see [`BlockPool::reset_prefix_cache`].
+    epoch: u64,
+}
+
+/// What a sequence has in a pool with several groups, or with a window of its own.
+#[derive(Default)]
+struct More {
     /// The lists of all groups but the first.
     others: Vec<List>,
     /// A window of the sequence itself, which narrows the span of every group.
     window: Option<Window>,
-    /// The pool's epoch when the lists got their first block: see [`BlockPool::reset_prefix_cache`].
-    epoch: u64,
 }
+
+/// Among how many of its last blocks the last full one of a sequence is searched for.
+const LAST_BLOCKS: usize = 8;
+
+/// Indices of groups.
+type Groups = SmallVec<[usize; 4]>;
 
 impl Blocks {
     /// Makes empty lists, to which [`grow`](Self::grow) can add blocks of `pool`.
     #[inline]
     pub fn empty(pool: &BlockPool) -> Self {
-        let others = match pool.groups().len() {
-            1 => Vec::new(),
-            groups => (1..groups).map(|_| List::default()).collect(),
+        let more = match pool.groups().len() {
+            1 => None,
+            groups => Some(Box::new(More { others: (1..groups).map(|_| List::default()).collect(), window: None })),
         };
-        Self { pool: pool.clone(), first: List::default(), others, window: None, epoch: 0 }
+        Self { pool: pool.clone(), first: List::default(), more, epoch: 0 }
     }
 
     /// The same, for a sequence with a window of its own, which narrows the span of every group.
     pub fn with_window(mut self, window: Option<Window>) -> Self {
-        self.window = window;
+        if window.is_some() || self.more.is_some() {
+            self.more.get_or_insert_default().window = window;
+        }
         self
     }
 
@@ -60,13 +75,17 @@ impl Blocks {
         lists: &[(usize, usize)],
     ) -> Result<Self, OutOfBlocks> {
         let mut blocks = Self::empty(pool).with_window(window);
-        let units = lists.iter().zip(pool.groups()).map(|((n, _), group)| n * group.units);
-        let (requested, available) = (units.sum(), pool.available());
-        for (group, &(n, freed)) in lists.iter().enumerate() {
-            blocks.grow_group(group, n).map_err(|_| OutOfBlocks { requested, available })?;
-            blocks.list_mut(group).freed = freed;
+        let mut new: SmallVec<[List; 4]> =
+            lists.iter().map(|&(n, freed)| List { ids: Ids::with_capacity(n), freed }).collect();
+        let mut ledger = pool.ledger();
+        let reserved = ledger.reserve(&mut new, |_, _| None, |group| lists[group].0)?;
+        let leftovers = ledger.has_leftovers().then(|| ledger.take_leftovers());
+        drop(ledger);
+        for (group, list) in new.into_iter().enumerate() {
+            *blocks.list_mut(group) = list;
         }
         blocks.epoch = epoch;
+        blocks.after_reserve(&reserved, leftovers);
         Ok(blocks)
     }
 
@@ -81,8 +100,21 @@ impl Blocks {
     }
 
     /// The window of the sequence itself.
+    #[inline]
     pub fn window(&self) -> Option<Window> {
-        self.window
+        self.more.as_ref().and_then(|more| more.window)
+    }
+
+    /// The lists of all groups but the first.
+    #[inline]
+    fn others(&self) -> &[List] {
+        self.more.as_ref().map_or(&[], |more| &more.others)
+    }
+
+    /// Whether the pool has one group, whose tokens see all tokens before them, and the sequence has no window.
+    #[inline]
+    fn is_simple(&self) -> bool {
+        self.more.is_none() && self.pool.groups()[0].span.is_all()
     }
 
     /// Which tokens a token of the sequence sees in a group.
@@ -92,7 +124,7 @@ impl Blocks {
     /// If the pool has no such group.
     #[inline]
     pub fn span(&self, group: usize) -> Span {
-        self.pool.groups()[group].span.narrowed_by(self.window)
+        self.pool.groups()[group].span.narrowed_by(self.window())
     }
 
     /// The blocks of a group, in order, without the freed ones; empty if the pool has no such group.
@@ -129,20 +161,28 @@ impl Blocks {
     fn list(&self, group: usize) -> Option<&List> {
         match group {
             0 => Some(&self.first),
-            group => self.others.get(group - 1),
+            group => self.others().get(group - 1),
         }
     }
 
     #[inline]
     fn list_mut(&mut self, group: usize) -> &mut List {
-        match group {
-            0 => &mut self.first,
-            group => &mut self.others[group - 1],
+        self.pool_and_list(group).1
+    }
+
+    /// The pool, and the list of a group, which exists.
+    #[inline]
+    fn pool_and_list(&mut self, group: usize) -> (&BlockPool, &mut List) {
+        let Self { pool, first, more, .. } = self;
+        match (group, more) {
+            (1.., Some(more)) => (pool, &mut more.others[group - 1]),
+            _ => (pool, first),
         }
     }
 
+    #[inline]
     fn groups(&self) -> Range<usize> {
-        0..1 + self.others.len()
+        0..1 + self.others().len()
     }
 
     fn sink_blocks(&self, group: usize) -> usize {
@@ -159,10 +199,10 @@ impl Blocks {
         if n == 0 {
             return Ok(());
         }
-        if self.others.is_empty() {
+        if self.others().is_empty() {
             return self.grow_group(0, n);
         }
-        self.reserve(None, n)
+        self.reserve_blocks(None, n).map(drop)
     }
 
     /// Adds `n` blocks at the end of one list.
@@ -171,13 +211,15 @@ impl Blocks {
         if n == 0 {
             return Ok(());
         }
-        let units = self.pool.groups()[group].units;
-        let requested = if units == 1 { n } else { n.saturating_mul(units) };
-        if requested > self.pool.units() {
-            return Err(OutOfBlocks { requested, available: self.pool.available() });
+        if n > self.pool.units() {
+            return Err(self.refused(n));
         }
-        let Self { pool, first, others, epoch, .. } = self;
-        let ids = if group == 0 { &mut first.ids } else { &mut others[group - 1].ids };
+        let several = !self.others().is_empty();
+        let Self { pool, first, more, epoch } = self;
+        let ids = match (group, more) {
+            (1.., Some(more)) => &mut more.others[group - 1].ids,
+            _ => &mut first.ids,
+        };
         ids.reserve(n);
         let last = ids.last().copied();
         let mut ledger = pool.ledger();
@@ -185,7 +227,8 @@ impl Blocks {
             *epoch = ledger.epoch();
         }
         let evicted = ledger.allocate_checked(group, n, last, |run| add(ids, run))?;
-        if evicted > 0 || ledger.has_leftovers() {
+        // In a pool with one group only an eviction leaves something to be dealt with.
+        if evicted > 0 || (several && ledger.has_leftovers()) {
             let leftovers = ledger.take_leftovers();
             drop(ledger);
             self.clean_up(&[Reservation { copied: None, evicted }], group, leftovers);
@@ -193,14 +236,19 @@ impl Blocks {
         Ok(())
     }
 
+    /// The refusal of a request for more blocks in each list than the pool has units. Memory for their ids was not
+    /// requested.
+    #[cold]
+    fn refused(&self, n: usize) -> OutOfBlocks {
+        let units = self.pool.units_per_block();
+        OutOfBlocks { requested: n.saturating_mul(units), available: self.pool.available() }
+    }
+
     /// Makes block number `at` writable in every group and adds `n` blocks at the end of each list. Copies are put
     /// before those, and have yet to get their content.
     fn reserve_blocks(&mut self, at: Option<usize>, n: usize) -> Result<SmallVec<[Reservation; 1]>, OutOfBlocks> {
-        // More blocks than the pool has are refused before memory for their ids is requested, outside of the lock.
         if n > self.pool.units() {
-            let units = self.pool.groups().iter().map(|group| group.units).sum::<usize>();
-            let requested = n.saturating_mul(units);
-            return Err(OutOfBlocks { requested, available: self.pool.available() });
+            return Err(self.refused(n));
         }
         let mut sinks = SmallVec::<[usize; 4]>::new();
         let mut lists: SmallVec<[List; 4]> = SmallVec::new();
@@ -215,21 +263,22 @@ impl Blocks {
             self.epoch = ledger.epoch();
         }
         let index = |group: usize, list: &List| list.index_of(at?, sinks[group]);
-        let reserved = ledger.reserve(&mut lists, index, n);
+        let reserved = ledger.reserve(&mut lists, index, |_| n);
         let leftovers = ledger.has_leftovers().then(|| ledger.take_leftovers());
         drop(ledger);
         for (group, list) in lists.into_iter().enumerate() {
             *self.list_mut(group) = list;
         }
         let reserved = reserved?;
-        if leftovers.is_some() || reserved.iter().any(|of| of.evicted > 0) {
-            self.clean_up(&reserved, 0, leftovers.unwrap_or_default());
-        }
+        self.after_reserve(&reserved, leftovers);
         Ok(reserved)
     }
 
-    fn reserve(&mut self, at: Option<usize>, n: usize) -> Result<(), OutOfBlocks> {
-        self.reserve_blocks(at, n).map(drop)
+    #[inline]
+    fn after_reserve(&self, reserved: &[Reservation], leftovers: Option<Leftovers>) {
+        if leftovers.is_some() || reserved.iter().any(|of| of.evicted > 0) {
+            self.clean_up(reserved, 0, leftovers.unwrap_or_default());
+        }
     }
 
     /// Finishes an allocation that has evicted blocks or taken memory of other groups: the former still have their old
@@ -302,6 +351,10 @@ impl Blocks {
     /// Whether block number `at` can be written as it is, in every group that has it; `None` if no group has it.
     #[inline]
     fn writable(&self, at: usize) -> Option<bool> {
+        if self.others().is_empty() {
+            let id = self.block(0, at)?;
+            return Some(self.pool.ledger().is_writable(0, id));
+        }
         let of = |group| Some((group, self.block(group, at)?));
         let mut blocks = self.groups().filter_map(of).peekable();
         blocks.peek()?;
@@ -321,11 +374,10 @@ impl Blocks {
     /// Keeps the first `len` blocks of a list.
     #[inline]
     fn truncate_group(&mut self, group: usize, len: usize) {
-        let Self { pool, first, others, .. } = self;
-        let ids = if group == 0 { &mut first.ids } else { &mut others[group - 1].ids };
-        if len < ids.len() {
-            pool.free(group, &ids[len..], Why::Ended);
-            ids.truncate(len);
+        let (pool, list) = self.pool_and_list(group);
+        if len < list.ids.len() {
+            pool.free(group, &list.ids[len..], Why::Ended);
+            list.ids.truncate(len);
         }
     }
 
@@ -373,6 +425,9 @@ impl Blocks {
     /// Frees the blocks that no token after the first `len` tokens sees.
     #[inline]
     pub fn free_invisible(&mut self, len: usize) {
+        if self.is_simple() {
+            return;
+        }
         for group in self.groups() {
             let span = self.span(group);
             if !span.is_all() {
@@ -395,18 +450,41 @@ impl Blocks {
 
     /// Frees the first `passed` blocks after `sinks` of a list, unless they are freed already.
     fn free_after(&mut self, group: usize, sinks: usize, passed: usize, why: Why) {
-        let Self { pool, first, others, .. } = self;
-        let list = if group == 0 { first } else { &mut others[group - 1] };
+        let (pool, list) = self.pool_and_list(group);
         if passed <= list.freed {
             return;
         }
         let range = sinks.min(list.ids.len())..(sinks + passed - list.freed).min(list.ids.len());
         if !range.is_empty() {
-            pool.ledger().mark_passed(group, &list.ids[range.clone()]);
-            pool.free(group, &list.ids[range.clone()], why);
+            let ids = &list.ids[range.clone()];
+            pool.ledger().mark_passed(group, ids);
+            pool.free(group, ids, why);
             list.ids.drain(range);
         }
         list.freed = passed;
+    }
+
+    /// The number of the last block that is cached, out of the last few, and that block in any group that has it.
+    fn last_cached(&self) -> Option<(usize, GroupBlock)> {
+        let ledger = self.pool.ledger();
+        // The last block is not full, and reserved ones may follow it.
+        (0..self.end()).rev().take(LAST_BLOCKS).find_map(|number| {
+            let of = |group| Some(GroupBlock { group, block: self.block(group, number)? });
+            let last = self.groups().filter_map(of).find(|last| ledger.is_cached_block(*last))?;
+            Some((number, last))
+        })
+    }
+
+    /// The sequence ends: what its window has passed since its last full block, `number`, was filled is evicted as late as
+    /// what it has not passed, and so is the last block before that. A later sequence that finds the full blocks sees all
+    /// of it.
+    fn keep_for_full_blocks(&self, group: usize, (number, last): (usize, GroupBlock)) {
+        let (span, block_size) = (self.span(group), self.pool.block_size());
+        let Some(list) = self.list(group).filter(|list| list.freed > 0) else { return };
+        let (full, sinks) = (number + 1, span.sink_blocks(block_size));
+        let passed = (sinks + list.freed).min(full);
+        let kept = (sinks + span.freed_blocks(full * block_size, block_size)).min(passed.saturating_sub(1));
+        self.pool.ledger().keep(group, last, full - passed..full - kept);
     }
 
     /// Makes other lists that use these blocks before number `end` too.
@@ -425,7 +503,7 @@ impl Blocks {
     }
 
     fn fork_with(&self, end: usize, freed: &[usize]) -> Blocks {
-        let mut fork = Self::empty(&self.pool).with_window(self.window);
+        let mut fork = Self::empty(&self.pool).with_window(self.window());
         fork.epoch = self.epoch;
         let mut ledger = self.pool.ledger();
         for (group, &freed) in freed.iter().enumerate() {
@@ -451,23 +529,22 @@ impl Blocks {
         }
         let last = self.last(at);
         let room = self.pool.blocks_for(tokens.len()).min(self.pool.units());
-        let Self { pool, first, others, epoch, .. } = self;
+        let Self { pool, first, more, epoch } = self;
         first.ids.reserve(room);
         let mut ledger = pool.ledger();
         if at == 0 {
             *epoch = ledger.epoch();
         }
         let query = Query { key, at, last, tokens };
-        let matched = if others.is_empty() {
-            ledger.match_prefix(query, |_, id| first.ids.push(id))
-        } else {
-            ledger.match_prefix(query, |group, id| match group {
+        let matched = match more {
+            None => ledger.match_prefix(query, |_, id| first.ids.push(id)),
+            Some(more) => ledger.match_prefix(query, |group, id| match group {
                 0 => first.ids.push(id),
-                group => others[group - 1].ids.push(id),
-            })
+                group => more.others[group - 1].ids.push(id),
+            }),
         };
         drop(ledger);
-        if matched > 0 {
+        if matched > 0 && !self.is_simple() {
             self.pass_matched(at, at * self.pool.block_size() + matched);
         }
         matched
@@ -509,7 +586,7 @@ impl Blocks {
         chunk: Option<usize>,
     ) -> PrefixMatch {
         let last = self.last(at);
-        self.pool.ledger().lookup_prefix(Query { key, at, last, tokens }, slots, chunk)
+        self.pool.ledger().lookup_prefix(Query { key, at, last, tokens }, slots, chunk, |group| self.group(group))
     }
 
     /// How many available units [`copy_on_write`](Self::copy_on_write) with the same arguments needs.
@@ -534,18 +611,20 @@ impl Blocks {
         if head.len() >= self.pool.block_size() || at >= self.end() {
             return Ok(0);
         }
-        let Self { pool, first, others, epoch, .. } = self;
-        let duplicates = if others.is_empty() {
-            pool.ledger().cache(*epoch, key, std::slice::from_mut(first), at, head, tokens)?
-        } else {
-            let mut lists: SmallVec<[List; 4]> = SmallVec::new();
-            lists.push(std::mem::take(first));
-            lists.extend(others.iter_mut().map(std::mem::take));
-            let duplicates = pool.ledger().cache(*epoch, key, &mut lists, at, head, tokens);
-            let mut lists = lists.into_iter();
-            *first = lists.next().unwrap_or_default();
-            others.iter_mut().zip(lists).for_each(|(other, list)| *other = list);
-            duplicates?
+        let Self { pool, first, more, epoch } = self;
+        let duplicates = match more {
+            Some(more) if !more.others.is_empty() => {
+                let others = &mut more.others;
+                let mut lists: SmallVec<[List; 4]> = SmallVec::new();
+                lists.push(std::mem::take(first));
+                lists.extend(others.iter_mut().map(std::mem::take));
+                let duplicates = pool.ledger().cache(*epoch, key, &mut lists, at, head, tokens);
+                let mut lists = lists.into_iter();
+                *first = lists.next().unwrap_or_default();
+                others.iter_mut().zip(lists).for_each(|(other, list)| *other = list);
+                duplicates?
+            }
+            _ => pool.ledger().cache(*epoch, key, std::slice::from_mut(first), at, head, tokens)?,
         };
         for &(group, id) in &duplicates {
             pool.free(group, &[id], Why::Ended);
@@ -587,7 +666,7 @@ impl Deref for Blocks {
 
 impl fmt::Debug for Blocks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.others.is_empty() {
+        if self.others().is_empty() {
             return f.debug_list().entries(self.iter()).finish();
         }
         f.debug_list().entries(self.groups().map(|group| self.group(group))).finish()
@@ -599,14 +678,21 @@ impl Drop for Blocks {
     /// prefix is useless.
     #[inline]
     fn drop(&mut self) {
-        if self.others.is_empty() {
-            return self.truncate_group(0, 0);
+        if self.others().is_empty() {
+            if !self.is_simple()
+                && let Some(last) = self.last_cached()
+            {
+                self.keep_for_full_blocks(0, last);
+            }
+            return self.pool.free(0, &self.first.ids, Why::Ended);
         }
+        let last = self.last_cached();
         for windowed in [false, true] {
-            for group in self.groups() {
-                if self.span(group).is_all() != windowed {
-                    self.truncate_group(group, 0);
+            for group in self.groups().filter(|&group| self.span(group).is_all() != windowed).collect::<Groups>() {
+                if let (true, Some(last)) = (windowed, last) {
+                    self.keep_for_full_blocks(group, last);
                 }
+                self.truncate_group(group, 0);
             }
         }
     }

@@ -53,20 +53,10 @@ impl EvictionList {
         Some(self.links[ring as usize][NEWER]).filter(|&link| link != ring).map(Self::entry)
     }
 
-    /// Adds a block at the newest end: its ref_count has become 0.
+    /// Adds a block at the newest end: its ref_count has become 0. `passed` is whether a window has passed it.
     #[inline]
-    pub(crate) fn insert(&mut self, entry: Entry) {
-        self.insert_into(OTHERS, entry);
-    }
-
-    /// Adds a block that a window has passed.
-    #[inline]
-    pub(crate) fn insert_passed(&mut self, entry: Entry) {
-        self.insert_into(PASSED, entry);
-    }
-
-    #[inline]
-    fn insert_into(&mut self, ring: u32, entry: Entry) {
+    pub(crate) fn insert(&mut self, entry: Entry, passed: bool) {
+        let ring = if passed { PASSED } else { OTHERS };
         let link = Self::link(entry);
         let newest = self.links[ring as usize][OLDER];
         self.links[link as usize] = [newest, ring];
@@ -112,14 +102,14 @@ mod tests {
         let mut list = EvictionList::empty(6);
         assert_eq!(list.next_victim(), None);
         for entry in [2, 0, 3, 1] {
-            list.insert(entry);
+            list.insert(entry, false);
         }
         list.remove(3);
         list.remove(2);
-        list.insert(2);
+        list.insert(2, false);
         assert_eq!(list.iter().collect::<Vec<_>>(), [0, 1, 2]);
-        list.insert_passed(5);
-        list.insert_passed(4);
+        list.insert(5, true);
+        list.insert(4, true);
         assert_eq!(list.iter().collect::<Vec<_>>(), [5, 4, 0, 1, 2]);
         assert_eq!((list.next_victim(), list.oldest_used(), list.len()), (Some(5), Some(0), 5));
         list.remove(4);

@@ -1,5 +1,4 @@
 #![doc = include_str!("../README.md")]
-#![forbid(unsafe_code)]
 
 mod blocks;
 mod dtype;
@@ -25,6 +24,8 @@ mod swap;
 mod sync;
 mod window;
 
+#[cfg(feature = "candle")]
+mod pages;
 #[cfg(feature = "candle")]
 mod tensors;
 

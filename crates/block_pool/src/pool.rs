@@ -46,6 +46,7 @@ struct Inner {
     storages: Vec<Box<dyn BlockStorage>>,
     groups: Vec<PoolGroup>,
     units: usize,
+    units_per_block: usize,
     block_size: usize,
     poisons: bool,
 }
@@ -101,7 +102,7 @@ impl BlockPool {
     ) -> Result<Self, PoolError> {
         let (groups, storages): (Vec<_>, Vec<_>) = groups.into_iter().unzip();
         let one_of_each = groups.iter().map(|group| group.units).fold(0, usize::saturating_add);
-        if units == 0 || groups.is_empty() || groups.iter().any(|group| group.units == 0) {
+        if units == 0 || groups.iter().any(|group| group.units == 0) {
             return Err(PoolError::NoBlocks);
         }
         for group in &groups {
@@ -110,13 +111,16 @@ impl BlockPool {
         if units < one_of_each {
             return Err(PoolError::SmallBudget { units, one_of_each });
         }
-        let with_blocks: Vec<_> = groups.iter().map(|&group| (group, units / group.units)).collect();
+        let mut with_blocks = groups.iter().map(|&group| (group, units / group.units));
+        let Some(first) = with_blocks.next() else { return Err(PoolError::NoBlocks) };
+        let others: Vec<_> = with_blocks.collect();
         Ok(Self(Arc::new(Inner {
-            ledger: Mutex::new(Ledger::new(units, &with_blocks, block_size)),
+            ledger: Mutex::new(Ledger::new(units, first, &others, block_size)),
             poisons: storages.iter().any(|storage| storage.poisons()),
             storages,
             groups,
             units,
+            units_per_block: one_of_each,
             block_size,
         })))
     }
@@ -199,6 +203,11 @@ impl BlockPool {
         tokens.div_ceil(self.block_size())
     }
 
+    /// How many units a block of every group takes together.
+    pub fn units_per_block(&self) -> usize {
+        self.0.units_per_block
+    }
+
     /// Whether `other` is a handle to the same pool.
     pub fn is_same(&self, other: &BlockPool) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
@@ -209,7 +218,7 @@ impl BlockPool {
     /// do not change. The last token is never part of the match, because its logits must be computed.
     pub fn lookup_prefix(&self, key: &PrefixKey, prompt: &[u32]) -> PrefixMatch {
         let known = &prompt[..prompt.len().saturating_sub(1)];
-        self.ledger().lookup_prefix(Query { key, at: 0, last: None, tokens: known }, prompt.len(), None)
+        self.ledger().lookup_prefix(Query { key, at: 0, last: None, tokens: known }, prompt.len(), None, |_| &[])
     }
 
     /// Uncaches every prefix, for example after the model's weights have changed: what was computed with the old
@@ -321,18 +330,15 @@ impl BlockPool {
 
     /// Deals with the leftovers of an allocation, and returns their owner, which frees them.
     pub(crate) fn own(&self, leftovers: Leftovers) -> impl Drop + use<'_> {
-        let Leftovers { evicted, mut unneeded } = leftovers;
-        let mut freed = Freed { pool: self, blocks: evicted };
+        let Leftovers { mut evicted, mut unneeded } = leftovers;
+        evicted.extend_from_slice(&unneeded);
+        let freed = Freed { pool: self, blocks: evicted };
         freed.poison();
         unneeded.sort_unstable();
-        let release = |of: &[(usize, BlockId)]| {
-            let ids: Vec<_> = of.iter().map(|&(_, id)| id).collect();
-            if let Some(&(group, _)) = of.first() {
-                self.storage(group).release(&ids);
-            }
-        };
-        freed.blocks.extend_from_slice(&unneeded);
-        unneeded.chunk_by(|a, b| a.0 == b.0).for_each(release);
+        for of_group in unneeded.chunk_by(|a, b| a.0 == b.0) {
+            let ids: Vec<BlockId> = of_group.iter().map(|&(_, id)| id).collect();
+            self.storage(of_group[0].0).release(&ids);
+        }
         freed
     }
 

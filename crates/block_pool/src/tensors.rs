@@ -3,10 +3,12 @@
 //! There is one per layer and not one for all, because candle keeps a lock per storage: a thread that writes one layer
 //! must not wait for a thread that reads another.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor};
 
+use crate::pages::{Number, release};
 use crate::pool::check_size;
 use crate::{BlockId, BlockStorage, KvDtype, KvLayout, KvShape, Order, PoolError, StorageError};
 
@@ -66,6 +68,25 @@ impl KvTensors {
     #[must_use]
     pub fn poisoned(self, poison: bool) -> Self {
         Self { poison, ..self }
+    }
+
+    /// Gives the memory of all blocks back to the system, as far as that is possible on a CPU: where the allocator has
+    /// reused memory for a new tensor, it is there already. No block may be in use.
+    pub fn release_all(&self) {
+        self.release_runs(std::iter::once(0..self.layers[0].dims()[0]).collect());
+    }
+
+    fn release_runs(&self, runs: Vec<Range<usize>>) {
+        // Other devices reserve no addresses without memory.
+        if !self.device().is_cpu() {
+            return;
+        }
+        let release = ReleaseBlocks { runs, elements: self.layout.block_elements() };
+        for layer in self.layers.iter() {
+            if let Err(error) = layer.inplace_op1(&release) {
+                tracing::warn!(%error, "the memory of free blocks could not be given back");
+            }
+        }
     }
 
     /// The tensor of one layer, `(blocks, elements of a block)`, contiguous.
@@ -130,6 +151,16 @@ impl BlockStorage for KvTensors {
 
     fn bytes_per_block(&self) -> usize {
         KvTensors::bytes_per_block(self)
+    }
+
+    fn release(&self, ids: &[BlockId]) {
+        // Poison must stay where it is.
+        if self.poison {
+            return;
+        }
+        let mut indices: Vec<usize> = ids.iter().map(|id| id.index()).collect();
+        indices.sort_unstable();
+        self.release_runs(indices.chunk_by(|a, b| a + 1 == *b).map(|run| run[0]..run[0] + run.len()).collect());
     }
 
     fn poisons(&self) -> bool {
@@ -212,6 +243,38 @@ impl InplaceOp1 for CopyBlock {
             CpuStorage::BF16(data) => self.within(data, start),
             CpuStorage::U8(data) => self.within(data, start),
             _ => candle_core::bail!("a block of this dtype cannot be copied"),
+        }
+        Ok(())
+    }
+}
+
+/// Gives the memory of rows of a tensor back to the system.
+struct ReleaseBlocks {
+    runs: Vec<Range<usize>>,
+    elements: usize,
+}
+
+impl ReleaseBlocks {
+    fn within<T: Number>(&self, data: &mut [T], start: usize) {
+        for run in &self.runs {
+            release(data, start + run.start * self.elements..start + run.end * self.elements);
+        }
+    }
+}
+
+impl InplaceOp1 for ReleaseBlocks {
+    fn name(&self) -> &'static str {
+        "release-blocks"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let start = layout.start_offset();
+        match storage {
+            CpuStorage::F32(data) => self.within(data, start),
+            CpuStorage::F16(data) => self.within(data, start),
+            CpuStorage::BF16(data) => self.within(data, start),
+            CpuStorage::U8(data) => self.within(data, start),
+            _ => candle_core::bail!("blocks of this dtype have no memory to release"),
         }
         Ok(())
     }

@@ -276,19 +276,18 @@ impl BlockTable {
     pub fn commit_tokens(&mut self, tokens: &[u32]) -> Result<(), NotReserved> {
         self.check_reserved(tokens.len())?;
         let block_size = self.pool().block_size();
-        if let (Some(tail), None) = (&mut self.tail, self.key.window)
+        // The common case of a decode step: no block becomes full. It needs no division.
+        if let Some(tail) = &mut self.tail
             && tail.len() + tokens.len() < block_size
         {
             tail.extend_from_slice(tokens);
             self.len += tokens.len();
+            self.blocks.free_invisible(self.len);
             return Ok(());
         }
         let first = self.len / block_size;
         self.len += tokens.len();
         if self.len / block_size == first {
-            if let Some(tail) = &mut self.tail {
-                tail.extend_from_slice(tokens);
-            }
             self.blocks.free_invisible(self.len);
             return Ok(());
         }

@@ -1,6 +1,6 @@
 //! The ways to compute over a plan: on a CPU, fused, or with plain tensor operations on any device.
 
-use block_pool::{KvLayout, Order};
+use block_pool::{KvLayout, KvShape, Order};
 use candle_core::{Result, Tensor};
 
 use crate::plan::Plan;
@@ -14,6 +14,9 @@ pub(crate) struct Layer<'a> {
     pub(crate) layout: &'a KvLayout,
     /// For the fused backend.
     pub(crate) kernel: Kernel,
+    /// The group of layers that it is in, and the shape of that.
+    pub(crate) group: usize,
+    pub(crate) shape: KvShape,
 }
 
 /// A way to compute.
@@ -41,7 +44,7 @@ impl Compute for Fused {
     }
 
     fn attend(&self, layer: Layer<'_>, plan: &Plan, q: &Tensor, heads: usize, attention: &Attention) -> Result<Tensor> {
-        let Layer { tensor, layout, kernel } = layer;
+        let Layer { tensor, layout, kernel, .. } = layer;
         cpu::attend(tensor, q, &cpu::Call { layout, plan, heads, attention, kernel })
     }
 }

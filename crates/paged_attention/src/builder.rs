@@ -2,10 +2,11 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use block_pool::{BlockPool, KvDtype, KvShape, KvTensors, Order, PoolMetrics};
+use block_pool::{BlockPool, BlockStorage, KvDtype, KvTensors, Order, PoolGroup, PoolMetrics};
 use candle_core::Device;
 
-use crate::{CacheError, Kernel, KvCache, cpu};
+use crate::cache::CacheLayers;
+use crate::{CacheError, Kernel, KvCache, LayerGroup, cpu};
 
 /// How attention is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -32,7 +33,7 @@ enum Size {
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct KvCacheBuilder {
-    shape: KvShape,
+    groups: Vec<LayerGroup>,
     size: Size,
     block_size: usize,
     dtype: KvDtype,
@@ -44,9 +45,9 @@ pub struct KvCacheBuilder {
 }
 
 impl KvCacheBuilder {
-    pub(crate) fn new(shape: KvShape) -> Self {
+    pub(crate) fn new(groups: Vec<LayerGroup>) -> Self {
         Self {
-            shape,
+            groups,
             size: Size::Blocks(1024),
             block_size: 16,
             dtype: KvDtype::F32,
@@ -58,12 +59,14 @@ impl KvCacheBuilder {
         }
     }
 
-    /// Sets the number of blocks: 1024 by default.
+    /// Sets the number of blocks: 1024 by default. If there are several groups of layers, they get memory for as many
+    /// blocks of each, which they share.
     pub fn blocks(self, blocks: usize) -> Self {
         Self { size: Size::Blocks(blocks), ..self }
     }
 
-    /// Sets the number of blocks to as many as fit into `bytes`, over all layers together.
+    /// Sets the number of blocks to as many as fit into `bytes`, over all layers together. If there are several groups of
+    /// layers, they share this memory: at any time it can be used for blocks of any of them.
     pub fn memory(self, bytes: usize) -> Self {
         Self { size: Size::Bytes(bytes), ..self }
     }
@@ -73,7 +76,7 @@ impl KvCacheBuilder {
         Self { block_size, ..self }
     }
 
-    /// Sets the type in which keys and values are stored: f32 by default.
+    /// Sets the type in which keys and values are stored: f32 by default. A group of layers can have another one.
     pub fn dtype(self, dtype: KvDtype) -> Self {
         Self { dtype, ..self }
     }
@@ -125,37 +128,99 @@ impl KvCacheBuilder {
         if !self.kernel.is_available() {
             return Err(CacheError::KernelUnavailable(self.kernel.name()));
         }
-        let head_dim = self.shape.head_dim;
-        if self.dtype == KvDtype::Int8 && head_dim > cpu::MOST_INT8_DIMS {
-            return Err(CacheError::TooManyDimensions { head_dim, most: cpu::MOST_INT8_DIMS });
+        let places = places(&self.groups)?;
+        if self.groups.len() > 1 && !self.device.is_cpu() {
+            return Err(CacheError::GroupsNeedCpu);
         }
-        let blocks = self.block_count()?;
-        let order = if fused { Order::of_panels(self.dtype) } else { Order::Nhd };
-        let tensors = KvTensors::zeros(self.shape, blocks, self.block_size, order, self.dtype, &self.device)?
-            .poisoned(self.poison);
-        let pool = BlockPool::with_storage(blocks, self.block_size, tensors.clone())?;
+        for group in &self.groups {
+            let head_dim = group.shape().head_dim;
+            if self.dtype_of(group) == KvDtype::Int8 && head_dim > cpu::MOST_INT8_DIMS {
+                return Err(CacheError::TooManyDimensions { head_dim, most: cpu::MOST_INT8_DIMS });
+            }
+        }
+        let (bytes_per_unit, units) = self.units();
+        let budget = self.budget(&units)?;
+        let mut groups = Vec::new();
+        for (group, units) in self.groups.iter().zip(&units) {
+            let dtype = self.dtype_of(group);
+            let order = if fused { Order::of_panels(dtype) } else { Order::Nhd };
+            let tensors = KvTensors::zeros(group.shape(), budget / units, self.block_size, order, dtype, &self.device)?;
+            groups.push((group.clone(), tensors.poisoned(self.poison)));
+        }
+        let storages = groups.iter().zip(&units).map(|((group, tensors), &units)| {
+            (PoolGroup::new(units).span(group.span()), Box::new(tensors.clone()) as Box<dyn BlockStorage>)
+        });
+        let pool = BlockPool::with_groups(budget, self.block_size, storages)?;
         let metrics = PoolMetrics::new(&self.name.unwrap_or_else(next_name));
-        Ok(KvCache::from_parts(pool, tensors, self.shape, self.kernel, metrics))
+        let layers = CacheLayers { groups, places, bytes_per_unit };
+        Ok(KvCache::from_parts(pool, layers, self.kernel, metrics))
     }
 
-    /// How many blocks [`build`](Self::build) allocates.
+    fn dtype_of(&self, group: &LayerGroup) -> KvDtype {
+        group.own_dtype().unwrap_or(self.dtype)
+    }
+
+    /// The size of a unit in bytes, and how many units a block of each group takes. In a cache with one group, a unit is
+    /// a block.
+    fn units(&self) -> (usize, Vec<usize>) {
+        let bytes = |group: &LayerGroup| {
+            let bytes = group.shape().bytes_per_block(self.block_size, self.dtype_of(group));
+            // A shape with a zero, or one that is too large, is refused when its tensors are made.
+            bytes.unwrap_or(usize::MAX).max(1)
+        };
+        let bytes: Vec<usize> = self.groups.iter().map(bytes).collect();
+        let unit = bytes.iter().copied().reduce(greatest_common_divisor).unwrap_or(1);
+        (unit, bytes.into_iter().map(|bytes| bytes / unit).collect())
+    }
+
+    /// How many blocks [`build`](Self::build) allocates; with several groups of layers, how many units.
     ///
     /// # Errors
     ///
-    /// [`CacheError::TooLittleMemory`] if the given memory does not hold one block.
+    /// [`CacheError::TooLittleMemory`] if the given memory does not hold one block of each group.
     pub fn block_count(&self) -> Result<usize, CacheError> {
+        self.budget(&self.units().1)
+    }
+
+    fn budget(&self, units: &[usize]) -> Result<usize, CacheError> {
+        let one_of_each = units.iter().copied().fold(0, usize::saturating_add);
         let bytes = match self.size {
-            Size::Blocks(blocks) => return Ok(blocks),
+            Size::Blocks(blocks) => return Ok(blocks.saturating_mul(one_of_each)),
             Size::Bytes(bytes) => bytes,
         };
-        let bytes_per_block = self.shape.bytes_per_block(self.block_size, self.dtype).unwrap_or(usize::MAX);
-        match bytes.checked_div(bytes_per_block) {
-            // The shape has a zero: the pool reports which one.
-            None => Ok(1),
-            Some(0) => Err(CacheError::TooLittleMemory { bytes, bytes_per_block }),
-            Some(blocks) => Ok(blocks),
+        let (bytes_per_unit, _) = self.units();
+        let bytes_per_block = bytes_per_unit.saturating_mul(one_of_each);
+        let is_empty = |group: &LayerGroup| [group.shape().kv_heads, group.shape().head_dim].contains(&0);
+        if self.groups.iter().any(|group| is_empty(group) || group.layers().is_empty()) {
+            // The tensors report which number is zero.
+            return Ok(one_of_each);
+        }
+        if bytes < bytes_per_block {
+            return Err(CacheError::TooLittleMemory { bytes, bytes_per_block });
+        }
+        Ok(bytes / bytes_per_unit)
+    }
+}
+
+/// For each layer, its group and its index there.
+fn places(groups: &[LayerGroup]) -> Result<Vec<(usize, usize)>, CacheError> {
+    let count = groups.iter().map(|group| group.layers().len()).sum();
+    let mut places = vec![None; count];
+    for (group, of) in groups.iter().enumerate() {
+        for (index, &layer) in of.layers().iter().enumerate() {
+            match places.get_mut(layer) {
+                Some(place @ None) => *place = Some((group, index)),
+                Some(_) => return Err(CacheError::Layers { layer, problem: "is in two groups" }),
+                None => return Err(CacheError::Layers { layer, problem: "leaves out layers before it" }),
+            }
         }
     }
+    // As many layers as places, each in a place of its own.
+    Ok(places.into_iter().flatten().collect())
+}
+
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
 }
 
 /// The name of the next cache that was built without one.

@@ -10,7 +10,7 @@ pub enum CacheError {
     /// The pool's numbers are invalid, or its memory could not be allocated.
     #[error(transparent)]
     Pool(#[from] PoolError),
-    /// The given memory is less than the size of one block.
+    /// The given memory is less than the size of one block of each group of layers.
     #[error("{bytes} bytes do not hold one block, which takes {bytes_per_block} bytes")]
     TooLittleMemory {
         /// The given memory, in bytes.
@@ -18,6 +18,17 @@ pub enum CacheError {
         /// The size of one block in bytes, over all layers.
         bytes_per_block: usize,
     },
+    /// A layer is in no group of layers, or in several.
+    #[error("the groups must have each layer once: layer {layer} {problem}")]
+    Layers {
+        /// The layer.
+        layer: usize,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Several groups of layers share their memory through the pages of the system, which is possible on CPUs only.
+    #[error("a cache with several groups of layers needs a CPU")]
+    GroupsNeedCpu,
     /// The fused backend runs on CPUs only.
     #[error("the fused backend runs on a CPU only; use the gather backend on other devices")]
     FusedNeedsCpu,

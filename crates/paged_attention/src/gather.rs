@@ -11,7 +11,7 @@ use candle_core::{D, DType, Result, Tensor};
 
 use crate::Attention;
 use crate::dense::Row;
-use crate::plan::{Plan, Span, VisibleRange};
+use crate::plan::{Plan, Planned, VisibleRange};
 
 /// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place.
 pub(crate) fn write(layer: &Tensor, layout: &KvLayout, plan: &Plan, k: &Tensor, v: &Tensor) -> Result<()> {
@@ -56,13 +56,13 @@ pub(crate) fn attend(
     attention: &Attention,
 ) -> Result<Tensor> {
     let each = |compute: fn(&Sequence<'_>) -> Result<Tensor>| {
-        let one = |span: &Span| {
-            let positions: Vec<usize> = span.positions(layout.block_size).collect();
-            let (k, v) = gather(layer, layout, &plan.blocks[span.blocks.clone()], positions.len())?;
-            let q = q.narrow(0, span.rows.start, span.rows.len())?;
-            compute(&Sequence::new(span.clone(), attention, positions, &q, &k, &v)?)
+        let one = |planned: &Planned| {
+            let positions: Vec<usize> = planned.positions(layout.block_size).collect();
+            let (k, v) = gather(layer, layout, &plan.blocks[planned.blocks.clone()], positions.len())?;
+            let q = q.narrow(0, planned.rows.start, planned.rows.len())?;
+            compute(&Sequence::new(planned.clone(), attention, positions, &q, &k, &v)?)
         };
-        Tensor::cat(&plan.spans.iter().map(one).collect::<Result<Vec<_>>>()?, 0)
+        Tensor::cat(&plan.sequences.iter().map(one).collect::<Result<Vec<_>>>()?, 0)
     };
     let out = each(|sequence| sequence.products(&sequence.v))?;
     // One number is copied from the device, whatever the number of sequences.
@@ -80,7 +80,7 @@ const MAX_SCORES: usize = 1 << 22;
 
 /// The new tokens of one sequence, and the keys and values of the tokens that they may see. All numbers are f32.
 pub(crate) struct Sequence<'a> {
-    span: Span,
+    planned: Planned,
     attention: &'a Attention,
     /// The positions of the keys and values, in ascending order.
     positions: Vec<usize>,
@@ -92,10 +92,10 @@ pub(crate) struct Sequence<'a> {
 }
 
 impl<'a> Sequence<'a> {
-    /// Takes q `(rows, heads, head_dim)` of the new tokens of `span`, and k and v `(len, kv_heads, head_dim)` of the
+    /// Takes q `(rows, heads, head_dim)` of the new tokens of `planned`, and k and v `(len, kv_heads, head_dim)` of the
     /// tokens at `positions`.
     pub(crate) fn new(
-        span: Span,
+        planned: Planned,
         attention: &'a Attention,
         positions: Vec<usize>,
         q: &Tensor,
@@ -104,7 +104,7 @@ impl<'a> Sequence<'a> {
     ) -> Result<Self> {
         let to_heads = |t: &Tensor| t.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous();
         let (q, k, v) = (q.to_dtype(DType::F32)?, to_heads(k)?, to_heads(v)?);
-        Ok(Self { span, attention, positions, q, k, v })
+        Ok(Self { planned, attention, positions, q, k, v })
     }
 
     /// Attention of all rows, `(rows, heads, head_dim)` in f32.
@@ -164,7 +164,7 @@ impl<'a> Sequence<'a> {
     /// The ALiBi bias by distance, `(heads, rows, len)`.
     fn bias(&self, rows: Range<usize>, keys: &Tensor, slopes: &[f32]) -> Result<Tensor> {
         let device = keys.device();
-        let positions: Vec<f32> = rows.map(|row| (self.span.start + row) as f32).collect();
+        let positions: Vec<f32> = rows.map(|row| (self.planned.start + row) as f32).collect();
         let rows = Tensor::new(positions, device)?.unsqueeze(1)?;
         let distances = keys.to_dtype(DType::F32)?.broadcast_sub(&rows)?;
         Tensor::from_slice(slopes, (slopes.len(), 1, 1), device)?.broadcast_mul(&distances.unsqueeze(0)?)
@@ -172,13 +172,13 @@ impl<'a> Sequence<'a> {
 
     /// The mask of the keys that some of the rows see, `(rows, len)` of 0 and 1. `None` if every row sees all keys.
     fn seen(&self, rows: Range<usize>, keys: &Tensor) -> Result<Option<Tensor>> {
-        let Self { span, attention, .. } = self;
-        let windowed = span.window.is_some() || attention.window.is_some();
-        let last_alone = span.rows.len() == 1 && span.start + 1 >= span.len();
+        let Self { planned, attention, .. } = self;
+        let windowed = !planned.span.is_all() || attention.window.is_some();
+        let last_alone = planned.rows.len() == 1 && planned.start + 1 >= planned.len();
         if !windowed && (!attention.causal || last_alone) {
             return Ok(None);
         }
-        let ranges: Vec<VisibleRange> = rows.map(|row| span.visible(row, attention)).collect();
+        let ranges: Vec<VisibleRange> = rows.map(|row| planned.visible(row, attention)).collect();
         let column = |of: fn(&VisibleRange) -> usize| {
             let ends = ranges.iter().map(|visible| of(visible) as u32).collect();
             Tensor::from_vec(ends, (ranges.len(), 1), keys.device())
@@ -223,7 +223,7 @@ impl<'a> Sequence<'a> {
         for (i, (q, out)) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)).enumerate() {
             let (row, head) = (i / heads, i % heads);
             let key_head = head / (heads / kv_heads);
-            let seen = self.span.visible(row, self.attention);
+            let seen = self.planned.visible(row, self.attention);
             if out.iter().all(|x| x.is_finite()) && !also(&seen, key_head) {
                 continue;
             }
@@ -234,7 +234,7 @@ impl<'a> Sequence<'a> {
                 to_v.copy_from_slice(&v[at..][..head_dim]);
                 true
             };
-            Row { q, head, position: self.span.start + row, seen, attention: self.attention }.attend(load, out);
+            Row { q, head, position: self.planned.start + row, seen, attention: self.attention }.attend(load, out);
         }
         Ok(())
     }

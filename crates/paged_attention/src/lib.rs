@@ -8,6 +8,7 @@ mod cpu;
 mod dense;
 mod error;
 mod gather;
+mod group;
 mod layers;
 mod plan;
 mod segments;
@@ -20,14 +21,16 @@ pub use builder::{Backend, KvCacheBuilder};
 pub use cache::KvCache;
 pub use cpu::Kernel;
 pub use error::{CacheError, CommitError, PushError};
+pub use group::LayerGroup;
 pub use segments::{Segment, attend_segments};
 pub use step::Step;
 pub use validate::AttendError;
 pub use wrap::{find_error, wrap_error};
 
 pub use block_pool::{
-    BYTE_STRIP, BlockId, BlockPool, BlockState, Inconsistent, KvDtype, KvEvent, KvEvents, KvLayout, KvShape, Order,
-    OutOfBlocks, PANEL, PoolError, PrefixKey, PrefixMatch, ReserveError, STRIP, Salt, Snapshot, Stats, StorageError,
+    BYTE_STRIP, BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, Inconsistent, KvDtype, KvEvent, KvEvents,
+    KvLayout, KvShape, Order, OutOfBlocks, PANEL, PoolError, PoolGroup, PrefixKey, PrefixMatch, ReserveError, STRIP,
+    Salt, Snapshot, Span, Stats, StorageError,
 };
 pub use block_table::{
     Admission, Admitted, BlockTable, CheckedOut, Need, NotReserved, OutOfWindow, Room, SequenceError, SequenceId,

@@ -2,25 +2,25 @@
 
 use std::ops::Range;
 
-use block_table::{BlockTable, Window};
+use block_table::{BlockTable, Span};
 
 use crate::Attention;
 
 /// One sequence of a plan.
 #[derive(Debug, Clone)]
-pub(crate) struct Span {
+pub(crate) struct Planned {
     /// The rows of the sequence in q, k and v.
     pub(crate) rows: Range<usize>,
     /// The position of the first new token, which is the number of tokens before it.
     pub(crate) start: usize,
-    /// How many tokens the table counts before position 0 of the span. They were freed and are not attended to.
+    /// How many tokens the table counts before its position 0. They were freed and are not attended to.
     pub(crate) dropped: usize,
     /// The range of its blocks in [`Plan::blocks`]. They have a slot for each of its tokens that was not freed.
     pub(crate) blocks: Range<usize>,
     /// The number of tokens, including the new ones.
     pub(crate) tokens: usize,
-    /// The window of the table.
-    pub(crate) window: Option<Window>,
+    /// Which tokens a token of the sequence sees in this group of layers.
+    pub(crate) span: Span,
     /// The logical blocks that the window has freed.
     freed: Range<usize>,
 }
@@ -41,10 +41,10 @@ impl VisibleRange {
     }
 }
 
-impl Span {
-    /// A span of queries from position `start` on, over the first `tokens` tokens of their sequence. It has no blocks.
-    pub(crate) fn of_queries(rows: Range<usize>, start: usize, tokens: usize, window: Option<Window>) -> Self {
-        Self { rows, start, dropped: 0, blocks: 0..0, tokens, window, freed: 0..0 }
+impl Planned {
+    /// Queries from position `start` on, over the first `tokens` tokens of their sequence. It has no blocks.
+    pub(crate) fn of_queries(rows: Range<usize>, start: usize, tokens: usize, span: Span) -> Self {
+        Self { rows, start, dropped: 0, blocks: 0..0, tokens, span, freed: 0..0 }
     }
 
     /// The number of tokens, including the new ones.
@@ -52,7 +52,7 @@ impl Span {
         self.tokens
     }
 
-    /// The index, among the blocks of the span, of the logical block `block`. `None` if that block was freed.
+    /// The index, among its blocks, of the logical block `block`. `None` if that block was freed.
     #[inline]
     pub(crate) fn index_of(&self, block: usize) -> Option<usize> {
         let Range { start, end } = self.freed;
@@ -70,22 +70,17 @@ impl Span {
     pub(crate) fn visible(&self, token: usize, attention: &Attention) -> VisibleRange {
         let position = self.start + token;
         let end = if attention.causal { self.len().min(position + 1) } else { self.len() };
-        let window = match (self.window, attention.window) {
-            (Some(a), Some(b)) => {
-                Some(Window::new(a.tokens().min(b.tokens())).with_sink_tokens(a.sink_tokens().min(b.sink_tokens())))
-            }
-            (a, b) => a.or(b),
-        };
-        let (sink_tokens, start) =
-            window.map_or((0, 0), |window| (window.sink_tokens().min(end), window.start(position)));
+        let span = self.span.narrowed_by(attention.window);
+        let (sink_tokens, start) = (span.sink_tokens().min(end), span.start(position));
         VisibleRange { sink_tokens, recent: start.max(sink_tokens).min(end)..end }
     }
 }
 
-/// All sequences of a step, packed one after the other.
+/// All sequences of a step in one group of layers, packed one after the other.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
-    pub(crate) spans: Vec<Span>,
+    group: usize,
+    pub(crate) sequences: Vec<Planned>,
     /// The block ids of all sequences.
     pub(crate) blocks: Vec<u32>,
     /// For each row, the slot that its key and value are written to.
@@ -93,36 +88,35 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// An empty plan for the layers of a group.
+    pub(crate) fn of_group(group: usize) -> Self {
+        Self { group, ..Self::default() }
+    }
+
     /// Adds `n` new tokens of a sequence, for which `table` has reserved slots.
     pub(crate) fn push(&mut self, table: &BlockTable, n: usize) {
         let block_size = table.pool().block_size();
         let rows = self.slot_mapping.len()..self.slot_mapping.len() + n;
-        let (freed, dropped) = freed_of(table);
+        let (freed, dropped) = freed_of(table, self.group);
         let start = table.len() - dropped;
         let blocks = self.push_blocks(table, start + n, &freed);
         // New tokens come after the freed blocks.
         let own = &self.blocks[blocks.clone()];
         let slot = |at: usize| own[at / block_size - freed.len()] * block_size as u32 + (at % block_size) as u32;
         self.slot_mapping.extend((start..start + n).map(slot));
-        self.spans.push(Span { rows, start, dropped, blocks, tokens: start + n, window: table.window(), freed });
+        let span = table.span_of_group(self.group);
+        self.sequences.push(Planned { rows, start, dropped, blocks, tokens: start + n, span, freed });
     }
 
     /// Adds `rows` queries that are not new tokens of the table. The first query is at position `at` of the table, and
     /// the queries attend to the tokens before position `end`. `at` may be beyond `end`.
     pub(crate) fn push_queries(&mut self, table: &BlockTable, rows: usize, at: usize, end: usize) {
-        let (freed, dropped) = freed_of(table);
+        let (freed, dropped) = freed_of(table, self.group);
         let (start, tokens) = (at.saturating_sub(dropped), end.saturating_sub(dropped));
         let blocks = self.push_blocks(table, tokens, &freed);
-        let before = self.spans.last().map_or(0, |span| span.rows.end);
-        self.spans.push(Span {
-            rows: before..before + rows,
-            start,
-            dropped,
-            blocks,
-            tokens,
-            window: table.window(),
-            freed,
-        });
+        let before = self.sequences.last().map_or(0, |planned| planned.rows.end);
+        let (rows, span) = (before..before + rows, table.span_of_group(self.group));
+        self.sequences.push(Planned { rows, start, dropped, blocks, tokens, span, freed });
     }
 
     /// Appends the blocks that hold the first `tokens` tokens of a table. Returns their range in [`Plan::blocks`].
@@ -130,7 +124,7 @@ impl Plan {
         let first = self.blocks.len();
         let blocks = tokens.div_ceil(table.pool().block_size());
         let kept = blocks.min(freed.start).max(blocks.saturating_sub(freed.len()));
-        self.blocks.extend(table.blocks().iter().take(kept).map(|id| id.index() as u32));
+        self.blocks.extend(table.blocks_of_group(self.group).iter().take(kept).map(|id| id.index() as u32));
         first..self.blocks.len()
     }
 
@@ -140,57 +134,75 @@ impl Plan {
     }
 }
 
-/// The logical blocks that the table's window has freed, and how many tokens are dropped at the start of the sequence.
+/// The logical blocks that a window has freed in a group, and how many tokens are dropped at the start of the sequence.
 ///
 /// With a window no token is dropped. Without a window the range is empty, and all tokens that the table has freed
 /// ([`BlockTable::free_before`]) are dropped: they are not part of the sequence that is attended to.
-pub(crate) fn freed_of(table: &BlockTable) -> (Range<usize>, usize) {
-    let freed = table.freed_blocks();
-    if table.window().is_some() { (freed, 0) } else { (0..0, freed.len() * table.pool().block_size()) }
+pub(crate) fn freed_of(table: &BlockTable, group: usize) -> (Range<usize>, usize) {
+    let freed = table.freed_blocks_of_group(group);
+    match table.span_of_group(group).is_all() {
+        true => (0..0, freed.len() * table.pool().block_size()),
+        false => (freed, 0),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use block_table::Window;
+
     use super::*;
 
     #[test]
     fn a_token_sees_the_sink_tokens_and_its_window() {
         let window = |tokens, sink_tokens| Some(Window::new(tokens).with_sink_tokens(sink_tokens));
-        let span = |window| Span { rows: 0..4, start: 10, dropped: 0, blocks: 0..0, tokens: 14, window, freed: 0..0 };
+        let planned = |window: Option<Window>| Planned {
+            rows: 0..4,
+            start: 10,
+            dropped: 0,
+            blocks: 0..0,
+            tokens: 14,
+            span: Span::all().narrowed_by(window),
+            freed: 0..0,
+        };
         let attention = Attention::new(1.0);
-        let visible = |window, token| span(window).visible(token, &attention);
+        let visible = |window, token| planned(window).visible(token, &attention);
         assert_eq!(visible(None, 1), VisibleRange { sink_tokens: 0, recent: 0..12 });
         assert_eq!(visible(window(3, 2), 0), VisibleRange { sink_tokens: 2, recent: 8..11 });
         assert_eq!(visible(window(1, 0), 3), VisibleRange { sink_tokens: 0, recent: 13..14 });
         assert_eq!(visible(window(10, 4), 0), VisibleRange { sink_tokens: 4, recent: 4..11 });
         assert_eq!(visible(window(3, 50), 0), VisibleRange { sink_tokens: 11, recent: 11..11 });
         assert_eq!(
-            span(window(3, 2)).visible(0, &attention.clone().causal(false)),
+            planned(window(3, 2)).visible(0, &attention.clone().causal(false)),
             VisibleRange { sink_tokens: 2, recent: 8..14 }
         );
         let narrower = attention.clone().window(Window::new(2).with_sink_tokens(9));
-        assert_eq!(span(window(3, 2)).visible(0, &narrower), VisibleRange { sink_tokens: 2, recent: 9..11 });
-        assert_eq!(span(None).visible(0, &narrower), VisibleRange { sink_tokens: 9, recent: 9..11 });
+        assert_eq!(planned(window(3, 2)).visible(0, &narrower), VisibleRange { sink_tokens: 2, recent: 9..11 });
+        assert_eq!(planned(None).visible(0, &narrower), VisibleRange { sink_tokens: 9, recent: 9..11 });
         assert_eq!(visible(window(3, 2), 0).within(&(1..9)), VisibleRange { sink_tokens: 1, recent: 7..8 });
         assert_eq!(visible(window(3, 2), 0).within(&(4..8)), VisibleRange { sink_tokens: 0, recent: 4..4 });
     }
 
     #[test]
     fn queries_after_a_segment_see_all_of_it() {
-        let span = Span { rows: 0..4, start: 10, dropped: 0, blocks: 0..0, tokens: 8, window: None, freed: 0..0 };
+        let planned =
+            Planned { rows: 0..4, start: 10, dropped: 0, blocks: 0..0, tokens: 8, span: Span::all(), freed: 0..0 };
         let attention = Attention::new(1.0);
-        assert_eq!(span.visible(0, &attention), VisibleRange { sink_tokens: 0, recent: 0..8 });
+        assert_eq!(planned.visible(0, &attention), VisibleRange { sink_tokens: 0, recent: 0..8 });
         assert_eq!(
-            span.visible(0, &attention.clone().window(Window::new(5))),
+            planned.visible(0, &attention.clone().window(Window::new(5))),
             VisibleRange { sink_tokens: 0, recent: 6..8 }
         );
-        assert_eq!(span.visible(3, &attention.window(Window::new(2))), VisibleRange { sink_tokens: 0, recent: 8..8 });
+        assert_eq!(
+            planned.visible(3, &attention.window(Window::new(2))),
+            VisibleRange { sink_tokens: 0, recent: 8..8 }
+        );
     }
 
     #[test]
     fn freed_blocks_have_no_index() {
-        let span = Span { rows: 0..2, start: 18, dropped: 0, blocks: 0..3, tokens: 20, window: None, freed: 1..3 };
-        assert_eq!([0, 1, 2, 3, 4].map(|block| span.index_of(block)), [Some(0), None, None, Some(1), Some(2)]);
-        assert_eq!(span.positions(4).collect::<Vec<_>>(), [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19]);
+        let planned =
+            Planned { rows: 0..2, start: 18, dropped: 0, blocks: 0..3, tokens: 20, span: Span::all(), freed: 1..3 };
+        assert_eq!([0, 1, 2, 3, 4].map(|block| planned.index_of(block)), [Some(0), None, None, Some(1), Some(2)]);
+        assert_eq!(planned.positions(4).collect::<Vec<_>>(), [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19]);
     }
 }

@@ -4,11 +4,12 @@
 use std::ops::Range;
 
 use block_pool::KvShape;
-use block_table::BlockTable;
+use block_table::{BlockTable, Span};
 use candle_core::{DType, Result, Tensor};
 
+use crate::backend::Layer;
 use crate::gather::Sequence;
-use crate::plan::{Plan, Span, freed_of};
+use crate::plan::{Plan, Planned, freed_of};
 use crate::{AttendError, Attention, KvCache, cpu, validate, wrap_error};
 
 /// The largest possible position. Distances between positions are signed, so a position has to fit into `isize`.
@@ -44,7 +45,7 @@ impl KvCache {
     pub fn write(&self, layer: usize, tables: &mut [BlockTable], start: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let target = self.layer(layer)?;
         let rows = k.dims().first().copied().unwrap_or(0);
-        validate::keys_and_values(self, rows, k, v)?;
+        validate::keys_and_values(target, rows, k, v)?;
         let tokens = rows.checked_div(tables.len()).unwrap_or(0);
         if tokens * tables.len() != rows {
             return segments_error(format!("{rows} rows cannot be divided equally among {} tables", tables.len()));
@@ -58,7 +59,7 @@ impl KvCache {
         for table in tables.iter() {
             validate::table(self.pool(), table)?;
             // The window may have freed some of the positions.
-            if let Some(missing) = (start..end).find(|&at| table.slot(at).is_none()) {
+            if let Some(missing) = (start..end).find(|&at| table.slot_of_group(target.group, at).is_none()) {
                 let capacity = table.capacity();
                 return segments_error(format!(
                     "positions {start}..{end} are not all reserved: position {missing} has no slot in the table, whose \
@@ -69,7 +70,8 @@ impl KvCache {
         let mut plan = Plan::default();
         for table in tables {
             table.make_writable(start..end).map_err(wrap_error)?;
-            plan.slot_mapping.extend((start..end).filter_map(|at| table.slot(at)).map(|slot| slot as u32));
+            let slots = (start..end).filter_map(|at| table.slot_of_group(target.group, at));
+            plan.slot_mapping.extend(slots.map(|slot| slot as u32));
         }
         target.write(&plan, k, v)
     }
@@ -97,7 +99,7 @@ impl KvCache {
             (before, blocks) = (0, 0..0);
         }
         // The iteration ends at the first block that is missing, so that a range that is far too long costs nothing.
-        let slots = blocks.map(|block| table.slot(block * block_size));
+        let slots = blocks.map(|block| table.slot_of_group(source.group, block * block_size));
         let Some(blocks) = slots.map(|slot| Some((slot? / block_size) as u32)).collect::<Option<Vec<_>>>() else {
             return segments_error(format!("not all positions of {start}..{end} have a slot in the table"));
         };
@@ -140,14 +142,13 @@ pub fn attend_segments(
     attention: &Attention,
 ) -> Result<Tensor> {
     let heads = check(segments, layer, at, q, attention)?;
-    let segments: Vec<_> = segments.iter().filter(|segment| segment.first() < segment.end).collect();
+    let segments: Vec<_> = segments.iter().filter(|segment| segment.first(layer) < segment.end).collect();
     if segments.iter().any(|segment| !segment.cache.is_fused()) {
         return attend_gathered(&segments, layer, at, q, attention);
     }
     let one = |segment: &Segment<'_>| {
-        let plan = segment.plan(at, q.dims()[0]);
-        let (layout, kernel) = (segment.cache.layout(), segment.cache.kernel());
-        let tensor = segment.cache.layer(layer)?.tensor;
+        let plan = segment.plan(layer, at, q.dims()[0]);
+        let Layer { tensor, layout, kernel, .. } = segment.cache.layer(layer)?;
         cpu::attend_part(tensor, q, &cpu::Call { layout, plan: &plan, heads, attention, kernel })
     };
     let mut outs = segments.iter().map(|segment| one(segment)).collect::<Result<Vec<_>>>()?;
@@ -163,25 +164,32 @@ pub fn attend_segments(
 }
 
 impl Segment<'_> {
-    /// The position of the first token that is attended to.
-    fn first(&self) -> usize {
-        self.start + self.tables.first().map_or(0, |table| freed_of(table).1)
+    /// The group of a layer, which exists.
+    fn group(&self, layer: usize) -> usize {
+        self.cache.group_of(layer).unwrap_or(0)
+    }
+
+    /// The position of the first token that is attended to in a layer.
+    fn first(&self, layer: usize) -> usize {
+        self.start + self.tables.first().map_or(0, |table| freed_of(table, self.group(layer)).1)
     }
 
     /// Checks that no query sees a position that the window of a table has freed. A window that has moved on has freed
     /// positions that earlier queries see. (A [`Step`](crate::Step) needs no such check: its new tokens come after all
     /// tokens of the table, and the table keeps every position that they see.)
-    fn check_freed(&self, at: usize, rows: usize, attention: &Attention) -> Result<()> {
+    fn check_freed(&self, layer: usize, at: usize, rows: usize, attention: &Attention) -> Result<()> {
         for table in self.tables {
-            let (freed, block_size) = (freed_of(table).0, table.pool().block_size());
+            let group = self.group(layer);
+            let (freed, block_size) = (freed_of(table, group).0, table.pool().block_size());
             if freed.is_empty() {
                 continue;
             }
             let (freed_start, freed_end) = (freed.start * block_size, freed.end * block_size);
-            let span = Span::of_queries(0..rows, at.saturating_sub(self.start), self.end - self.start, table.window());
+            let (start, span) = (at.saturating_sub(self.start), table.span_of_group(group));
+            let planned = Planned::of_queries(0..rows, start, self.end - self.start, span);
             // Sink tokens are never freed.
             let sees_freed = |row: usize| {
-                let recent = span.visible(row, attention).recent;
+                let recent = planned.visible(row, attention).recent;
                 let seen = recent.start.max(freed_start);
                 (seen < recent.end.min(freed_end)).then_some((at + row, self.start + seen))
             };
@@ -196,8 +204,8 @@ impl Segment<'_> {
         Ok(())
     }
 
-    fn plan(&self, at: usize, rows: usize) -> Plan {
-        let mut plan = Plan::default();
+    fn plan(&self, layer: usize, at: usize, rows: usize) -> Plan {
+        let mut plan = Plan::of_group(self.group(layer));
         for table in self.tables {
             let rows = rows / self.tables.len();
             plan.push_queries(table, rows, at.saturating_sub(self.start), self.end - self.start);
@@ -273,14 +281,16 @@ fn gathered_sequence<'a>(
     i: usize,
 ) -> Result<Sequence<'a>> {
     let (_, heads, head_dim) = q.dims3()?;
-    let kv_heads = segments.first().map_or(heads, |segment| segment.cache.shape().kv_heads);
+    let shape = segments.first().map(|segment| segment.cache.layer(layer)).transpose()?.map(|of| of.shape);
+    let kv_heads = shape.map_or(heads, |shape| shape.kv_heads);
     // Positions are counted from the first token of the first segment, as in the fused backend.
-    let origin = segments.first().map_or(0, |segment| segment.first());
+    let origin = segments.first().map_or(0, |segment| segment.first(layer));
     let nothing = Tensor::zeros((0, kv_heads, head_dim), DType::F32, q.device())?;
     let (mut positions, mut keys, mut values) = (Vec::new(), vec![nothing.clone()], vec![nothing]);
     for segment in segments {
         let table = &segment.tables[i];
-        let (freed, block_size) = (table.freed_blocks(), table.pool().block_size());
+        let freed = table.freed_blocks_of_group(segment.group(layer));
+        let block_size = table.pool().block_size();
         let end = segment.end - segment.start;
         let runs = [0..end.min(freed.start * block_size), end.min(freed.end * block_size)..end];
         for run in runs.into_iter().filter(|run| !run.is_empty()) {
@@ -290,20 +300,21 @@ fn gathered_sequence<'a>(
             values.push(v.to_dtype(DType::F32)?);
         }
     }
-    let (sequences, window) =
-        segments.first().map_or((1, None), |segment| (segment.tables.len(), segment.tables[i].window()));
+    let of = |segment: &&Segment<'_>| (segment.tables.len(), segment.tables[i].span_of_group(segment.group(layer)));
+    let (sequences, span) = segments.first().map_or((1, Span::all()), of);
     let end = segments.last().map_or(0, |segment| segment.end - origin);
     let rows = q.dim(0)? / sequences;
-    let span = Span::of_queries(0..rows, at.saturating_sub(origin), end, window);
+    let planned = Planned::of_queries(0..rows, at.saturating_sub(origin), end, span);
     let q = q.narrow(0, i * rows, rows)?;
-    Sequence::new(span, attention, positions, &q, &Tensor::cat(&keys, 0)?, &Tensor::cat(&values, 0)?)
+    Sequence::new(planned, attention, positions, &q, &Tensor::cat(&keys, 0)?, &Tensor::cat(&values, 0)?)
 }
 
 /// Checks all arguments of [`attend_segments`]. Returns the number of query heads.
 fn check(segments: &[Segment<'_>], layer: usize, at: usize, q: &Tensor, attention: &Attention) -> Result<usize> {
     let Some(first) = segments.first() else { return segments_error("there is no segment to attend to".into()) };
     let rows = q.dims().first().copied().unwrap_or(0);
-    let heads = validate::queries_alone(first.cache, rows, q, attention)?;
+    let expected = first.cache.layer(layer)?;
+    let heads = validate::queries_alone(expected, rows, q, attention)?;
     let sequences = first.tables.len();
     if sequences == 0 || !rows.is_multiple_of(sequences) {
         return segments_error(format!("{rows} queries cannot be divided equally among {sequences} sequences"));
@@ -320,8 +331,8 @@ fn check(segments: &[Segment<'_>], layer: usize, at: usize, q: &Tensor, attentio
                 "a segment at {start}..{end} ends before it starts, or beyond position {LAST_POSITION}"
             ));
         }
-        segment.cache.layer(layer)?;
-        let (KvShape { kv_heads, head_dim, .. }, expected) = (segment.cache.shape(), first.cache.shape());
+        let (group, expected) = (segment.group(layer), expected.shape);
+        let KvShape { kv_heads, head_dim, .. } = segment.cache.layer(layer)?.shape;
         if (kv_heads, head_dim) != (expected.kv_heads, expected.head_dim) || segment.tables.len() != sequences {
             return segments_error("the segments have different numbers of heads, dimensions or sequences".into());
         }
@@ -333,23 +344,25 @@ fn check(segments: &[Segment<'_>], layer: usize, at: usize, q: &Tensor, attentio
                     "a segment at {start}..{end} lies in a table with a capacity of {capacity} tokens"
                 ));
             }
-            if table.freed_blocks() != segment.tables[0].freed_blocks() {
+            if table.freed_blocks_of_group(group) != segment.tables[0].freed_blocks_of_group(group) {
                 return segments_error("the tables of a segment have freed different blocks".into());
             }
         }
-        if before.is_some_and(|before| before.end != segment.first()) {
+        if before.is_some_and(|before| before.end != segment.first(layer)) {
             return segments_error(format!(
                 "a segment that begins at {} does not follow the previous segment",
-                segment.first()
+                segment.first(layer)
             ));
         }
         before = Some(segment);
     }
-    if segments.iter().all(|segment| segment.end <= segment.first()) {
+    if segments.iter().all(|segment| segment.end <= segment.first(layer)) {
         return segments_error("the segments have no tokens to attend to".into());
     }
-    let windowed = segments.iter().any(|segment| segment.tables.iter().any(|table| table.window().is_some()));
-    let last = before.map_or(0, Segment::first);
+    let is_windowed =
+        |segment: &Segment<'_>| segment.tables.iter().any(|table| !table.span_of_group(segment.group(layer)).is_all());
+    let windowed = segments.iter().any(is_windowed);
+    let last = before.map_or(0, |segment| segment.first(layer));
     // A query before the start of a segment has no position in it.
     let position_matters = attention.causal || attention.window.is_some() || attention.slopes.is_some() || windowed;
     if position_matters && at < last {
@@ -365,7 +378,7 @@ fn check(segments: &[Segment<'_>], layer: usize, at: usize, q: &Tensor, attentio
         );
     }
     for segment in segments {
-        segment.check_freed(at, rows, attention)?;
+        segment.check_freed(layer, at, rows, attention)?;
     }
     Ok(heads)
 }

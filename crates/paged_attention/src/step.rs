@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use block_table::BlockTable;
 use candle_core::{Result, Tensor};
+use smallvec::SmallVec;
 
 use crate::layers::Layers;
-use crate::plan::{Plan, Span};
+use crate::plan::{Plan, Planned};
 use crate::{AttendError, Attention, CommitError, KvCache, PushError, validate, wrap_error};
 
 /// One forward pass over a batch of sequences, prefill and decode alike.
@@ -32,7 +33,8 @@ use crate::{AttendError, Attention, CommitError, KvCache, PushError, validate, w
 pub struct Step<'t> {
     cache: KvCache,
     pushed: Vec<Pushed<'t>>,
-    plan: Plan,
+    /// One for each group of layers. The rows are the same in all of them.
+    plans: SmallVec<[Plan; 1]>,
     token_ids: Vec<u32>,
     /// Whether a layer has been written. From then on no sequence can join.
     started: AtomicBool,
@@ -50,10 +52,10 @@ impl<'t> Step<'t> {
         Self {
             cache: cache.clone(),
             pushed: Vec::new(),
-            plan: Plan::default(),
+            plans: (0..cache.groups().len()).map(Plan::of_group).collect(),
             token_ids: Vec::new(),
             started: AtomicBool::new(false),
-            written: Layers::none_of(cache.shape().layers),
+            written: Layers::none_of(cache.layers()),
         }
     }
 
@@ -87,7 +89,9 @@ impl<'t> Step<'t> {
             return Err(PushError::ForeignTable);
         }
         table.reserve(tokens.len())?;
-        self.plan.push(table, tokens.len());
+        for plan in &mut self.plans {
+            plan.push(table, tokens.len());
+        }
         self.token_ids.extend_from_slice(tokens);
         self.pushed.push(Pushed { table });
         Ok(())
@@ -100,7 +104,7 @@ impl<'t> Step<'t> {
 
     /// The number of new tokens of all sequences together: the rows of `q`, `k` and `v`.
     pub fn tokens(&self) -> usize {
-        self.plan.rows()
+        self.plans[0].rows()
     }
 
     /// The ids of the new tokens, sequence after sequence: `(tokens)` of u32, the input of the embedding.
@@ -118,8 +122,9 @@ impl<'t> Step<'t> {
     ///
     /// The error of the device.
     pub fn positions(&self) -> Result<Tensor> {
-        let positions = |span: &Span| (span.dropped + span.start) as u32..(span.dropped + span.len()) as u32;
-        let positions: Vec<u32> = self.plan.spans.iter().flat_map(positions).collect();
+        let positions =
+            |planned: &Planned| (planned.dropped + planned.start) as u32..(planned.dropped + planned.len()) as u32;
+        let positions: Vec<u32> = self.plans[0].sequences.iter().flat_map(positions).collect();
         Tensor::new(positions, self.cache.device())
     }
 
@@ -129,7 +134,7 @@ impl<'t> Step<'t> {
     ///
     /// The error of the device.
     pub fn last_rows(&self) -> Result<Tensor> {
-        let rows: Vec<u32> = self.plan.spans.iter().map(|span| span.rows.end as u32 - 1).collect();
+        let rows: Vec<u32> = self.plans[0].sequences.iter().map(|planned| planned.rows.end as u32 - 1).collect();
         Tensor::new(rows, self.cache.device())
     }
 
@@ -157,9 +162,10 @@ impl<'t> Step<'t> {
     pub fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, attention: &Attention) -> Result<Tensor> {
         let _span =
             tracing::trace_span!("attend", layer, tokens = self.tokens(), sequences = self.sequences()).entered();
-        let heads = validate::queries(&self.cache, self.rows()?, q, k, attention)?;
+        let target = self.cache.layer(layer)?;
+        let heads = validate::queries(target, self.rows()?, q, k, attention)?;
         self.fill(layer, k, v)?;
-        let attended = self.cache.layer(layer)?.attend(&self.plan, q, heads, attention)?;
+        let attended = target.attend(&self.plans[target.group], q, heads, attention)?;
         self.written.insert(layer);
         Ok(attended)
     }
@@ -180,15 +186,15 @@ impl<'t> Step<'t> {
     /// as written when all its work has succeeded.
     fn fill(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let target = self.cache.layer(layer)?;
-        validate::keys_and_values(&self.cache, self.rows()?, k, v)?;
+        validate::keys_and_values(target, self.rows()?, k, v)?;
         self.started.store(true, Ordering::Relaxed);
         self.written.remove(layer);
-        target.write(&self.plan, k, v)
+        target.write(&self.plans[target.group], k, v)
     }
 
     /// The number of new tokens.
     fn rows(&self) -> Result<usize> {
-        match self.plan.rows() {
+        match self.plans[0].rows() {
             0 => Err(wrap_error(AttendError::EmptyStep)),
             rows => Ok(rows),
         }
@@ -243,8 +249,8 @@ impl<'t> Step<'t> {
     pub fn commit(mut self) -> std::result::Result<(), CommitError> {
         self.check_written()?;
         let all = std::mem::take(&mut self.pushed);
-        for (Pushed { table }, span) in all.into_iter().zip(&self.plan.spans) {
-            let committed = table.commit_tokens(&self.token_ids[span.rows.clone()]);
+        for (Pushed { table }, planned) in all.into_iter().zip(&self.plans[0].sequences) {
+            let committed = table.commit_tokens(&self.token_ids[planned.rows.clone()]);
             debug_assert!(committed.is_ok(), "`push` has reserved the slots");
         }
         Ok(())
@@ -265,15 +271,17 @@ impl<'t> Step<'t> {
         if accepted.len() != self.pushed.len() {
             return Err(CommitError::Sequences { accepted: accepted.len(), pushed: self.pushed.len() });
         }
-        let spans = self.plan.spans.iter();
-        for (sequence, (span, &accepted)) in spans.zip(accepted).enumerate() {
-            if accepted > span.rows.len() {
-                return Err(CommitError::Tokens { sequence, accepted, pushed: span.rows.len() });
+        let spans = self.plans[0].sequences.iter();
+        for (sequence, (planned, &accepted)) in spans.zip(accepted).enumerate() {
+            if accepted > planned.rows.len() {
+                return Err(CommitError::Tokens { sequence, accepted, pushed: planned.rows.len() });
             }
         }
         self.check_written()?;
-        for ((Pushed { table }, span), accepted) in self.pushed.iter_mut().zip(&self.plan.spans).zip(accepted) {
-            let tokens = &self.token_ids[span.rows.clone()][..*accepted];
+        for ((Pushed { table }, planned), accepted) in
+            self.pushed.iter_mut().zip(&self.plans[0].sequences).zip(accepted)
+        {
+            let tokens = &self.token_ids[planned.rows.clone()][..*accepted];
             let committed = table.commit_tokens(tokens);
             debug_assert!(committed.is_ok(), "`push` has reserved the slots");
         }

@@ -1,10 +1,11 @@
 //! Checks of the arguments of attention, made before anything is written.
 
-use block_pool::{BlockPool, KvShape, KvTensors};
+use block_pool::{BlockPool, KvShape};
 use block_table::BlockTable;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
-use crate::{Attention, KvCache, wrap_error};
+use crate::backend::Layer;
+use crate::{Attention, wrap_error};
 
 /// The arguments of [`Step::attend`](crate::Step::attend), or of another function that reads or writes a layer, are
 /// invalid. The error is wrapped in a `candle_core::Error`, so that `?` works in a model;
@@ -84,29 +85,25 @@ pub enum AttendError {
     Segments(String),
 }
 
-pub(crate) fn layer(tensors: &KvTensors, layer: usize) -> Result<&Tensor> {
-    tensors.layer(layer).ok_or_else(|| wrap_error(AttendError::NoLayer { layer, layers: tensors.layers() }))
-}
-
 pub(crate) fn table(pool: &BlockPool, table: &BlockTable) -> Result<()> {
     if table.pool().is_same(pool) { Ok(()) } else { Err(wrap_error(AttendError::ForeignTable)) }
 }
 
 /// Checks k and v.
-pub(crate) fn keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-    check_keys_and_values(cache, rows, k, v).map_err(wrap_error)
+pub(crate) fn keys_and_values(layer: Layer<'_>, rows: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+    check_keys_and_values(layer, rows, k, v).map_err(wrap_error)
 }
 
 /// Checks q, its type against that of k, and the attention parameters. Returns the number of query heads.
-pub(crate) fn queries(cache: &KvCache, rows: usize, q: &Tensor, k: &Tensor, attention: &Attention) -> Result<usize> {
-    let heads = queries_alone(cache, rows, q, attention)?;
+pub(crate) fn queries(layer: Layer<'_>, rows: usize, q: &Tensor, k: &Tensor, attention: &Attention) -> Result<usize> {
+    let heads = queries_alone(layer, rows, q, attention)?;
     same_dtype(k, "k", q).map_err(wrap_error)?;
     Ok(heads)
 }
 
 /// Checks q and the attention parameters. Returns the number of query heads.
-pub(crate) fn queries_alone(cache: &KvCache, rows: usize, q: &Tensor, attention: &Attention) -> Result<usize> {
-    check_queries(cache, rows, q)
+pub(crate) fn queries_alone(layer: Layer<'_>, rows: usize, q: &Tensor, attention: &Attention) -> Result<usize> {
+    check_queries(layer, rows, q)
         .and_then(|heads| check_attention(attention, heads).map(|()| heads))
         .map_err(wrap_error)
 }
@@ -121,26 +118,31 @@ fn check_attention(attention: &Attention, heads: usize) -> std::result::Result<(
     }
 }
 
-fn check_keys_and_values(cache: &KvCache, rows: usize, k: &Tensor, v: &Tensor) -> std::result::Result<(), AttendError> {
+fn check_keys_and_values(
+    layer: Layer<'_>,
+    rows: usize,
+    k: &Tensor,
+    v: &Tensor,
+) -> std::result::Result<(), AttendError> {
     if rows == 0 {
         return Err(AttendError::NoRows);
     }
-    let KvShape { kv_heads, head_dim, .. } = cache.shape();
+    let KvShape { kv_heads, head_dim, .. } = layer.shape;
     for (tensor, name) in [(k, "k"), (v, "v")] {
         if tensor.dims() != [rows, kv_heads, head_dim] {
             let expected = format!("({rows} tokens, {kv_heads} kv_heads, {head_dim} head_dim)");
             return Err(AttendError::Shape { tensor: name, got: tensor.dims().to_vec(), expected });
         }
-        check_dtype_and_device(cache, tensor, name)?;
+        check_dtype_and_device(layer.tensor.device(), tensor, name)?;
     }
     same_dtype(v, "v", k)
 }
 
-fn check_queries(cache: &KvCache, rows: usize, q: &Tensor) -> std::result::Result<usize, AttendError> {
+fn check_queries(layer: Layer<'_>, rows: usize, q: &Tensor) -> std::result::Result<usize, AttendError> {
     if rows == 0 {
         return Err(AttendError::NoRows);
     }
-    let KvShape { kv_heads, head_dim, .. } = cache.shape();
+    let KvShape { kv_heads, head_dim, .. } = layer.shape;
     let heads = match *q.dims() {
         [r, heads, dim] if r == rows && dim == head_dim && heads > 0 => heads,
         ref dims => {
@@ -151,21 +153,21 @@ fn check_queries(cache: &KvCache, rows: usize, q: &Tensor) -> std::result::Resul
     if heads % kv_heads != 0 {
         return Err(AttendError::Groups { heads, kv_heads });
     }
-    check_dtype_and_device(cache, q, "q")?;
+    check_dtype_and_device(layer.tensor.device(), q, "q")?;
     Ok(heads)
 }
 
 /// Checks that a tensor has a type that attention reads, and is on the cache's device.
 fn check_dtype_and_device(
-    cache: &KvCache,
+    device: &Device,
     tensor: &Tensor,
     name: &'static str,
 ) -> std::result::Result<(), AttendError> {
     if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {
         return Err(AttendError::DType { tensor: name, got: tensor.dtype().as_str(), expected: "f32, f16 or bf16" });
     }
-    if !tensor.device().same_device(cache.device()) {
-        let (got, expected) = (format!("{:?}", tensor.device()), format!("{:?}", cache.device()));
+    if !tensor.device().same_device(device) {
+        let (got, expected) = (format!("{:?}", tensor.device()), format!("{device:?}"));
         return Err(AttendError::Device { tensor: name, got, expected });
     }
     Ok(())

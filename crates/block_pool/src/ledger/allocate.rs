@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::Ledger;
+use super::{Group, Ledger};
 use crate::prefix::Entry;
 use crate::{BlockId, KvEvent, OutOfBlocks};
 
@@ -35,12 +35,17 @@ impl Ledger {
         if requested > available {
             return Err(OutOfBlocks { requested, available });
         }
-        Ok(self.allocate(group, n, after, add_run))
+        let evicted = self.allocate(group, n, after, add_run);
+        if self.groups.len() > 1 {
+            self.give_back(group);
+        }
+        Ok(evicted)
     }
 
     /// Allocates `n` blocks of a group: free ones first, adjacent where possible, and directly after `after`. Passes them
     /// to `add_run` in runs of adjacent blocks. Returns how many of them, the last ones, were evicted for this and have
-    /// their old content. The caller has checked that the budget has room, and deals with the
+    /// their old content. The caller has checked that the budget has room. When it has allocated everything, it calls
+    /// [`give_back`](Self::give_back) if there are several groups, and deals with the
     /// [leftovers](Self::take_leftovers).
     #[inline]
     pub(super) fn allocate(
@@ -50,46 +55,79 @@ impl Ledger {
         after: Option<BlockId>,
         mut add_run: impl FnMut(Range<usize>),
     ) -> usize {
-        let free_units = self.free_units() + self.units_of(&self.leftovers.evicted);
-        let own = &mut self.groups[group];
-        let (first, units) = (own.first, own.units);
-        let free = n.min(own.free.len()).min(if units == 1 { free_units } else { free_units / units });
-        let (ref_counts, resident) = (&mut self.ref_counts, &mut own.resident);
-        own.free.allocate(free, after, |run| {
-            ref_counts[first + run.start..first + run.end].fill(1);
+        if self.groups.len() > 1 {
+            return self.allocate_shared(group, n, after, &mut add_run);
+        }
+        // In a pool with one group the free blocks are the rest of the budget.
+        let Group { free, units, .. } = &mut self.groups.first;
+        let from_free = n.min(free.len());
+        let ref_counts = &mut self.ref_counts;
+        free.allocate(from_free, after, |run| {
+            ref_counts[run.clone()].fill(1);
+            add_run(run);
+        });
+        self.units_in_use += from_free * *units;
+        if from_free < n { self.allocate_by_evicting(0, n - from_free, &mut add_run) } else { 0 }
+    }
+
+    /// Does the same in a pool with several groups, which share their memory.
+    #[inline(never)]
+    fn allocate_shared(
+        &mut self,
+        group: usize,
+        n: usize,
+        after: Option<BlockId>,
+        add_run: &mut dyn FnMut(Range<usize>),
+    ) -> usize {
+        let room = self.room() / self.groups[group].units;
+        let Group { first, free, units, resident, .. } = &mut self.groups[group];
+        let from_free = n.min(free.len()).min(room);
+        let ref_counts = &mut self.ref_counts;
+        free.allocate(from_free, after, |run| {
+            ref_counts[*first + run.start..*first + run.end].fill(1);
             if let Some(resident) = resident {
                 resident.insert(run.clone());
             }
             add_run(run);
         });
-        self.units_in_use += free * units;
+        self.units_in_use += from_free * *units;
+        self.allocate_by_evicting(group, n - from_free, add_run)
+    }
+
+    /// Allocates `n` blocks by evicting. Returns `n`, since the caller has counted what is evictable.
+    #[inline]
+    fn allocate_by_evicting(&mut self, group: usize, n: usize, mut add_run: impl FnMut(Range<usize>)) -> usize {
         let mut evicted = 0;
-        while free + evicted < n {
+        while evicted < n {
             let Some(id) = self.reclaim(group) else { break };
             add_run(id.index()..id.index() + 1);
             evicted += 1;
         }
-        debug_assert_eq!(free + evicted, n, "as many blocks are available as were counted");
-        if self.groups.len() > 1 {
-            self.give_back(group);
-        }
+        debug_assert_eq!(evicted, n, "as many blocks are available as were counted");
         evicted
     }
 
-    /// The units of blocks that count as in use only until the caller has dealt with them.
-    fn units_of(&self, blocks: &[(usize, BlockId)]) -> usize {
-        blocks.iter().map(|&(group, _)| self.groups[group].units).sum()
+    /// How many units can be allocated without evicting any block: the free ones, and those of leftovers, which count as
+    /// in use only until the caller has dealt with them. (With them the budget can be passed.)
+    fn room(&self) -> usize {
+        let Leftovers { evicted, unneeded } = &self.leftovers;
+        let leftovers: usize = evicted.iter().chain(unneeded).map(|&(group, _)| self.groups[group].units).sum();
+        (self.budget + leftovers).saturating_sub(self.units_in_use + self.units_evictable)
     }
 
     /// Allocates one block of a group by evicting: a block of this group, or as many of other groups as take its units.
+    #[inline]
     fn reclaim(&mut self, group: usize) -> Option<BlockId> {
         loop {
+            let units = self.groups[group].units;
             // Blocks that lost their prefix together with an evicted one were counted as available, too.
-            if let Some(at) = self.leftovers.evicted.iter().position(|&(of, _)| of == group) {
+            if !self.leftovers.evicted.is_empty()
+                && self.room() >= units
+                && let Some(at) = self.leftovers.evicted.iter().position(|&(of, _)| of == group)
+            {
                 return Some(self.leftovers.evicted.swap_remove(at).1);
             }
-            let units = self.groups[group].units;
-            if self.groups.len() > 1 && self.free_units() + self.units_of(&self.leftovers.evicted) >= units {
+            if self.groups.len() > 1 && self.room() >= units {
                 // The group has a free block: blocks of all its memory would take more than the budget.
                 let mut id = None;
                 self.groups[group].free.allocate(1, None, |run| id = Some(BlockId::new(run.start)));
@@ -123,6 +161,33 @@ impl Ledger {
         of.evictable -= 1;
         self.units_evictable -= of.units;
         self.units_in_use += of.units;
+    }
+
+    /// Evicts the evictable blocks of the same group that no match reaches without this block, from the last to the first.
+    #[cold]
+    pub(super) fn evict_followers(&mut self, group: usize, entry: Entry) {
+        let (mut found, mut next) = (vec![entry], 0);
+        while let Some(&before) = found.get(next) {
+            let followers = self.tree.followers(group, before).into_iter().map(|id| self.entry(group, id));
+            found.extend(followers.filter(|&follower| self.ref_counts[follower] == 0));
+            next += 1;
+        }
+        for &follower in found[1..].iter().rev() {
+            // Unless it has been dropped meanwhile together with a cold prefix.
+            if self.ref_counts[follower] == 0 {
+                self.evict(follower);
+            }
+        }
+    }
+
+    /// Evicts an evictable block, which becomes a leftover.
+    fn evict(&mut self, entry: Entry) {
+        let (group, id) = self.block(entry);
+        self.use_evictable(group, entry);
+        self.ref_counts[entry] = 1;
+        self.uncache(group, entry);
+        self.stats.evictions += 1;
+        self.leftovers.evicted.push((group, id));
     }
 
     /// Takes the block out of the tree. If there are too many tombstones then, the coldest prefixes are dropped.

@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 
 use super::counts::Why;
 use super::write::cost_of_copy;
-use super::{Ledger, MAX_REF_COUNT, tree_groups};
+use super::{Group, Ledger, MAX_REF_COUNT, tree_groups};
 use crate::list::List;
 use crate::prefix::{Entry, Past, PrefixTree};
 use crate::{AlreadyCached, BlockId, GroupBlock, KvEvent, PrefixKey, PrefixMatch, Span};
@@ -39,7 +39,8 @@ impl Ledger {
         self.stats.queried_tokens += query.tokens.len() as u64;
         let Query { key, at, last, tokens } = query;
         let last = self.last_entry(last);
-        let Self { tree, ref_counts, evictable, groups, units_evictable, units_in_use, .. } = self;
+        let Self { tree, ref_counts, evictable, groups, .. } = self;
+        let mut units = 0;
         let found = tree.longest(key, at, last, tokens, |group, id| {
             let of = &mut groups[group];
             let entry = of.first + id.index();
@@ -47,12 +48,13 @@ impl Ledger {
             if *ref_count == 0 {
                 evictable.remove(entry);
                 of.evictable -= 1;
-                *units_evictable -= of.units;
-                *units_in_use += of.units;
+                units += of.units;
             }
             *ref_count = MAX_REF_COUNT.min(*ref_count + 1);
             matched(group, id);
         });
+        self.units_evictable -= units;
+        self.units_in_use += units;
         self.tree.record_use(found);
         self.stats.hit_tokens += found.tokens as u64;
         found.tokens
@@ -60,12 +62,18 @@ impl Ledger {
 
     /// Looks up what [`match_prefix`](Self::match_prefix) would match, and how many available units the sequence would
     /// take to have slots for `slots` tokens from there on, all at once. With `chunk`, it gets slots for at most this
-    /// many tokens at a time, and its windows free blocks in between.
-    pub(crate) fn lookup_prefix(&self, query: Query<'_>, slots: usize, chunk: Option<usize>) -> PrefixMatch {
+    /// many tokens at a time, and its windows free blocks in between. `own` are the blocks that it has in each group.
+    pub(crate) fn lookup_prefix<'b>(
+        &self,
+        query: Query<'_>,
+        slots: usize,
+        chunk: Option<usize>,
+        own: impl Fn(usize) -> &'b [BlockId],
+    ) -> PrefixMatch {
         let Query { key, at, last, tokens } = query;
         let block_size = self.block_size;
         let mut found = PrefixMatch::default();
-        // Of the blocks of each group that match: the units of the evictable ones, and how many lists use the last one.
+        // Of the blocks of each group that match: how many are evictable, and how many lists use the last one.
         let mut groups: SmallVec<[(usize, u32); 1]> = SmallVec::from_elem((0, 0), self.groups.len());
         let matched = self.tree.longest(key, at, self.last_entry(last), tokens, |group, id| {
             let users = self.ref_counts[self.entry(group, id)];
@@ -78,16 +86,24 @@ impl Ledger {
                 *evictable += 1;
             }
         });
-        found.tokens = matched.tokens;
-        let matched = found.tokens;
+        let matched = matched.tokens;
+        found.tokens = matched;
         // Whether the sequence continues inside the last block.
         let inside = !matched.is_multiple_of(block_size) && slots > matched;
-        let before = at * block_size;
-        for (of, (evictable, of_last)) in self.groups.iter().zip(groups) {
-            let growth = slots.div_ceil(block_size).saturating_sub(matched.div_ceil(block_size));
+        let (from, to) = (at * block_size + matched, at * block_size + slots);
+        for (group, (of, (evictable, of_last))) in self.groups.iter().zip(groups).enumerate() {
+            let mut growth = slots.div_ceil(block_size).saturating_sub(matched.div_ceil(block_size));
+            let mut copy = if inside { cost_of_copy(of_last) } else { 0 };
             let span = of.spec.span.narrowed_by(key.window);
-            let growth = growth.min(peak(span, block_size, before + matched, chunk));
-            let copy = if inside { cost_of_copy(of_last) } else { 0 };
+            if let (Some(chunk), false) = (chunk, span.is_all()) {
+                // When the window passes a block that others use too, no memory becomes available.
+                let is_own = |id: &&BlockId| self.ref_counts[self.entry(group, **id)] == 1;
+                let own = evictable + own(group).iter().filter(is_own).count();
+                let most = peak(span, block_size, from, to, chunk);
+                if most.saturating_sub(own) < growth + copy {
+                    (growth, copy) = (most.saturating_sub(own), 0);
+                }
+            }
             found.blocks = found.blocks.saturating_add((evictable + growth + copy).saturating_mul(of.units));
         }
         found
@@ -110,23 +126,22 @@ impl Ledger {
         if epoch != self.epoch || head.len() + tokens.len() < self.block_size {
             return Ok(duplicates);
         }
-        let sinks: SmallVec<[usize; 1]> =
-            self.groups.iter().map(|of| of.spec.span.narrowed_by(key.window).sink_blocks(self.block_size)).collect();
-        let block = |lists: &[List], group: usize, block: usize| lists[group].block(block, sinks[group]);
-        let is_cached = |this: &Self, lists: &[List], number: usize| {
-            (0..lists.len())
-                .any(|group| block(lists, group, number).is_some_and(|id| this.tree.contains(this.entry(group, id))))
+        // A division for each group, unless it has no sink tokens.
+        let sink_blocks = |of: &Group| match of.spec.span.narrowed_by(key.window) {
+            span if span.sink_tokens() == 0 => 0,
+            span => span.sink_blocks(self.block_size),
         };
-        if is_cached(self, lists, at) {
+        let sinks: SmallVec<[usize; 1]> = self.groups.iter().map(sink_blocks).collect();
+        if self.is_cached(lists, &sinks, at) {
             return Err(AlreadyCached);
         }
-        let parent_of = |this: &Self, lists: &[List], number: usize| {
-            let all =
-                (0..lists.len()).filter_map(|group| Some(GroupBlock { group, block: block(lists, group, number)? }));
-            // The groups whose window has passed the block, or which have replaced it, do not know it.
-            all.into_iter().find(|&GroupBlock { group, block }| this.tree.contains(this.entry(group, block)))
-        };
-        let mut parent_block = at.checked_sub(1).and_then(|before| parent_of(self, lists, before));
+        // Groups whose window has passed the block before, or which have replaced it, do not know it.
+        let mut parent_block = at.checked_sub(1).and_then(|before| {
+            lists.iter().enumerate().find_map(|(group, list)| {
+                let block = list.block(before, sinks[group])?;
+                self.tree.contains(self.entry(group, block)).then_some(GroupBlock { group, block })
+            })
+        });
         // Without a parent no search would reach the block.
         let last = self.last_entry(parent_block);
         let Some(mut parent) = self.tree.start_or_root(key, at, last) else { return Ok(duplicates) };
@@ -134,7 +149,7 @@ impl Ledger {
         let mut rest = tokens;
         let end = lists.iter().map(List::end).max().unwrap_or(0);
         for number in at..end {
-            if head.len() + rest.len() < self.block_size || is_cached(self, lists, number) {
+            if head.len() + rest.len() < self.block_size || self.is_cached(lists, &sinks, number) {
                 break;
             }
             let (now, later) = rest.split_at(self.block_size - head.len());
@@ -143,28 +158,37 @@ impl Ledger {
             own[head.len()..].copy_from_slice(now);
             (head, rest) = (&[], later);
             let node = self.tree.insert(parent);
-            let mut first = None;
-            for group in 0..lists.len() {
-                let Some(index) = lists[group].index_of(number, sinks[group]) else { continue };
-                let id = lists[group].ids[index];
-                match self.tree.set_block(node, group, id) {
+            let before = std::mem::take(&mut parent_block);
+            for (group, (list, &sinks)) in lists.iter_mut().zip(&sinks).enumerate() {
+                let Some(index) = list.index_of(number, sinks) else { continue };
+                let block = list.ids[index];
+                match self.tree.set_block(node, group, block) {
                     None => {
-                        let tokens = || self.tree.tokens_of(node.0).to_vec();
-                        let (parent, key) = (parent_block, || key.clone());
-                        let event = || KvEvent::BlockStored { group, block: id, parent, tokens: tokens(), key: key() };
-                        self.subscribers.publish(event);
+                        let tree = &self.tree;
+                        self.subscribers.publish(|| {
+                            let (tokens, key) = (tree.tokens_of(node.0).to_vec(), key.clone());
+                            KvEvent::BlockStored { group, block, parent: before, tokens, key }
+                        });
                     }
                     Some(same) => {
                         self.add_ref(group, self.entry(group, same));
-                        lists[group].ids[index] = same;
-                        duplicates.push((group, id));
+                        list.ids[index] = same;
+                        duplicates.push((group, block));
                     }
                 }
-                first = first.or(Some(GroupBlock { group, block: lists[group].ids[index] }));
+                parent_block = parent_block.or(Some(GroupBlock { group, block: list.ids[index] }));
             }
-            (parent, parent_block) = (node.0, first);
+            parent = node.0;
         }
         Ok(duplicates)
+    }
+
+    /// Whether block `number` of any list is cached.
+    #[inline]
+    fn is_cached(&self, lists: &[List], sinks: &[usize], number: usize) -> bool {
+        lists.iter().zip(sinks).enumerate().any(|(group, (list, &sinks))| {
+            list.block(number, sinks).is_some_and(|block| self.tree.contains(self.entry(group, block)))
+        })
     }
 
     /// The tokens of a cached block.
@@ -221,11 +245,11 @@ impl Ledger {
     }
 }
 
-/// The most blocks that a sequence adds in a group, to those of its first `from` tokens, while it grows by at most
-/// `chunk` tokens at a time; up to a block too many.
-fn peak(span: Span, block_size: usize, from: usize, chunk: Option<usize>) -> usize {
-    let Some(chunk) = chunk.filter(|_| !span.is_all()) else { return usize::MAX };
-    let had = from.div_ceil(block_size).saturating_sub(span.freed_blocks(from, block_size));
-    let most = span.sink_blocks(block_size).saturating_add(span.reach(block_size));
-    most.saturating_add(chunk.div_ceil(block_size)).saturating_sub(had)
+/// The most blocks that a sequence has in a group while it grows from `from` to `to` tokens, by at most `chunk` tokens at
+/// a time.
+fn peak(span: Span, block_size: usize, from: usize, to: usize, chunk: usize) -> usize {
+    let blocks =
+        |passed: usize, end: usize| end.div_ceil(block_size).saturating_sub(span.freed_blocks(passed, block_size));
+    let pieces = (from..to).step_by(chunk.max(1));
+    pieces.map(|at| blocks(at, to.min(at.saturating_add(chunk)))).max().unwrap_or(0)
 }

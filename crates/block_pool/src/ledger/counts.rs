@@ -1,9 +1,11 @@
 //! Using blocks that others use too, and freeing them.
 
-use super::{Ledger, MAX_REF_COUNT};
-use crate::BlockId;
+use super::{Group, Ledger, MAX_REF_COUNT};
+use std::ops::Range;
+
 use crate::free::Pending;
 use crate::prefix::Entry;
+use crate::{BlockId, GroupBlock};
 
 /// Why blocks are freed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,33 +54,32 @@ impl Ledger {
     /// head.
     #[inline]
     pub(crate) fn free(&mut self, group: usize, ids: &[BlockId], why: Why) {
-        let first = self.groups[group].first;
+        let Self { groups, ref_counts, tree, evictable, .. } = self;
+        let Group { first, free, .. } = &mut groups[group];
+        let (free_before, evictable_before) = (free.len(), evictable.len());
         let mut pending = Pending::default();
-        let (mut freed, mut evictable) = (0, 0);
         for &id in ids.iter().rev() {
-            let entry = first + id.index();
-            let ref_count = &mut self.ref_counts[entry];
+            let entry = *first + id.index();
+            let ref_count = &mut ref_counts[entry];
             *ref_count -= 1;
             if *ref_count > 0 {
                 continue;
             }
-            freed += 1;
-            if self.tree.contains(entry) {
-                evictable += 1;
-                if why == Why::Passed && !self.tree.is_near_branch(entry) {
-                    self.evictable.insert_passed(entry);
-                } else {
-                    self.evictable.insert(entry);
-                }
+            if tree.contains(entry) {
+                let passed = why == Why::Passed && !tree.is_near_branch(entry);
+                evictable.insert(entry, passed);
             } else {
-                self.groups[group].free.insert_with(&mut pending, id);
+                free.insert_with(&mut pending, id);
             }
         }
-        let of = &mut self.groups[group];
-        of.free.finish(pending);
-        of.evictable += evictable;
-        self.units_in_use -= freed * of.units;
-        self.units_evictable += evictable * of.units;
+        free.finish(pending);
+        let (freed, kept) = (free.len() - free_before, evictable.len() - evictable_before);
+        let of = &mut groups[group];
+        self.units_in_use -= (freed + kept) * of.units;
+        if kept > 0 {
+            of.evictable += kept;
+            self.units_evictable += kept * of.units;
+        }
     }
 
     /// Does the same as [`free`](Self::free), but returns the blocks that would become free, with a ref_count of 1.
@@ -95,11 +96,28 @@ impl Ledger {
         unfreed
     }
 
+    pub(crate) fn is_cached_block(&self, of: GroupBlock) -> bool {
+        self.tree.contains(self.entry(of.group, of.block))
+    }
+
+    /// Treats blocks of a group, those that are evictable, as ones that no window has passed: those this many steps before
+    /// a cached block, in the prefix that it is cached under.
+    pub(crate) fn keep(&mut self, group: usize, last: GroupBlock, back: Range<usize>) {
+        let last = self.entry(last.group, last.block);
+        for block in self.tree.blocks_before(group, last, back) {
+            let entry = self.entry(group, block);
+            if self.ref_counts[entry] == 0 {
+                self.evictable.remove(entry);
+                self.evictable.insert(entry, false);
+            }
+        }
+    }
+
     /// Notes that a sequence frees these blocks and keeps using the blocks that follow. The freed ones may be evicted
     /// first.
     pub(crate) fn mark_passed(&mut self, group: usize, ids: &[BlockId]) {
         for id in ids {
-            self.tree.mark_passed(self.groups[group].first + id.index());
+            self.tree.mark_passed(group, self.groups[group].first + id.index());
         }
     }
 }

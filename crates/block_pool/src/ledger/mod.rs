@@ -25,6 +25,8 @@ mod counts;
 mod resident;
 mod write;
 
+use std::ops::{Index, IndexMut};
+
 use smallvec::SmallVec;
 
 use crate::events::Subscribers;
@@ -41,7 +43,7 @@ pub(crate) use write::Reservation;
 
 #[derive(Debug)]
 pub(crate) struct Ledger {
-    groups: SmallVec<[Group; 1]>,
+    groups: Groups,
     /// How many lists use each block of any group.
     ref_counts: Vec<u32>,
     tree: PrefixTree,
@@ -59,6 +61,40 @@ pub(crate) struct Ledger {
     block_size: usize,
     /// Blocks whose content must still be dealt with outside of the lock.
     leftovers: Leftovers,
+}
+
+/// The groups. The first one has a place of its own: in a pool with one group no list is looked into.
+#[derive(Debug)]
+struct Groups {
+    first: Group,
+    others: Vec<Group>,
+}
+
+impl Groups {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        1 + self.others.len()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Group> {
+        std::iter::once(&self.first).chain(&self.others)
+    }
+}
+
+impl Index<usize> for Groups {
+    type Output = Group;
+
+    #[inline(always)]
+    fn index(&self, group: usize) -> &Group {
+        if group == 0 { &self.first } else { &self.others[group - 1] }
+    }
+}
+
+impl IndexMut<usize> for Groups {
+    #[inline(always)]
+    fn index_mut(&mut self, group: usize) -> &mut Group {
+        if group == 0 { &mut self.first } else { &mut self.others[group - 1] }
+    }
 }
 
 /// The blocks of one group.
@@ -82,19 +118,22 @@ struct Group {
 const MAX_REF_COUNT: u32 = 0xf000_0000;
 
 impl Ledger {
-    /// Bookkeeping for groups with this number of blocks each, which share a budget of `budget` units.
-    pub(crate) fn new(budget: usize, groups: &[(PoolGroup, usize)], block_size: usize) -> Self {
+    /// Bookkeeping for groups with this number of blocks each, which share a budget of `budget` units: the first one, and
+    /// the others.
+    pub(crate) fn new(
+        budget: usize,
+        first: (PoolGroup, usize),
+        others: &[(PoolGroup, usize)],
+        block_size: usize,
+    ) -> Self {
         let mut blocks = 0;
-        let shares = groups.len() > 1;
-        let groups: SmallVec<[Group; 1]> = groups
-            .iter()
-            .map(|&(spec, n)| {
-                let first = blocks;
-                blocks += n;
-                let resident = shares.then(|| Resident::none(n));
-                Group { first, free: FreeBlocks::all(n), units: spec.units, resident, spec, evictable: 0 }
-            })
-            .collect();
+        let mut group = |&(spec, n): &(PoolGroup, usize)| {
+            let first = blocks;
+            blocks += n;
+            let resident = (!others.is_empty()).then(|| Resident::none(n));
+            Group { first, free: FreeBlocks::all(n), units: spec.units, resident, spec, evictable: 0 }
+        };
+        let groups = Groups { first: group(&first), others: others.iter().map(&mut group).collect() };
         let tree = PrefixTree::new(blocks, tree_groups(&groups), block_size);
         Self {
             groups,
@@ -142,21 +181,19 @@ impl Ledger {
     /// The entry of a group's block.
     #[inline]
     fn entry(&self, group: usize, id: BlockId) -> Entry {
-        self.groups[group].first + id.index()
+        if group == 0 { id.index() } else { self.groups[group].first + id.index() }
     }
 
     /// The group and the id of a block.
     #[inline]
     fn block(&self, entry: Entry) -> (usize, BlockId) {
-        let mut group = self.groups.len() - 1;
-        while self.groups[group].first > entry {
-            group -= 1;
-        }
+        // In a pool with one group nothing is searched.
+        let group = self.groups.others.iter().rposition(|of| of.first <= entry).map_or(0, |at| at + 1);
         (group, BlockId::new(entry - self.groups[group].first))
     }
 }
 
 /// What the prefix tree has to know of the groups.
-fn tree_groups(groups: &[Group]) -> SmallVec<[(Span, Entry); 1]> {
+fn tree_groups(groups: &Groups) -> SmallVec<[(Span, Entry); 1]> {
     groups.iter().map(|group| (group.spec.span, group.first)).collect()
 }

@@ -43,16 +43,22 @@ impl Resident {
         }
     }
 
+    fn remove(&mut self, index: usize) {
+        let (word, bit) = (&mut self.words[index / WORD], 1 << (index % WORD));
+        self.len -= usize::from(*word & bit != 0);
+        *word &= !bit;
+    }
+
     /// A block that is free and has memory; takes it out of both.
     fn take_free(&mut self, free: &mut FreeBlocks) -> Option<usize> {
         let words = self.words.len();
         let at = (0..words).map(|at| (self.next + at) % words).find(|&at| self.words[at] & free.word(at) != 0)?;
         let bit = (self.words[at] & free.word(at)).trailing_zeros() as usize;
-        self.words[at] &= !(1 << bit);
-        self.len -= 1;
+        let index = at * WORD + bit;
+        self.remove(index);
         self.next = at;
-        free.remove(at * WORD + bit);
-        Some(at * WORD + bit)
+        free.remove(index);
+        Some(index)
     }
 }
 
@@ -71,8 +77,15 @@ impl Ledger {
                 let Group { resident, free, .. } = &mut self.groups[of];
                 Some((of, resident.as_mut()?.take_free(free)?))
             });
-            // Blocks that are neither free nor leftovers never take more than the budget.
-            let Some((of, index)) = found else { return };
+            let Some((of, index)) = found else {
+                // Evicted blocks become free as soon as the caller has dealt with them. Their memory is not needed either.
+                let Some((of, id)) = self.leftovers.evicted.pop() else { return };
+                if let Some(resident) = &mut self.groups[of].resident {
+                    resident.remove(id.index());
+                }
+                self.leftovers.unneeded.push((of, id));
+                continue;
+            };
             let id = BlockId::new(index);
             let entry = self.entry(of, id);
             self.ref_counts[entry] = 1;

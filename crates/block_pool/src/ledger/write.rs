@@ -34,8 +34,8 @@ pub(super) fn cost_of_copy(others: u32) -> usize {
 }
 
 impl Ledger {
-    /// Makes one block of each list writable, `at[group]` if there is one, and adds `n` blocks to each list. The copies
-    /// are added before them. There is room in the lists for their ids.
+    /// Makes one block of each list writable, `at(group)` if there is one, and adds `n(group)` blocks to each list. The
+    /// copies are added before them. There is room in the lists for their ids.
     ///
     /// If there is no room for everything, nothing changes.
     #[inline]
@@ -43,7 +43,7 @@ impl Ledger {
         &mut self,
         lists: &mut [List],
         at: impl Fn(usize, &List) -> Option<usize>,
-        n: usize,
+        n: impl Fn(usize) -> usize,
     ) -> Result<SmallVec<[Reservation; 1]>, OutOfBlocks> {
         let available = self.available();
         let mut modes = SmallVec::<[(Option<BlockId>, WriteMode); 1]>::new();
@@ -53,7 +53,7 @@ impl Ledger {
             let mode = block.map_or(WriteMode::InPlace, |id| self.write_mode(group, id));
             let units = self.groups[group].units;
             let copy = usize::from(mode == WriteMode::Copy);
-            requested = requested.saturating_add(n.saturating_add(copy).saturating_mul(units));
+            requested = requested.saturating_add(n(group).saturating_add(copy).saturating_mul(units));
             if copy == 1 && block.is_some_and(|id| self.ref_counts[self.entry(group, id)] == 1) {
                 saved += units;
             }
@@ -77,7 +77,7 @@ impl Ledger {
             let copies = mode == WriteMode::Copy;
             let after = if copies { None } else { list.ids.last().copied() };
             let ids = &mut list.ids;
-            let evicted = self.allocate(group, n + usize::from(copies), after, |run| {
+            let evicted = self.allocate(group, n(group) + usize::from(copies), after, |run| {
                 if run.len() == 1 {
                     ids.push(BlockId::new(run.start));
                 } else {
@@ -85,10 +85,17 @@ impl Ledger {
                 }
             });
             if let (Some(id), WriteMode::Uncache) = (block, mode) {
-                // All evictable blocks that follow it have been evicted by now: there was no other room.
-                self.uncache(group, self.entry(group, id));
+                let entry = self.entry(group, id);
+                if self.groups.len() > 1 {
+                    self.evict_followers(group, entry);
+                }
+                // With one group, all evictable blocks that follow it have been evicted by now: there was no other room.
+                self.uncache(group, entry);
             }
             reserved.push(Reservation { copied: block.filter(|_| copies), evicted });
+        }
+        if self.groups.len() > 1 {
+            self.give_back(0);
         }
         Ok(reserved)
     }

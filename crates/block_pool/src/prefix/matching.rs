@@ -29,7 +29,7 @@ impl PrefixTree {
         mut found: impl FnMut(usize, BlockId),
     ) -> Match {
         let Some(start) = self.start(key, at, last) else { return Match::default() };
-        if self.groups.len() == 1 && key.window.is_none() && self.groups[0].0.is_all() {
+        if self.stride == 1 && key.window.is_none() && self.groups[0].0.is_all() {
             return self.longest_without_window(start, tokens, |id| found(0, id));
         }
         self.longest_with_windows(key, start, at, tokens, &mut found)
@@ -132,7 +132,7 @@ impl PrefixTree {
     /// and how many they share, at least one.
     fn nearest_child(&self, parent: NodeKey, tokens: &[u32]) -> Option<(NodeKey, usize)> {
         let neighbours = self.nodes[parent as usize].children.neighbours(tokens, |child| self.tokens_of(child));
-        self.nearest_of(neighbours, tokens, |child| self.blocks(child).count() == self.groups.len())
+        self.nearest_of(neighbours, tokens, |child| self.blocks(child).count() == self.stride)
     }
 
     /// The block of the neighbour that shares the most tokens with `tokens`, and how many they share, at least one.

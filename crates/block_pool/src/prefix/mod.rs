@@ -16,6 +16,7 @@ mod matching;
 mod past;
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use slab::Slab;
 use smallvec::SmallVec;
@@ -56,8 +57,8 @@ struct Node {
     /// When the node was last inserted or was the end of a match: a value of [`PrefixTree::clock`].
     used: u32,
     children: Children,
-    /// The block may be evicted before the blocks that follow it: a sequence has freed it and kept those, or the node
-    /// got a new block after those were cached. Only the check of the eviction order reads this.
+    /// In groups whose tokens see all tokens before them, the block may be evicted before the blocks that follow it: a
+    /// sequence has freed it and kept those, or the node got a new block after those were cached.
     passed: bool,
     /// A node where sequences part lies so close after this one that the window of a token there reaches this node.
     near_branch: bool,
@@ -82,6 +83,8 @@ pub(crate) struct PrefixTree {
     block_of: Vec<u32>,
     /// The span and the entry of the first block of each group.
     groups: SmallVec<[(Span, Entry); 1]>,
+    /// How many groups there are.
+    stride: usize,
     /// The nodes without children, except roots.
     leaves: Leaves,
     /// Each node's tokens, at `node * block_size`. Allocated when the first block is cached: a pool without prefix
@@ -107,6 +110,7 @@ impl PrefixTree {
             keys: HashMap::from([(ROOT, PrefixKey::new())]),
             node_of: vec![0; blocks],
             block_of: Vec::new(),
+            stride: groups.len(),
             groups,
             leaves: Leaves::default(),
             tokens: Vec::new(),
@@ -141,20 +145,20 @@ impl PrefixTree {
     /// The block of a node in a group, if it has one.
     #[inline]
     pub(crate) fn block(&self, node: NodeKey, group: usize) -> Option<BlockId> {
-        let index = self.block_of.get(node as usize * self.groups.len() + group)?.checked_sub(1)?;
+        let index = self.block_of.get(node as usize * self.stride + group)?.checked_sub(1)?;
         Some(BlockId::new(index as usize))
     }
 
     /// The blocks of a node, each with its group.
     #[inline]
     fn blocks(&self, node: NodeKey) -> impl Iterator<Item = (usize, BlockId)> + '_ {
-        (0..self.groups.len()).filter_map(move |group| Some((group, self.block(node, group)?)))
+        (0..self.stride).filter_map(move |group| Some((group, self.block(node, group)?)))
     }
 
     /// Whether the node has a block in any group.
     #[inline]
     fn has_block(&self, node: NodeKey) -> bool {
-        self.blocks(node).next().is_some()
+        (0..self.stride).any(|group| self.block(node, group).is_some())
     }
 
     /// The node below which block number `at` of a sequence is found: that of the block before it, `last`, or the key's
@@ -203,11 +207,11 @@ impl PrefixTree {
         if self.tokens.is_empty() {
             let (blocks, nodes) = (self.node_of.len(), self.node_of.len() + self.nodes.len());
             self.nodes.reserve(blocks);
-            (self.block_of, self.leaves) = (vec![NONE; nodes * self.groups.len()], Leaves::with_room(nodes));
+            (self.block_of, self.leaves) = (vec![NONE; nodes * self.stride], Leaves::with_room(nodes));
             self.tokens = vec![0; nodes * self.block_size];
         }
         let node = self.nodes.vacant_key();
-        if node * self.groups.len() >= self.block_of.len() {
+        if node * self.stride >= self.block_of.len() {
             self.make_room(2 * node);
         }
         &mut self.tokens[node * self.block_size..][..self.block_size]
@@ -215,7 +219,7 @@ impl PrefixTree {
 
     #[cold]
     fn make_room(&mut self, nodes: usize) {
-        self.block_of.resize(nodes * self.groups.len(), NONE);
+        self.block_of.resize(nodes * self.stride, NONE);
         self.leaves.make_room(nodes);
         self.tokens.resize(nodes * self.block_size, 0);
     }
@@ -250,17 +254,17 @@ impl PrefixTree {
     /// Gives a node a block in a group. If it has one there, nothing changes, and that block is returned.
     #[inline]
     pub(crate) fn set_block(&mut self, (node, is_new): (NodeKey, bool), group: usize, id: BlockId) -> Option<BlockId> {
-        let (at, entry) = (node as usize * self.groups.len() + group, self.entry(group, id));
+        let (at, entry) = (node as usize * self.stride + group, self.entry(group, id));
         debug_assert!(!self.contains(entry), "{id:?} is cached already");
         if let Some(same) = self.block_of[at].checked_sub(1) {
             return Some(BlockId::new(same as usize));
         }
-        self.cached += usize::from(self.groups.len() == 1 || !self.has_block(node));
+        self.cached += usize::from(self.stride == 1 || !self.has_block(node));
         let mut has_children = false;
         if !is_new {
             has_children = !self.nodes[node as usize].children.is_empty();
             // The blocks that follow may be in use by sequences that used the node's former block.
-            self.nodes[node as usize].passed = true;
+            self.nodes[node as usize].passed |= self.groups[group].0.is_all();
             self.touch(node);
         }
         self.block_of[at] = id.index() as u32 + 1;
@@ -271,7 +275,7 @@ impl PrefixTree {
     /// The entry of a group's block.
     #[inline]
     fn entry(&self, group: usize, id: BlockId) -> Entry {
-        self.groups[group].1 + id.index()
+        if group == 0 { id.index() } else { self.groups[group].1 + id.index() }
     }
 
     /// Sequences part at this node: notes which blocks before it a token there sees through a window.
@@ -288,6 +292,13 @@ impl PrefixTree {
             at.near_branch = true;
             node = at.parent;
         }
+    }
+
+    /// The blocks of a group that come this many steps before a cached block, in the prefix that it is cached under.
+    pub(crate) fn blocks_before(&self, group: usize, entry: Entry, back: Range<usize>) -> SmallVec<[BlockId; 4]> {
+        let parent = |node: &NodeKey| Some(self.nodes[*node as usize].parent).filter(|parent| parent != node);
+        let path = std::iter::successors(self.node(entry), parent);
+        path.enumerate().take(back.end).skip(back.start).filter_map(|(_, node)| self.block(node, group)).collect()
     }
 
     /// Whether a later sequence that parts from others close after this cached block would see the block.
@@ -310,7 +321,7 @@ impl PrefixTree {
     /// Writes `flag`, which is [`HAS_CHILDREN`] or 0, to the entries of the node's blocks.
     #[inline]
     fn set_has_children(&mut self, node: NodeKey, flag: u32) {
-        for group in 0..self.groups.len() {
+        for group in 0..self.stride {
             if let Some(id) = self.block(node, group) {
                 let entry = self.entry(group, id);
                 self.node_of[entry] = node | flag;
@@ -326,8 +337,8 @@ impl PrefixTree {
             0 => return false,
             node => (node & !HAS_CHILDREN, node & HAS_CHILDREN != 0),
         };
-        self.block_of[node as usize * self.groups.len() + group] = NONE;
-        if self.groups.len() > 1 && self.has_block(node) {
+        self.block_of[node as usize * self.stride + group] = NONE;
+        if self.stride > 1 && self.has_block(node) {
             return true;
         }
         self.cached -= 1;
@@ -341,9 +352,9 @@ impl PrefixTree {
     }
 
     /// Notes that a sequence has freed this block and keeps using blocks that follow it.
-    pub(crate) fn mark_passed(&mut self, entry: Entry) {
+    pub(crate) fn mark_passed(&mut self, group: usize, entry: Entry) {
         if let Some(node) = self.node(entry) {
-            self.nodes[node as usize].passed = true;
+            self.nodes[node as usize].passed |= self.groups[group].0.is_all();
         }
     }
 
@@ -355,7 +366,7 @@ impl PrefixTree {
         let blocks: SmallVec<_> = self.blocks(key).collect();
         for &(group, id) in &blocks {
             let entry = self.entry(group, id);
-            (self.node_of[entry], self.block_of[key as usize * self.groups.len() + group]) = (0, NONE);
+            (self.node_of[entry], self.block_of[key as usize * self.stride + group]) = (0, NONE);
         }
         self.cached -= usize::from(!blocks.is_empty());
         self.remove_leaf(key);

@@ -1,11 +1,12 @@
-//! A storage that records what was written to each slot, overwrites freed blocks with poison, and fails on command.
+//! A storage that records what was written to each slot, overwrites freed and released blocks with poison, and fails on
+//! command.
 
 #![allow(clippy::unwrap_used, clippy::panic, dead_code)]
 
 use std::sync::{Arc, Mutex};
 
 use block_pool::BlockStorage;
-use block_table::{BlockId, BlockPool, BlockTable, StorageError};
+use block_table::{BlockId, BlockPool, BlockTable, PoolGroup, StorageError};
 
 /// The content of a slot that must not be read.
 pub(crate) const POISON: u64 = u64::MAX;
@@ -15,16 +16,37 @@ pub(crate) struct Slots(Arc<Mutex<Inner>>);
 
 struct Inner {
     written: Vec<u64>,
+    /// Which blocks have memory: those that were written after they were last released.
+    has_memory: Vec<bool>,
     block_size: usize,
     poisons: bool,
     fails: bool,
 }
 
+impl Inner {
+    fn overwrite(&mut self, id: BlockId) {
+        let start = id.index() * self.block_size;
+        self.written[start..start + self.block_size].fill(POISON);
+    }
+}
+
 impl Slots {
+    fn new(blocks: usize, block_size: usize) -> Self {
+        let (written, has_memory) = (vec![0; blocks * block_size], vec![false; blocks]);
+        Self(Arc::new(Mutex::new(Inner { written, has_memory, block_size, poisons: true, fails: false })))
+    }
+
     pub(crate) fn pool(blocks: usize, block_size: usize) -> (BlockPool, Slots) {
-        let inner = Inner { written: vec![0; blocks * block_size], block_size, poisons: true, fails: false };
-        let slots = Slots(Arc::new(Mutex::new(inner)));
+        let slots = Slots::new(blocks, block_size);
         (BlockPool::with_storage(blocks, block_size, slots.clone()).unwrap(), slots)
+    }
+
+    /// A pool of several groups, and the slots of each.
+    pub(crate) fn pool_of_groups(units: usize, block_size: usize, groups: &[PoolGroup]) -> (BlockPool, Vec<Slots>) {
+        let slots: Vec<_> = groups.iter().map(|group| Slots::new(units / group.units, block_size)).collect();
+        let storages = slots.iter().map(|slots| Box::new(slots.clone()) as Box<dyn BlockStorage>);
+        let groups = groups.iter().copied().zip(storages);
+        (BlockPool::with_groups(units, block_size, groups).unwrap(), slots)
     }
 
     /// Sets whether the pool's copies, reads and writes of blocks fail from now on.
@@ -37,7 +59,15 @@ impl Slots {
     }
 
     pub(crate) fn write(&self, slot: usize, what: u64) {
-        self.0.lock().unwrap().written[slot] = what;
+        let mut inner = self.0.lock().unwrap();
+        let block = slot / inner.block_size;
+        inner.has_memory[block] = true;
+        inner.written[slot] = what;
+    }
+
+    /// How many blocks have memory.
+    pub(crate) fn with_memory(&self) -> usize {
+        self.0.lock().unwrap().has_memory.iter().filter(|has| **has).count()
     }
 
     pub(crate) fn get(&self, slot: usize) -> u64 {
@@ -69,6 +99,7 @@ impl BlockStorage for Slots {
         let size = inner.block_size;
         let start = from.index() * size;
         inner.written.copy_within(start..start + size, to.index() * size);
+        inner.has_memory[to.index()] = true;
         Ok(())
     }
 
@@ -91,11 +122,21 @@ impl BlockStorage for Slots {
         for (i, slot) in bytes.chunks_exact(8).enumerate() {
             inner.written[start + i] = u64::from_le_bytes(slot.try_into().unwrap());
         }
+        inner.has_memory[id.index()] = true;
         Ok(())
     }
 
     fn bytes_per_block(&self) -> usize {
         self.0.lock().unwrap().block_size * 8
+    }
+
+    /// Memory that comes back from the system may have any content.
+    fn release(&self, ids: &[BlockId]) {
+        let mut inner = self.0.lock().unwrap();
+        for id in ids {
+            inner.overwrite(*id);
+            inner.has_memory[id.index()] = false;
+        }
     }
 
     fn poisons(&self) -> bool {
@@ -105,9 +146,8 @@ impl BlockStorage for Slots {
     fn poison(&self, ids: &[BlockId]) -> Result<(), StorageError> {
         let mut inner = self.0.lock().unwrap();
         for id in ids {
-            let start = id.index() * inner.block_size;
-            let end = start + inner.block_size;
-            inner.written[start..end].fill(POISON);
+            inner.overwrite(*id);
+            inner.has_memory[id.index()] = true;
         }
         Ok(())
     }

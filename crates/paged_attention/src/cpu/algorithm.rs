@@ -106,7 +106,7 @@ fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>) -> S
     let rows = task.tokens.len() * task.group;
     scratch.scores.resize(rows, [[0.0; LANES]; TILE_PANELS]);
     scratch.ranges.clear();
-    scratch.ranges.extend(task.tokens.clone().map(|token| task.blocks.span.visible(token, task.attention)));
+    scratch.ranges.extend(task.tokens.clone().map(|token| task.blocks.planned.visible(token, task.attention)));
 
     let mut total = State::new(task.heads.len() * rows, task.blocks.dims());
     let mut partial = None;
@@ -185,7 +185,7 @@ fn attend_chunk<'a, V: Wide, F: Format>(
             if adjusted || masked {
                 for (row, scores) in scores.iter_mut().enumerate().skip(first) {
                     let token = row / task.group;
-                    let position = task.blocks.span.start + task.tokens.start + token;
+                    let position = task.blocks.planned.start + task.tokens.start + token;
                     let head = head * task.group + row % task.group;
                     adjust::<V>(scores, soft_cap.as_ref(), task.attention.slope(head), start, position);
                     mask(scores, &seen[token]);

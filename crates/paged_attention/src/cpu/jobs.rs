@@ -16,7 +16,7 @@ use super::format::{Format, Number};
 use super::queries::Queries;
 use super::recompute::{Inputs, TokenHead};
 use super::state::State;
-use crate::plan::Span;
+use crate::plan::Planned;
 
 /// The most rows of a task, unless the group of one token has more: few enough that the data of a task fits a core's
 /// cache.
@@ -43,7 +43,7 @@ pub(super) struct Job<'a, S> {
 
 /// Some consecutive new tokens of a sequence.
 struct QueryTile<'a> {
-    span: &'a Span,
+    planned: &'a Planned,
     tokens: Range<usize>,
     /// The positions that the tokens see: sink tokens, and recent ones.
     seen: [Range<usize>; 2],
@@ -122,10 +122,10 @@ impl<'a, S: Number> Job<'a, S> {
                 let tile = &self.query_tiles[spec.query_tile];
                 let rows = (spec.query_tile, spec.heads.start);
                 if ready.replace(rows) != Some(rows) {
-                    q.prepare::<F>(tile.span, &tile.tokens, &spec.heads, kv_heads, &mut queries);
+                    q.prepare::<F>(tile.planned, &tile.tokens, &spec.heads, kv_heads, &mut queries);
                 }
                 let task = Task {
-                    blocks: inputs.blocks(tile.span, false),
+                    blocks: inputs.blocks(tile.planned, false),
                     attention: call.attention,
                     queries: &queries,
                     group: inputs.group(),
@@ -194,7 +194,7 @@ impl<'a, S: Number> Job<'a, S> {
                         total.write_output(row, &mut output);
                         lse[at] = total.lse(row);
                         if !total.is_finite(row, &output) {
-                            let rows = TokenHead { span: tile.span, token, head };
+                            let rows = TokenHead { planned: tile.planned, token, head };
                             lse[at] = inputs.recompute(&rows, member, &mut output, &mut recomputed, scratch);
                         }
                         S::narrow(&output, &mut out[at * head_dim..][..head_dim]);
@@ -229,15 +229,15 @@ fn total_work(tasks: &[TaskSpec]) -> usize {
 fn split_queries<'a>(call: &Call<'a>) -> Vec<QueryTile<'a>> {
     let tokens_per_task = (TASK_ROWS * call.layout.kv_heads / call.heads).max(1);
     let mut query_tiles = Vec::new();
-    for span in &call.plan.spans {
-        let by_chunk = span.rows.len() <= tokens_per_task;
-        for first in (0..span.rows.len()).step_by(tokens_per_task) {
-            let tokens = first..span.rows.len().min(first + tokens_per_task);
+    for planned in &call.plan.sequences {
+        let by_chunk = planned.rows.len() <= tokens_per_task;
+        for first in (0..planned.rows.len()).step_by(tokens_per_task) {
+            let tokens = first..planned.rows.len().min(first + tokens_per_task);
             // The first token's window begins first, the last token's visible range ends last.
-            let [first, last] = [tokens.start, tokens.end - 1].map(|token| span.visible(token, call.attention));
+            let [first, last] = [tokens.start, tokens.end - 1].map(|token| planned.visible(token, call.attention));
             let seen = [0..last.sink_tokens, first.recent.start..last.recent.end];
             let chunks = chunks(&seen);
-            query_tiles.push(QueryTile { span, tokens, seen, chunks, by_chunk, tasks: 0..0 });
+            query_tiles.push(QueryTile { planned, tokens, seen, chunks, by_chunk, tasks: 0..0 });
         }
     }
     query_tiles

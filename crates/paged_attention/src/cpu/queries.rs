@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::format::{Format, Number, ROWS};
-use crate::plan::Span;
+use crate::plan::Planned;
 
 /// All queries of a step.
 #[derive(Clone, Copy)]
@@ -26,7 +26,7 @@ impl<S: Number> Queries<'_, S> {
     /// are the tokens times the query heads of its group, packed in groups of four.
     pub(super) fn prepare<F: Format>(
         &self,
-        span: &Span,
+        planned: &Planned,
         tokens: &Range<usize>,
         key_heads: &Range<usize>,
         kv_heads: usize,
@@ -41,7 +41,7 @@ impl<S: Number> Queries<'_, S> {
             for first in (0..rows).step_by(ROWS) {
                 let count = ROWS.min(rows - first);
                 for (row, wide) in (first..first + count).zip(wide.chunks_exact_mut(head_dim)) {
-                    let token = span.rows.start + tokens.start + row / group;
+                    let token = planned.rows.start + tokens.start + row / group;
                     self.widen(token, head * group + row % group, wide);
                 }
                 F::prepare(to, &wide[..count * head_dim], head_dim, factor);

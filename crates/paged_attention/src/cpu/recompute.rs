@@ -16,7 +16,7 @@ use super::queries::Queries;
 use super::state::State;
 use super::tile::Blocks;
 use crate::dense::Row;
-use crate::plan::Span;
+use crate::plan::Planned;
 
 /// The inputs of a call.
 pub(super) struct Inputs<'a, F: Format, S> {
@@ -27,16 +27,16 @@ pub(super) struct Inputs<'a, F: Format, S> {
 
 /// The rows of one new token in one key head.
 pub(super) struct TokenHead<'a> {
-    pub(super) span: &'a Span,
+    pub(super) planned: &'a Planned,
     /// Index among the sequence's new tokens.
     pub(super) token: usize,
     pub(super) head: usize,
 }
 
 impl<'a, F: Format, S: Number> Inputs<'a, F, S> {
-    pub(super) fn blocks(&self, span: &'a Span, visible_only: bool) -> Blocks<'a, F::Number> {
+    pub(super) fn blocks(&self, planned: &'a Planned, visible_only: bool) -> Blocks<'a, F::Number> {
         let Call { layout, plan, .. } = *self.call;
-        Blocks { layer: self.layer, layout, ids: &plan.blocks[span.blocks.clone()], span, visible_only }
+        Blocks { layer: self.layer, layout, ids: &plan.blocks[planned.blocks.clone()], planned, visible_only }
     }
 
     /// Recomputes one row: the query head with index `member` in the key head's group. Writes the output to `output`,
@@ -49,12 +49,12 @@ impl<'a, F: Format, S: Number> Inputs<'a, F, S> {
         state: &mut Option<State>,
         scratch: &mut Scratch<F>,
     ) -> f32 {
-        let TokenHead { span, token, head } = *rows;
+        let TokenHead { planned, token, head } = *rows;
         let attention = self.call.attention;
-        let seen = span.visible(token, attention);
+        let seen = planned.visible(token, attention);
         let query_head = head * self.group() + member;
         let mut q = vec![0f32; output.len()];
-        self.queries.widen(span.rows.start + token, query_head, &mut q);
+        self.queries.widen(planned.rows.start + token, query_head, &mut q);
         // A query that is not finite affects every score, so the second pass of the kernel would not help.
         if q.iter().all(|x| x.is_finite()) {
             let state = state.get_or_insert_with(|| self.visible_only_state(rows, scratch));
@@ -63,24 +63,28 @@ impl<'a, F: Format, S: Number> Inputs<'a, F, S> {
                 return state.lse(member);
             }
         }
-        let blocks = self.blocks(span, true);
+        let blocks = self.blocks(planned, true);
         let block_size = self.call.layout.block_size;
         let load = |position: usize, k: &mut [f32], v: &mut [f32]| {
             let block = blocks.block(position);
             block.map(|block| F::load(self.call.layout, block, position % block_size, head, k, v)).is_some()
         };
-        Row { q: &q, head: query_head, position: span.start + token, seen, attention }.attend(load, output)
+        Row { q: &q, head: query_head, position: planned.start + token, seen, attention }.attend(load, output)
     }
 
     /// The states of a token's query heads in a key head, computed without the values that the token does not see.
-    fn visible_only_state(&self, &TokenHead { span, token, head }: &TokenHead<'a>, scratch: &mut Scratch<F>) -> State {
+    fn visible_only_state(
+        &self,
+        &TokenHead { planned, token, head }: &TokenHead<'a>,
+        scratch: &mut Scratch<F>,
+    ) -> State {
         let Call { layout, attention, kernel, .. } = *self.call;
         let (tokens, heads) = (token..token + 1, head..head + 1);
         let mut queries = F::Queries::default();
-        self.queries.prepare::<F>(span, &tokens, &heads, layout.kv_heads, &mut queries);
-        let seen = span.visible(token, attention);
+        self.queries.prepare::<F>(planned, &tokens, &heads, layout.kv_heads, &mut queries);
+        let seen = planned.visible(token, attention);
         let task = Task {
-            blocks: self.blocks(span, true),
+            blocks: self.blocks(planned, true),
             attention,
             queries: &queries,
             group: self.group(),

@@ -8,7 +8,7 @@ use block_pool::{KvLayout, Order, PANEL};
 use super::format::Format;
 use super::panels::{Panels, TILE_PANELS};
 use super::wide::LANES;
-use crate::plan::{Span, VisibleRange};
+use crate::plan::{Planned, VisibleRange};
 
 /// All blocks of a layer, and the block table of one sequence.
 pub(super) struct Blocks<'a, N> {
@@ -16,7 +16,7 @@ pub(super) struct Blocks<'a, N> {
     pub(super) layout: &'a KvLayout,
     /// The ids of the sequence's blocks, in order.
     pub(super) ids: &'a [u32],
-    pub(super) span: &'a Span,
+    pub(super) planned: &'a Planned,
     /// Whether tiles are gathered without the values of tokens that are not seen: for tasks of one new token.
     pub(super) visible_only: bool,
 }
@@ -62,7 +62,7 @@ impl<'a, N> Blocks<'a, N> {
     /// The block of the token at `position`, unless it has been freed.
     #[inline(always)]
     pub(super) fn block(&self, position: usize) -> Option<&'a [N]> {
-        let index = self.span.index_of(position / self.layout.block_size)?;
+        let index = self.planned.index_of(position / self.layout.block_size)?;
         let id = *self.ids.get(index)?;
         let elements = self.layout.block_elements();
         Some(&self.layer[id as usize * elements..][..elements])
