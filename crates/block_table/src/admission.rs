@@ -15,7 +15,8 @@ use block_pool::BlockPool;
 /// No request waits for ever: if every running sequence ends, every request either starts or is returned as one that
 /// can never start.
 ///
-/// This type keeps the queue and decides. It allocates no blocks; the tables do.
+/// This type keeps the queue and decides. It allocates no blocks; the tables do. In a pool with several groups of
+/// layers, all numbers of blocks here are units: see [`BlockPool`].
 ///
 /// ```
 /// use block_pool::BlockPool;
@@ -173,6 +174,7 @@ impl<T> Admission<T> {
     /// those before it, and does not keep those after it from starting.
     pub fn admit(&mut self, pool: &BlockPool, room: Room, mut need: impl FnMut(&T) -> Need) -> Option<Admitted<T>> {
         let watermark = pool.blocks_for(room.running.saturating_mul(self.watermark));
+        let watermark = watermark.saturating_mul(pool.units_per_block());
         let free = room.available.saturating_sub(watermark);
         for at in 0..self.skip_ahead.min(self.waiting.len()) {
             let waiting = &self.waiting[at];

@@ -2,7 +2,9 @@
 
 use block_table::{BlockPool, BlockTable, PoolGroup};
 
-use crate::support::{Cached, asked, check, chunked, compute, evict, found, full, pool_of, tokens, visit, windowed};
+use crate::support::{
+    Cached, Recorded, asked, check, chunked, compute, evict, found, full, pool_of, tokens, visit, windowed,
+};
 
 const BLOCK: usize = 4;
 
@@ -190,4 +192,24 @@ fn a_look_up_does_not_count_as_use_and_a_match_counts_in_all_groups() {
     evict(&pool, 2 + 2 + 5 + 3);
     assert_eq!((found(&pool, &old), found(&pool, &new)), (5 * BLOCK, 0));
     check(&pool, []);
+}
+
+#[test]
+fn after_a_reset_nothing_of_any_group_is_found_and_running_sequences_go_on() {
+    let recorded = Recorded::new(90, BLOCK, &[full(), windowed(8), chunked(8)]);
+    let pool = &recorded.pool;
+    let idle = tokens(1, 7 * BLOCK);
+    drop(recorded.computed(&idle, BLOCK));
+    let mut running = recorded.computed(&tokens(2, 25), BLOCK);
+    pool.reset_prefix_cache();
+    assert_eq!((pool.evictable(), found(pool, &idle), found(pool, &tokens(2, 24))), (0, 0, 0));
+    recorded.compute(&mut running, &tokens(2, 50), 3);
+    recorded.assert_holds(&running, &tokens(2, 50));
+    check(pool, [&running]);
+    drop(running);
+    // What it began before the reset is not cached after it.
+    assert_eq!((pool.evictable(), pool.in_use(), found(pool, &tokens(2, 48))), (0, 0, 0));
+    drop(recorded.computed(&idle, BLOCK));
+    assert_eq!(found(pool, &idle), 7 * BLOCK);
+    check(pool, []);
 }

@@ -138,7 +138,7 @@ fn random_history(groups: &[PoolGroup], seed: u64) -> [usize; 2] {
 
 #[test]
 fn a_match_is_what_a_naive_search_finds() {
-    let mixes: [&[PoolGroup]; 8] = [
+    let mixes: [&[PoolGroup]; 9] = [
         &[full(), windowed(4)],
         &[windowed(3), windowed(7)],
         &[full(), chunked(6)],
@@ -146,6 +146,7 @@ fn a_match_is_what_a_naive_search_finds() {
         &[full(), windowed(2), larger(2, windowed(6))],
         &[larger(2, chunked(4)), full(), windowed(5)],
         &[windowed(4), full(), sinking(3, 2), larger(2, full())],
+        &[sinking(4, 3), windowed(3)],
         &[full(), full()],
     ];
     for groups in mixes {

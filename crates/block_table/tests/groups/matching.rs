@@ -3,7 +3,8 @@
 use block_table::{BlockId, BlockTable, PoolGroup};
 
 use crate::support::{
-    Recorded, asked, check, chunked, found, full, keep, larger, numbers, pool_of, sinking, tokens, visit, windowed,
+    Recorded, asked, check, chunked, evict, found, full, keep, larger, numbers, pool_of, sinking, tokens, visit,
+    windowed,
 };
 
 #[test]
@@ -184,6 +185,20 @@ fn the_longest_match_in_a_chunk_needs_the_blocks_of_the_chunk_only() {
         let kept = pattern(kept);
         assert_eq!(found_of(&[full(), chunked(4)], &vec![true; kept.len()], &kept), blocks);
     }
+}
+
+#[test]
+fn without_the_blocks_of_sink_tokens_nothing_is_found() {
+    let groups = [sinking(4, 3), windowed(6)];
+    let (pool, prompt) = (pool_of(60, 2, &groups), tokens(1, 20));
+    let mut table = visit(&pool, &prompt, 2);
+    evict(&pool, pool.evictable());
+    assert_eq!(found(&pool, &prompt), 20);
+    // The table gets a copy of its second block, which has the last of the sink tokens; the original is evicted.
+    table.make_writable(2..3).unwrap();
+    evict(&pool, pool.evictable());
+    assert_eq!(found(&pool, &prompt), 0);
+    check(&pool, [&table]);
 }
 
 #[test]

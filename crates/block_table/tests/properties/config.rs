@@ -138,8 +138,8 @@ pub(crate) fn two_windows() -> impl Strategy<Value = Vec<Layers>> {
         .prop_flat_map(|(short, long, a, b)| in_any_order(vec![(a, short), (b, long)]))
 }
 
-/// Groups of each of these kinds whose windows are longer than a block: with a shorter one, the block before is freed too
-/// early, and no cached block can follow it.
+/// Groups of each of these kinds whose windows are longer than a block: with a shorter one, the block before is freed
+/// too early, and no cached block can follow it.
 pub(crate) fn long_windows(kind: usize, block_size: usize, chunk: usize) -> Vec<Layers> {
     let window = |more: usize, sinks: usize| View::window(block_size + 1 + more, sinks);
     let groups = match kind {
@@ -151,8 +151,8 @@ pub(crate) fn long_windows(kind: usize, block_size: usize, chunk: usize) -> Vec<
     groups.into_iter().map(|(units, view)| Layers { units, view }).collect()
 }
 
-/// A window of a few tokens, in half of the cases with sink tokens. A window of one token is left out: the token after a
-/// whole number of blocks would see none of them, and the model could not tell whether there is a path up to there.
+/// A window of a few tokens, in half of the cases with sink tokens. A window of one token is left out: the token after
+/// a whole number of blocks would see none of them, and the model could not tell whether there is a path up to there.
 fn window(tokens: Range<usize>) -> impl Strategy<Value = View> {
     (tokens, prop_oneof![Just(0), 1..6usize]).prop_map(|(tokens, sinks)| View::window(tokens, sinks))
 }

@@ -1,16 +1,16 @@
 //! The guarantees of blocks and tables, checked over random histories against a naive model.
 //!
-//! A pool has one or several groups of layers, which share its budget. Each guarantee holds in every group; a model writes
-//! something else in each, so that a slot of another group is noticed.
+//! A pool has one or several groups of layers, which share its budget. Each guarantee holds in every group; a model
+//! writes something else in each, so that a slot of another group is noticed.
 //!
 //! 1. A written token stays readable at its position until it is truncated, the window or the chunk of the group has
 //!    passed it or its table is dropped, whatever forks, failures, evictions and other sequences do: two writers never
 //!    share a slot, and freed blocks are overwritten at once.
 //! 2. A failed request changes nothing: the table, the ref_count of every block and the number of available units are
 //!    as before. When too little is available, all that is cached stays cached, too.
-//! 3. A table has exactly as many blocks as its tokens need, plus the reserved ones, minus those that a window or a chunk
-//!    has passed or that were freed. All groups number them alike. It can go back to a length if nothing that the next
-//!    token sees was freed.
+//! 3. A table has exactly as many blocks as its tokens need, plus the reserved ones, minus those that a window or a
+//!    chunk has passed or that were freed. All groups number them alike. It can go back to a length if nothing that the
+//!    next token sees was freed.
 //! 4. Every block is free, or evictable, or in use with a ref_count equal to the number of tables that use it.
 //! 5. A match has the content that a sequence with these tokens, the same salt and the same window has computed: never
 //!    that of another, never what was not committed, never what was computed before a reset. The last of the given
@@ -22,7 +22,8 @@
 //! 8. A sequence that was swapped out comes back byte for byte.
 //! 9. After all tables are dropped, all units are available. As many blocks can be allocated as are available.
 //! 10. A match is as long as possible: in whole blocks it is never shorter than the stored blocks allow, according to
-//!     the events, and it is never longer. It can end where all blocks that the next token sees are stored in each group.
+//!     the events, and it is never longer. It can end where all blocks that the next token sees are stored in each
+//!     group.
 //! 11. A look-up uses nothing, and gives exactly what a match and a reservation right after it get and use.
 //! 12. Slots that were made writable are in blocks that no other table uses and that are not cached. A table whose
 //!     committed tokens may have been overwritten is private from then on: it matches nothing, and no more of its

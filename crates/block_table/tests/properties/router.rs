@@ -14,8 +14,8 @@ use crate::model::options;
 pub(crate) struct Router(HashMap<GroupBlock, (PrefixKey, Vec<u32>)>);
 
 impl Router {
-    /// Does what a router does with an event. `ordered` are the groups whose tokens see all tokens before them: there, no
-    /// block is removed before those that follow it, unless there are `orphans`.
+    /// Does what a router does with an event. `ordered` are the groups whose tokens see all tokens before them: there,
+    /// no block is removed before those that follow it, unless there are `orphans`.
     pub(crate) fn apply(&mut self, event: KvEvent, ordered: &[bool], orphans: bool) -> Check {
         match event {
             KvEvent::BlockStored { group, block, parent, tokens, key } => {
@@ -56,8 +56,8 @@ impl Router {
         self.0.keys().copied()
     }
 
-    /// Up to which length sequences of this kind can be continued with cached blocks, when their tokens are `stream` and
-    /// they have the blocks of the first `had` tokens: in whole blocks, and with a part of the last block.
+    /// Up to which length sequences of this kind can be continued with cached blocks, when their tokens are `stream`
+    /// and they have the blocks of the first `had` tokens: in whole blocks, and with a part of the last block.
     pub(crate) fn matchable(
         &self,
         kind: usize,
