@@ -145,13 +145,16 @@ impl KvCacheBuilder {
             let dtype = self.dtype_of(group);
             let order = if fused { Order::of_panels(dtype) } else { Order::Nhd };
             let tensors = KvTensors::zeros(group.shape(), budget / units, self.block_size, order, dtype, &self.device)?;
+            if self.groups.len() > 1 {
+                tensors.release_all();
+            }
             groups.push((group.clone(), tensors.poisoned(self.poison)));
         }
         let storages = groups.iter().zip(&units).map(|((group, tensors), &units)| {
             (PoolGroup::new(units).span(group.span()), Box::new(tensors.clone()) as Box<dyn BlockStorage>)
         });
         let pool = BlockPool::with_groups(budget, self.block_size, storages)?;
-        let metrics = PoolMetrics::new(&self.name.unwrap_or_else(next_name));
+        let metrics = PoolMetrics::new(&self.name.unwrap_or_else(next_name), groups.len());
         let layers = CacheLayers { groups, places, bytes_per_unit };
         Ok(KvCache::from_parts(pool, layers, self.kernel, metrics))
     }
