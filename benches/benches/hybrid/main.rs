@@ -2,7 +2,8 @@
 //!
 //! A pool with groups of layers frees the blocks that a window has passed, and gives their memory to any group. The
 //! benchmark counts what that saves, and compares the one budget of all groups with the best fixed split of the same
-//! memory between them. It is bookkeeping alone: there are no tensors, and no times.
+//! memory between them. It is bookkeeping alone, except for one case that counts the memory of the process; no times are
+//! measured.
 //!
 //! `cargo bench -p benches --bench hybrid` runs all of it.
 
@@ -10,6 +11,7 @@ mod demand;
 mod fill;
 mod memory;
 mod model;
+mod process;
 mod shift;
 mod single;
 
@@ -30,5 +32,6 @@ fn main() -> Result<()> {
     fill::until_refused(&model, &demand, "budget/long", demand.long, &mut record)?;
     fill::until_refused(&model, &demand, "budget/short", demand.short, &mut record)?;
     shift::from_long_to_short(&model, &demand, &mut record)?;
+    process::memory_of_the_process(&mut record)?;
     record.write("hybrid")
 }

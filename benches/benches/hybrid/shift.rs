@@ -40,7 +40,7 @@ pub(crate) fn from_long_to_short(model: &Model, demand: &Demand, record: &mut Re
 }
 
 /// The lengths of the sequences that arrive. The share of long ones falls from 1 to 0.
-fn arrivals(demand: &Demand) -> Vec<usize> {
+pub(crate) fn arrivals(demand: &Demand) -> Vec<usize> {
     let all = demand.arrivals;
     let mut random = random();
     let is_long = |at| random() * (all as f64) >= at as f64;
