@@ -3,7 +3,7 @@
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use block_pool::{BlockPool, Blocks, PrefixKey};
+use block_pool::{BlockPool, Blocks, PoolGroup, PrefixKey, Window};
 use loom::thread;
 
 /// Runs all interleavings of two threads that start from the same pool.
@@ -122,4 +122,52 @@ fn nothing_computed_before_a_reset_is_cached_after_it() {
         None
     };
     two_threads(1, begin, cache, reset, |pool, _, _| assert_eq!(pool.evictable(), 0));
+}
+
+/// Runs all interleavings of two threads that each allocate, over a pool of two groups that share their memory.
+fn two_threads_in_groups(units: usize, work: fn(BlockPool) -> Option<Blocks>, end: fn(Option<Blocks>, Option<Blocks>)) {
+    loom::model(move || {
+        let groups = [PoolGroup::new(1), PoolGroup::new(2).span(Window::new(1))];
+        let pool = BlockPool::of_groups(units, 1, &groups).unwrap();
+        let thread = thread::spawn({
+            let pool = pool.clone();
+            move || work(pool)
+        });
+        let b = work(pool.clone());
+        let a = thread.join().unwrap();
+        for group in 0..2 {
+            let lists = a.iter().chain(&b).map(|blocks| blocks.group(group));
+            pool.check_ref_counts_of_group(group, lists).unwrap();
+        }
+        assert!(pool.resident() <= pool.units());
+        end(a, b);
+        assert_eq!(pool.available(), pool.units());
+        pool.check().unwrap();
+    });
+}
+
+#[test]
+fn a_transaction_over_groups_is_all_or_nothing() {
+    // A block of both groups takes 3 of 5 units: one thread gets them.
+    let allocate = |pool: BlockPool| pool.allocate(1).ok();
+    two_threads_in_groups(5, allocate, |a, b| {
+        assert!(a.is_some() != b.is_some());
+        let blocks = a.or(b).unwrap();
+        assert_eq!((blocks.group(0).len(), blocks.group(1).len()), (1, 1));
+    });
+}
+
+#[test]
+fn memory_moves_between_groups_while_both_are_used() {
+    // Each thread grows, frees what its window has passed, and grows again where the other's blocks have been.
+    let grow = |pool: BlockPool| {
+        let mut blocks = pool.allocate(1).ok()?;
+        for len in 1..3 {
+            blocks.free_invisible(len);
+            // The other thread may have the memory, or may be giving it back at this moment.
+            let _ = blocks.grow(1);
+        }
+        Some(blocks)
+    };
+    two_threads_in_groups(8, grow, |a, b| drop((a, b)));
 }

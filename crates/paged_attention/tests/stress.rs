@@ -13,7 +13,9 @@ use std::thread;
 
 use candle_core::{Device, Tensor};
 use common::Random;
-use paged_attention::{Attention, BlockTable, KvCache, KvShape, PushError, SequenceError, SequenceId, Sequences};
+use paged_attention::{
+    Attention, BlockTable, KvCache, KvShape, LayerGroup, PushError, SequenceError, SequenceId, Sequences, Window,
+};
 
 const THREADS: usize = 8;
 /// The number of actions of each thread.
@@ -83,12 +85,14 @@ fn keys(tokens: &[u32]) -> Tensor {
     Tensor::from_vec(numbers, (tokens.len(), 1, 4), &Device::Cpu).unwrap()
 }
 
-/// Asserts that the table has the keys of the first `table.len()` of these tokens.
+/// Asserts that the table has the keys of the first `table.len()` of these tokens, except those that a window has passed.
 fn assert_holds(cache: &KvCache, table: &BlockTable, tokens: &[u32]) {
     for layer in 0..SHAPE.layers {
-        let (k, _) = cache.read(layer, table, 0..table.len()).unwrap();
+        let freed = table.freed_blocks_of_group(cache.group_of(layer).unwrap());
+        let kept = if freed.is_empty() { 0 } else { freed.end * cache.pool().block_size() };
+        let (k, _) = cache.read(layer, table, kept..table.len()).unwrap();
         let stored: Vec<f32> = k.narrow(2, 0, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-        let expected: Vec<f32> = tokens[..table.len()].iter().map(|&token| token as f32).collect();
+        let expected: Vec<f32> = tokens[kept..table.len()].iter().map(|&token| token as f32).collect();
         assert_eq!(stored, expected);
     }
 }
@@ -136,14 +140,28 @@ fn step(cache: &KvCache, tables: &mut [(&mut BlockTable, &mut Vec<u32>)], random
 
 #[test]
 fn threads_that_panic_during_a_step_leak_nothing() {
-    let cache = KvCache::builder(SHAPE).blocks(60).block_size(4).build().unwrap();
+    hammer(&KvCache::builder(SHAPE).blocks(60).block_size(4).build().unwrap());
+}
+
+#[test]
+fn threads_lose_nothing_in_groups_of_layers_either() {
+    let groups = || [LayerGroup::new([1], 1, 4), LayerGroup::new([0], 1, 4).window(Window::new(10))];
+    // Without poison, the groups give each other memory through the system.
+    for poison in [true, false] {
+        hammer(&KvCache::builder_of(groups()).blocks(45).block_size(4).poison(poison).build().unwrap());
+    }
+}
+
+fn hammer(cache: &KvCache) {
+    // Where there is a window, a sequence cannot go back behind it.
+    let goes_back = cache.groups().all(|group| group.span().is_all());
     let sequences = Sequences::new(cache.pool());
     // The tokens that each sequence should have.
     let known: Mutex<Vec<(SequenceId, Vec<u32>)>> = Mutex::new(vec![]);
     let counts = Counts::default();
     thread::scope(|scope| {
         for t in 0..THREADS {
-            let (cache, sequences, known, counts) = (&cache, &sequences, &known, &counts);
+            let (sequences, known, counts) = (&sequences, &known, &counts);
             scope.spawn(move || {
                 let mut random = Random::new(t as u64 + 1);
                 for action in 0..MOST_ACTIONS {
@@ -181,9 +199,10 @@ fn threads_that_panic_during_a_step_leak_nothing() {
                             // A fork at a random length, with an id of its own.
                             if let Ok(table) = sequences.check_out(id) {
                                 let tokens = current(known, id);
-                                let fork = table.fork_at(random.below(table.len() + 1)).unwrap();
+                                let fork = table.fork_at(random.below(table.len() + 1));
+                                assert!(fork.is_ok() || !goes_back);
                                 drop(table);
-                                if let Some(tokens) = tokens {
+                                if let (Some(tokens), Ok(fork)) = (tokens, fork) {
                                     let tokens = tokens[..fork.len()].to_vec();
                                     known.lock().unwrap().push((sequences.insert(fork), tokens));
                                     counts.add(Forked);
@@ -197,7 +216,8 @@ fn threads_that_panic_during_a_step_leak_nothing() {
                                 assert_holds(cache, &table, &tokens);
                                 match random.below(6) {
                                     0 => {
-                                        table.truncate(random.below(30)).unwrap();
+                                        let truncated = table.truncate(random.below(30));
+                                        assert!(truncated.is_ok() || !goes_back);
                                         counts.add(Truncated);
                                     }
                                     1 => {
@@ -241,11 +261,16 @@ fn threads_that_panic_during_a_step_leak_nothing() {
     assert_eq!(sequences.len(), known.len());
     let ids: Vec<SequenceId> = known.iter().map(|(id, _)| *id).collect();
     let tables = sequences.check_out_all(ids).unwrap();
-    cache.pool().check_ref_counts(tables.iter().map(|table| table.blocks())).unwrap();
+    let (pool, groups) = (cache.pool(), 0..cache.groups().len());
+    for group in groups.clone() {
+        pool.check_ref_counts_of_group(group, tables.iter().map(|table| table.blocks_of_group(group))).unwrap();
+    }
     drop(tables);
     drop(sequences);
-    cache.pool().check_ref_counts([]).unwrap();
-    assert_eq!(cache.pool().available(), 60);
+    for group in groups {
+        pool.check_ref_counts_of_group(group, []).unwrap();
+    }
+    assert_eq!(pool.available(), pool.units());
 }
 
 fn current(known: &Mutex<Vec<(SequenceId, Vec<u32>)>>, id: SequenceId) -> Option<Vec<u32>> {
