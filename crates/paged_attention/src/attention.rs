@@ -36,12 +36,12 @@ impl Attention {
         Self { causal, ..self }
     }
 
-    /// Gives this layer a sliding window, for models in which only some layers have one: the blocks outside the window
-    /// are kept for the other layers.
+    /// Gives this layer a sliding window. The blocks outside the window are kept.
     ///
-    /// If all layers have the same window, give it to the table instead
-    /// ([`TableOptions::window`](crate::TableOptions::window)): the table frees the blocks outside its window. If both
-    /// the table and the layer have a window, the smaller window applies, and the smaller number of sink tokens.
+    /// If the layer always has this window, put it into a group of layers with the window instead
+    /// ([`LayerGroup::window`](crate::LayerGroup::window)), or give the window to the table if all layers have it
+    /// ([`TableOptions::window`](crate::TableOptions::window)): then the blocks outside the window are freed. Of several
+    /// windows the smallest applies, and the smallest number of sink tokens.
     #[must_use]
     pub fn window(self, window: Window) -> Self {
         Self { window: Some(window), ..self }
