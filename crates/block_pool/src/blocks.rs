@@ -32,7 +32,7 @@ pub struct Blocks {
     epoch: u64,
 }
 
-/// What a sequence has in a pool with several groups, or with a window of its own.
+/// What a sequence has in a pool with several groups or with a window, or with a window of its own.
 #[derive(Default)]
 struct More {
     /// The lists of all groups but the first.
@@ -51,10 +51,10 @@ impl Blocks {
     /// Makes empty lists, to which [`grow`](Self::grow) can add blocks of `pool`.
     #[inline]
     pub fn empty(pool: &BlockPool) -> Self {
-        let more = match pool.groups().len() {
-            1 => None,
-            groups => Some(Box::new(More { others: (1..groups).map(|_| List::default()).collect(), window: None })),
-        };
+        let more = (!pool.is_simple()).then(|| {
+            let others = (1..pool.groups().len()).map(|_| List::default()).collect();
+            Box::new(More { others, window: None })
+        });
         Self { pool: pool.clone(), first: List::default(), more, epoch: 0 }
     }
 
@@ -114,7 +114,7 @@ impl Blocks {
     /// Whether the pool has one group, whose tokens see all tokens before them, and the sequence has no window.
     #[inline]
     fn is_simple(&self) -> bool {
-        self.more.is_none() && self.pool.groups()[0].span.is_all()
+        self.more.is_none()
     }
 
     /// Which tokens a token of the sequence sees in a group.

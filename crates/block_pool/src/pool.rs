@@ -47,6 +47,8 @@ struct Inner {
     groups: Vec<PoolGroup>,
     units: usize,
     units_per_block: usize,
+    /// Whether there is one group, and its tokens see all tokens before them.
+    is_simple: bool,
     block_size: usize,
     poisons: bool,
 }
@@ -121,6 +123,7 @@ impl BlockPool {
             groups,
             units,
             units_per_block: one_of_each,
+            is_simple: others.is_empty() && first.0.span.is_all(),
             block_size,
         })))
     }
@@ -153,6 +156,12 @@ impl BlockPool {
     #[inline]
     pub fn groups(&self) -> &[PoolGroup] {
         &self.0.groups
+    }
+
+    /// Whether there is one group, and its tokens see all tokens before them.
+    #[inline]
+    pub(crate) fn is_simple(&self) -> bool {
+        self.0.is_simple
     }
 
     /// How many blocks of a group there can be: as many as the whole budget has units for. 0 if there is no such group.

@@ -157,8 +157,11 @@ impl Ledger {
     #[inline]
     pub(super) fn use_evictable(&mut self, group: usize, entry: Entry) {
         self.evictable.remove(entry);
+        let several = self.groups.len() > 1;
         let of = &mut self.groups[group];
-        of.evictable -= 1;
+        if several {
+            of.evictable -= 1;
+        }
         self.units_evictable -= of.units;
         self.units_in_use += of.units;
     }

@@ -40,15 +40,17 @@ impl Ledger {
         let Query { key, at, last, tokens } = query;
         let last = self.last_entry(last);
         let Self { tree, ref_counts, evictable, groups, .. } = self;
-        let mut units = 0;
+        let (mut units, several) = (0, groups.len() > 1);
         let found = tree.longest(key, at, last, tokens, |group, id| {
             let of = &mut groups[group];
             let entry = of.first + id.index();
             let ref_count = &mut ref_counts[entry];
             if *ref_count == 0 {
                 evictable.remove(entry);
-                of.evictable -= 1;
                 units += of.units;
+                if several {
+                    of.evictable -= 1;
+                }
             }
             *ref_count = MAX_REF_COUNT.min(*ref_count + 1);
             matched(group, id);
@@ -122,6 +124,23 @@ impl Ledger {
         head: &[u32],
         tokens: &[u32],
     ) -> Result<Duplicates, AlreadyCached> {
+        match lists {
+            [_] => self.cache_in::<1>(epoch, key, lists, at, head, tokens),
+            _ => self.cache_in::<0>(epoch, key, lists, at, head, tokens),
+        }
+    }
+
+    /// Does the same for this number of groups; 0 is any number. The compiler leaves no loop over a single group.
+    fn cache_in<const GROUPS: usize>(
+        &mut self,
+        epoch: u64,
+        key: &PrefixKey,
+        lists: &mut [List],
+        at: usize,
+        head: &[u32],
+        tokens: &[u32],
+    ) -> Result<Duplicates, AlreadyCached> {
+        let lists = if GROUPS > 0 { &mut lists[..GROUPS] } else { lists };
         let mut duplicates = SmallVec::new();
         if epoch != self.epoch || head.len() + tokens.len() < self.block_size {
             return Ok(duplicates);
@@ -131,8 +150,12 @@ impl Ledger {
             span if span.sink_tokens() == 0 => 0,
             span => span.sink_blocks(self.block_size),
         };
-        let sinks: SmallVec<[usize; 1]> = self.groups.iter().map(sink_blocks).collect();
-        if self.is_cached(lists, &sinks, at) {
+        let sinks: SmallVec<[usize; 4]> = self.groups.iter().map(sink_blocks).collect();
+        let sinks = &sinks[..lists.len()];
+        let is_cached = |(group, list): (usize, &List)| {
+            list.block(at, sinks[group]).is_some_and(|block| self.tree.contains(self.entry(group, block)))
+        };
+        if lists.iter().enumerate().any(is_cached) {
             return Err(AlreadyCached);
         }
         // Groups whose window has passed the block before, or which have replaced it, do not know it.
@@ -149,7 +172,10 @@ impl Ledger {
         let mut rest = tokens;
         let end = lists.iter().map(List::end).max().unwrap_or(0);
         for number in at..end {
-            if head.len() + rest.len() < self.block_size || self.is_cached(lists, &sinks, number) {
+            let is_cached = |(group, list): (usize, &List)| {
+                list.block(number, sinks[group]).is_some_and(|block| self.tree.contains(self.entry(group, block)))
+            };
+            if head.len() + rest.len() < self.block_size || lists.iter().enumerate().any(is_cached) {
                 break;
             }
             let (now, later) = rest.split_at(self.block_size - head.len());
@@ -159,8 +185,8 @@ impl Ledger {
             (head, rest) = (&[], later);
             let node = self.tree.insert(parent);
             let before = std::mem::take(&mut parent_block);
-            for (group, (list, &sinks)) in lists.iter_mut().zip(&sinks).enumerate() {
-                let Some(index) = list.index_of(number, sinks) else { continue };
+            for (group, list) in lists.iter_mut().enumerate() {
+                let Some(index) = list.index_of(number, sinks[group]) else { continue };
                 let block = list.ids[index];
                 match self.tree.set_block(node, group, block) {
                     None => {
@@ -181,14 +207,6 @@ impl Ledger {
             parent = node.0;
         }
         Ok(duplicates)
-    }
-
-    /// Whether block `number` of any list is cached.
-    #[inline]
-    fn is_cached(&self, lists: &[List], sinks: &[usize], number: usize) -> bool {
-        lists.iter().zip(sinks).enumerate().any(|(group, (list, &sinks))| {
-            list.block(number, sinks).is_some_and(|block| self.tree.contains(self.entry(group, block)))
-        })
     }
 
     /// The tokens of a cached block.

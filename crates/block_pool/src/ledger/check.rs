@@ -73,8 +73,9 @@ impl Ledger {
                 return Err(Inconsistent(format!("{id:?} would be evicted before {follower:?}, which follows it")));
             }
         }
-        if evictable != of.evictable {
-            return Err(Inconsistent(format!("group {group} has {evictable} evictable blocks, not {}", of.evictable)));
+        let counted = self.blocks_of_group(group).1;
+        if evictable != counted {
+            return Err(Inconsistent(format!("group {group} has {evictable} evictable blocks, not {counted}")));
         }
         Ok(())
     }

@@ -54,6 +54,7 @@ impl Ledger {
     /// head.
     #[inline]
     pub(crate) fn free(&mut self, group: usize, ids: &[BlockId], why: Why) {
+        let several = self.groups.len() > 1;
         let Self { groups, ref_counts, tree, evictable, .. } = self;
         let Group { first, free, .. } = &mut groups[group];
         let (free_before, evictable_before) = (free.len(), evictable.len());
@@ -77,7 +78,9 @@ impl Ledger {
         let of = &mut groups[group];
         self.units_in_use -= (freed + kept) * of.units;
         if kept > 0 {
-            of.evictable += kept;
+            if several {
+                of.evictable += kept;
+            }
             self.units_evictable += kept * of.units;
         }
     }

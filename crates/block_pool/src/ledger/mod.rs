@@ -108,7 +108,7 @@ struct Group {
     /// Which blocks have memory; `None` for a group that shares it with no other.
     resident: Option<Resident>,
     spec: PoolGroup,
-    /// How many blocks are evictable.
+    /// How many blocks are evictable. Counted if there are several groups; of the only one, all evictable blocks are.
     evictable: usize,
 }
 
@@ -171,7 +171,8 @@ impl Ledger {
     /// How many blocks of a group are in use, and how many are evictable.
     pub(crate) fn blocks_of_group(&self, group: usize) -> (usize, usize) {
         let Group { free, evictable, .. } = &self.groups[group];
-        (free.blocks() - free.len() - evictable, *evictable)
+        let evictable = if self.groups.len() == 1 { self.evictable.len() } else { *evictable };
+        (free.blocks() - free.len() - evictable, evictable)
     }
 
     pub(crate) fn stats(&self) -> Stats {
