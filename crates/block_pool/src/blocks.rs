@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The blocks of one sequence that are in use: an ordered list in each group of the pool. Dropping it frees them all,
-/// under one lock.
+/// and takes the pool's lock once for each group.
 ///
 /// The whole of a sequence's blocks, not a single block, is the unit of ownership: a double free or a use after free
 /// cannot be written in safe code, and blocks leak only if they are never dropped (`std::mem::forget`). Several

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 /// Numbers whose memory can be replaced by zeros: every pattern of bits is a number.
-pub(crate) trait Number {}
+pub(crate) trait Number: Copy {}
 
 impl Number for f32 {}
 impl Number for half::f16 {}

@@ -83,7 +83,7 @@ impl KvTensors {
         }
         let release = ReleaseBlocks { runs, elements: self.layout.block_elements() };
         for layer in self.layers.iter() {
-            if let Err(error) = layer.inplace_op1(&release) {
+            if let Err(error) = layer.inplace_op1(&OnCpu(&release)) {
                 tracing::warn!(%error, "the memory of free blocks could not be given back");
             }
         }
@@ -218,33 +218,17 @@ struct CopyBlock {
 impl CopyBlock {
     fn apply(&self, layer: &Tensor) -> Result<()> {
         if layer.device().is_cpu() {
-            return layer.inplace_op1(self);
+            return layer.inplace_op1(&OnCpu(self));
         }
         let row = layer.narrow(0, self.from, 1)?.copy()?;
         layer.slice_set(&row, 0, self.to)
     }
-
-    fn within<T: Copy>(&self, data: &mut [T], start: usize) {
-        let from = start + self.from * self.elements;
-        data.copy_within(from..from + self.elements, start + self.to * self.elements);
-    }
 }
 
-impl InplaceOp1 for CopyBlock {
-    fn name(&self) -> &'static str {
-        "copy-block"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let start = layout.start_offset();
-        match storage {
-            CpuStorage::F32(data) => self.within(data, start),
-            CpuStorage::F16(data) => self.within(data, start),
-            CpuStorage::BF16(data) => self.within(data, start),
-            CpuStorage::U8(data) => self.within(data, start),
-            _ => candle_core::bail!("a block of this dtype cannot be copied"),
-        }
-        Ok(())
+impl ChangeRows for CopyBlock {
+    fn change<T: Number>(&self, data: &mut [T], start: usize) {
+        let from = start + self.from * self.elements;
+        data.copy_within(from..from + self.elements, start + self.to * self.elements);
     }
 }
 
@@ -254,27 +238,34 @@ struct ReleaseBlocks {
     elements: usize,
 }
 
-impl ReleaseBlocks {
-    fn within<T: Number>(&self, data: &mut [T], start: usize) {
+impl ChangeRows for ReleaseBlocks {
+    fn change<T: Number>(&self, data: &mut [T], start: usize) {
         for run in &self.runs {
             release(data, start + run.start * self.elements..start + run.end * self.elements);
         }
     }
 }
 
-impl InplaceOp1 for ReleaseBlocks {
+/// A change of a tensor's rows in place, whatever its numbers are. Row 0 begins at index `start` of the data.
+trait ChangeRows {
+    fn change<T: Number>(&self, data: &mut [T], start: usize);
+}
+
+struct OnCpu<'a, C>(&'a C);
+
+impl<C: ChangeRows> InplaceOp1 for OnCpu<'_, C> {
     fn name(&self) -> &'static str {
-        "release-blocks"
+        "change-rows"
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let start = layout.start_offset();
         match storage {
-            CpuStorage::F32(data) => self.within(data, start),
-            CpuStorage::F16(data) => self.within(data, start),
-            CpuStorage::BF16(data) => self.within(data, start),
-            CpuStorage::U8(data) => self.within(data, start),
-            _ => candle_core::bail!("blocks of this dtype have no memory to release"),
+            CpuStorage::F32(data) => self.0.change(data, start),
+            CpuStorage::F16(data) => self.0.change(data, start),
+            CpuStorage::BF16(data) => self.0.change(data, start),
+            CpuStorage::U8(data) => self.0.change(data, start),
+            _ => candle_core::bail!("blocks of this dtype cannot be changed in place"),
         }
         Ok(())
     }

@@ -74,26 +74,29 @@ impl Ledger {
     ) -> PrefixMatch {
         let Query { key, at, last, tokens } = query;
         let block_size = self.block_size;
-        let mut found = PrefixMatch::default();
-        // Of the blocks of each group that match: how many are evictable, and how many lists use the last one.
-        let mut groups: SmallVec<[(usize, u32); 1]> = SmallVec::from_elem((0, 0), self.groups.len());
-        let matched = self.tree.longest(key, at, self.last_entry(last), tokens, |group, id| {
-            let users = self.ref_counts[self.entry(group, id)];
-            let (evictable, of_last) = &mut groups[group];
-            *of_last = users;
-            if users > 0 {
-                found.in_use += 1;
-            } else {
-                found.evictable += 1;
-                *evictable += 1;
-            }
-        });
+        // Of the blocks of each group that match: how many are in use and evictable, and how many lists use the last one.
+        let mut groups: SmallVec<[(usize, usize, u32); 1]> = SmallVec::from_elem((0, 0, 0), self.groups.len());
+        let last = self.last_entry(last);
+        let matched = match &mut groups[..] {
+            // Counted apart, because look-ups walk over long prefixes again and again.
+            [(in_use, evictable, of_last)] => self.tree.longest(key, at, last, tokens, |_, id| {
+                *of_last = self.ref_counts[id.index()];
+                *if *of_last > 0 { &mut *in_use } else { &mut *evictable } += 1;
+            }),
+            groups => self.tree.longest(key, at, last, tokens, |group, id| {
+                let (in_use, evictable, of_last) = &mut groups[group];
+                *of_last = self.ref_counts[self.entry(group, id)];
+                *if *of_last > 0 { in_use } else { evictable } += 1;
+            }),
+        };
         let matched = matched.tokens;
-        found.tokens = matched;
+        let mut found = PrefixMatch { tokens: matched, ..PrefixMatch::default() };
         // Whether the sequence continues inside the last block.
         let inside = !matched.is_multiple_of(block_size) && slots > matched;
         let (from, to) = (at * block_size + matched, at * block_size + slots);
-        for (group, (of, (evictable, of_last))) in self.groups.iter().zip(groups).enumerate() {
+        for (group, (of, (in_use, evictable, of_last))) in self.groups.iter().zip(groups).enumerate() {
+            found.in_use += in_use;
+            found.evictable += evictable;
             let mut growth = slots.div_ceil(block_size).saturating_sub(matched.div_ceil(block_size));
             let mut copy = if inside { cost_of_copy(of_last) } else { 0 };
             let span = of.spec.span.narrowed_by(key.window);
