@@ -31,12 +31,12 @@ impl Stats {
 pub struct PrefixMatch {
     /// How many tokens [`Blocks::match_prefix`](crate::Blocks::match_prefix) would match at this moment.
     pub tokens: usize,
-    /// How many of the matched blocks are in use already: using them takes no available block.
+    /// How many of the matched blocks, of all groups together, are in use already: using them takes no available block.
     pub in_use: usize,
-    /// How many of the matched blocks are evictable: using them takes as many available blocks as new ones would, but
+    /// How many of the matched blocks, of all groups together, are evictable: using them takes as many available blocks as new ones would, but
     /// saves the computation.
     pub evictable: usize,
-    /// By how much the number of [available](crate::BlockPool::available) blocks falls when the match is used and slots
+    /// By how much the number of [available](crate::BlockPool::available) blocks (with several groups, units) falls when the match is used and slots
     /// for the remaining tokens are reserved: the evictable blocks, the new ones, and the copy of a last block that
     /// other sequences use. The request fits if at least this many are available.
     pub blocks: usize,
