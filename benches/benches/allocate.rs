@@ -15,12 +15,12 @@ fn main() -> anyhow::Result<()> {
     // A hundred calls per sample: one call takes no longer than reading the clock.
     const TIMES: usize = 100;
     for n in [1, 64] {
-        let time = Stopwatch::time(c, &format!("take {n} and free"), || {
+        let time = Stopwatch::time(c, &format!("allocate {n} and free"), || {
             for _ in 0..TIMES {
                 drop(black_box(pool.allocate(n)));
             }
         });
-        record.time(&format!("take {n} and free, per block"), time.map(|t| t / (TIMES * n) as f64), None, &[]);
+        record.time(&format!("allocate {n} and free, per block"), time.map(|t| t / (TIMES * n) as f64), None, &[]);
     }
 
     for context in [512, 4096, 16_384] {

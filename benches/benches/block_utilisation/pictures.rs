@@ -177,10 +177,10 @@ fn over_time(report: &Report, area: &Area<'_>) -> Result<()> {
         .draw()?;
     // From the back to the front: each series is drawn over the one that contains it.
     let layers: [Series<'_>; 3] = [
-        ("paged_kv: remembered, for whoever begins alike", RGBColor(214, 226, 240), &|sample| {
+        ("paged_kv: cached and evictable", RGBColor(214, 226, 240), &|sample| {
             sample.usage.reserved + sample.usage.evictable
         }),
-        ("paged_kv: held and empty", RGBColor(176, 30, 60), &|sample| sample.usage.reserved),
+        ("paged_kv: in use and empty", RGBColor(176, 30, 60), &|sample| sample.usage.reserved),
         ("paged_kv: live tokens", RGBColor(90, 143, 200), &|sample| sample.usage.live),
     ];
     for (label, colour, value) in layers {

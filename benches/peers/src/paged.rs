@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use paged_attention::{Attention, BlockTable, KvCache, KvDtype, KvShape};
 use harness::Contender;
+use paged_attention::{Attention, BlockTable, KvCache, KvDtype, KvShape};
 use rayon::ThreadPool;
 
 use crate::child::Case;

@@ -102,7 +102,7 @@ fn match_in_use(report: &mut Report, target: Target) -> Result<()> {
         }),
     ])?;
     for (comparison, target) in comparisons(&race, TIMES * PROMPT).zip([Some(target), None]) {
-        report.push(Line::time(&format!("match {PROMPT} held and drop, per block"), comparison, target));
+        report.push(Line::time(&format!("match {PROMPT} in use and drop, per block"), comparison, target));
     }
     drop((our_blocks, their_blocks));
     Ok(())
@@ -134,7 +134,7 @@ fn match_evictable(report: &mut Report, target: Target) -> Result<()> {
             }),
         ])?;
         for comparison in comparisons(&race, TIMES * PROMPT) {
-            let case = format!("match {PROMPT} remembered and drop, per block");
+            let case = format!("match {PROMPT} evictable and drop, per block");
             report.push(Line::time(&case, comparison, Some(target)));
         }
     }
