@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use block_table::{Admission, Admitted, BlockPool, Need, Room, preemption_victim};
+use block_table::{Admission, Admitted, BlockPool, Need, PoolGroup, Room, Window, preemption_victim};
 use proptest::prelude::*;
 
 /// A queue of requests, each of which is the number of blocks it needs.
@@ -30,6 +30,17 @@ fn blocks(request: &usize) -> Need {
 /// Everything that leaves the queue at once, with the same room each time.
 fn all(waiting: &mut Admission<usize>, pool: &BlockPool, room: Room) -> Vec<Admitted<usize>> {
     std::iter::from_fn(|| waiting.admit(pool, room, blocks)).collect()
+}
+
+#[test]
+fn with_groups_of_layers_the_watermark_has_room_in_every_group() {
+    // A block of both groups takes 5 units, so 16 tokens for each of two running sequences take 10.
+    let groups = [PoolGroup::new(1), PoolGroup::new(4).span(Window::new(64))];
+    let pool = BlockPool::of_groups(100, 16, &groups).unwrap();
+    let mut waiting = queue(Admission::new(), &[20]);
+    assert_eq!(waiting.admit(&pool, room(29, 2), blocks), None);
+    assert_eq!(waiting.admit(&pool, room(30, 2), blocks), Some(Admitted::Start(20)));
+    assert_eq!(all(&mut queue(Admission::new(), &[101]), &pool, room(100, 0)), [Admitted::Never(101)]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder};
-use paged_attention::{BlockTable, KvCache, KvCacheBuilder, KvShape};
+use paged_attention::{BlockTable, KvCache, KvCacheBuilder, KvShape, LayerGroup, Window};
 
 const SHAPE: KvShape = KvShape::new(1, 1, 4);
 
@@ -50,6 +50,29 @@ fn caches_without_a_name_do_not_overwrite_each_other() {
         [("draft".into(), 7.0)]
     );
     assert!(KvCache::builder(SHAPE).blocks(0).build().is_err());
+}
+
+#[test]
+fn each_group_of_layers_reports_its_blocks() {
+    // A block of the first group takes one unit, a block of the second two.
+    let groups = [LayerGroup::new([2], 1, 4), LayerGroup::new([0, 1], 1, 4).window(Window::new(4))];
+    let cache = KvCache::builder_of(groups).blocks(10).block_size(4).name("hybrid").build().unwrap();
+    let mut table = cache.table();
+    table.append(11).unwrap();
+    let recorder = DebuggingRecorder::new();
+    metrics::with_local_recorder(&recorder, || drop(cache.step()));
+    let mut found = BTreeSet::new();
+    for (key, _, _, value) in recorder.snapshotter().snapshot().into_vec() {
+        let label = |name| key.key().labels().find(|label| label.key() == name).map(|label| label.value().to_owned());
+        if let (DebugValue::Gauge(blocks), Some(group), Some(state)) = (value, label("group"), label("state")) {
+            found.insert((group, state, blocks.into_inner() as usize));
+        }
+    }
+    // Of 30 units, three blocks of the first group and one of the second are in use. The window has passed two blocks.
+    let expected = [("0", [25, 3, 0]), ("1", [12, 1, 0])].into_iter().flat_map(|(group, blocks)| {
+        ["free", "in_use", "evictable"].into_iter().zip(blocks).map(move |(state, n)| (group.into(), state.into(), n))
+    });
+    assert_eq!(found, expected.collect());
 }
 
 /// A recorder that panics.
