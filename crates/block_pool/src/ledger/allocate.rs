@@ -98,6 +98,19 @@ impl Ledger {
     #[inline]
     fn allocate_by_evicting(&mut self, group: usize, n: usize, mut add_run: impl FnMut(Range<usize>)) -> usize {
         let mut evicted = 0;
+        // In a pool with one group, every victim is of that group.
+        while evicted < n && self.groups.len() == 1 && self.leftovers.evicted.is_empty() {
+            let Some(victim) = self.evictable.next_victim() else { break };
+            self.evictable.remove(victim);
+            let units = self.groups.first.units;
+            self.units_evictable -= units;
+            self.units_in_use += units;
+            self.ref_counts[victim] = 1;
+            self.uncache(0, victim);
+            add_run(victim..victim + 1);
+            evicted += 1;
+        }
+        self.stats.evictions += evicted as u64;
         while evicted < n {
             let Some(id) = self.reclaim(group) else { break };
             add_run(id.index()..id.index() + 1);

@@ -158,7 +158,7 @@ impl PrefixTree {
     /// Whether the node has a block in any group.
     #[inline]
     fn has_block(&self, node: NodeKey) -> bool {
-        (0..self.stride).any(|group| self.block(node, group).is_some())
+        self.block(node, 0).is_some() || (1..self.stride).any(|group| self.block(node, group).is_some())
     }
 
     /// The node below which block number `at` of a sequence is found: that of the block before it, `last`, or the key's
@@ -226,7 +226,7 @@ impl PrefixTree {
 
     /// Returns the node after `parent` with the tokens that were filled in last, and whether it was made for this. The
     /// caller gives it a block at once, with [`set_block`](Self::set_block).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn insert(&mut self, parent: NodeKey) -> (NodeKey, bool) {
         let new = self.nodes.vacant_key() as NodeKey;
         let Self { nodes, tokens, block_size, .. } = self;
@@ -252,7 +252,7 @@ impl PrefixTree {
     }
 
     /// Gives a node a block in a group. If it has one there, nothing changes, and that block is returned.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn set_block(&mut self, (node, is_new): (NodeKey, bool), group: usize, id: BlockId) -> Option<BlockId> {
         let (at, entry) = (node as usize * self.stride + group, self.entry(group, id));
         debug_assert!(!self.contains(entry), "{id:?} is cached already");
