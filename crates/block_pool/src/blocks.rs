@@ -5,11 +5,11 @@ use std::ops::{Deref, Range};
 
 use smallvec::SmallVec;
 
-use crate::ledger::{Leftovers, Query, Reservation, Why};
+use crate::ledger::{Content, Leftovers, Query, Reservation, Why};
 use crate::list::{Ids, List};
 use crate::{
     AlreadyCached, BlockId, BlockPool, GroupBlock, OutOfBlocks, OutOfWindow, PrefixKey, PrefixMatch, ReserveError,
-    Span, Window,
+    Salt, SaltFrom, Span, Window,
 };
 
 /// The blocks of one sequence that are in use: an ordered list in each group of the pool. Dropping it frees them all,
@@ -32,13 +32,16 @@ pub struct Blocks {
     epoch: u64,
 }
 
-/// What a sequence has in a pool with several groups or with a window, or with a window of its own.
+/// What a sequence has in a pool with several groups or with a window, or with a window of its own, or with salts from
+/// a position on.
 #[derive(Default)]
 struct More {
     /// The lists of all groups but the first.
     others: Vec<List>,
     /// A window of the sequence itself, which narrows the span of every group.
     window: Option<Window>,
+    /// In the order of their positions.
+    salts: Vec<SaltFrom>,
 }
 
 /// Among how many of its last blocks the last full one of a sequence is searched for.
@@ -53,7 +56,7 @@ impl Blocks {
     pub fn empty(pool: &BlockPool) -> Self {
         let more = (!pool.is_simple()).then(|| {
             let others = (1..pool.groups().len()).map(|_| List::default()).collect();
-            Box::new(More { others, window: None })
+            Box::new(More { others, ..More::default() })
         });
         Self { pool: pool.clone(), first: List::default(), more, epoch: 0 }
     }
@@ -114,7 +117,45 @@ impl Blocks {
     /// Whether the pool has one group, whose tokens see all tokens before them, and the sequence has no window.
     #[inline]
     fn is_simple(&self) -> bool {
-        self.more.is_none()
+        // Salts change nothing of what is seen.
+        let is_simple = |more: &More| more.others.is_empty() && more.window.is_none() && self.pool.is_simple();
+        self.more.as_deref().is_none_or(is_simple)
+    }
+
+    /// The salts of the sequence that hold from a position on, in the order of their positions.
+    #[inline]
+    pub fn salts(&self) -> &[SaltFrom] {
+        self.more.as_ref().map_or(&[], |more| &more.salts)
+    }
+
+    /// From `position` on the sequence depends on `salt`, in addition to its tokens and key: the block that contains
+    /// the position, and all after it, are cached under the salt and match only sequences with the same salts from the same
+    /// positions on. In a block in which a salt begins, even the tokens before it match only those. Salts are compared
+    /// byte for byte. ([`Salt::none`] changes nothing. vLLM: extra keys.)
+    ///
+    /// None of the tokens from `position` on may be cached or matched yet: the caller, who knows how many tokens there
+    /// are, sees to that. [`go_back`](Self::go_back) and [`fork_at`](Self::fork_at) end the salts that begin at the new
+    /// length or later.
+    pub fn salt_from(&mut self, position: usize, salt: Salt) {
+        if salt.bytes().is_some() {
+            let salts = &mut self.more.get_or_insert_default().salts;
+            let at = salts.partition_point(|other| other.position <= position);
+            salts.insert(at, SaltFrom { position, salt });
+        }
+    }
+
+    /// Ends the salts that begin at `position` or later.
+    pub fn end_salts(&mut self, position: usize) {
+        if let Some(more) = &mut self.more {
+            more.salts.retain(|salt| salt.position < position);
+        }
+    }
+
+    pub(crate) fn with_salts(mut self, salts: &[SaltFrom]) -> Self {
+        if !salts.is_empty() {
+            self.more.get_or_insert_default().salts = salts.to_vec();
+        }
+        self
     }
 
     /// Which tokens a token of the sequence sees in a group.
@@ -396,6 +437,7 @@ impl Blocks {
             }
         }
         self.truncate(self.pool.blocks_for(len));
+        self.end_salts(len);
         Ok(())
     }
 
@@ -499,11 +541,13 @@ impl Blocks {
     ///
     /// As [`go_back`](Self::go_back).
     pub fn fork_at(&self, len: usize) -> Result<Blocks, OutOfWindow> {
-        Ok(self.fork_with(self.pool.blocks_for(len), &self.freed_at(len)?))
+        let mut fork = self.fork_with(self.pool.blocks_for(len), &self.freed_at(len)?);
+        fork.end_salts(len);
+        Ok(fork)
     }
 
     fn fork_with(&self, end: usize, freed: &[usize]) -> Blocks {
-        let mut fork = Self::empty(&self.pool).with_window(self.window());
+        let mut fork = Self::empty(&self.pool).with_window(self.window()).with_salts(self.salts());
         fork.epoch = self.epoch;
         let mut ledger = self.pool.ledger();
         for (group, &freed) in freed.iter().enumerate() {
@@ -535,12 +579,12 @@ impl Blocks {
         if at == 0 {
             *epoch = ledger.epoch();
         }
-        let query = Query { key, at, last, tokens };
-        let matched = match more {
-            None => ledger.match_prefix(query, |_, id| first.ids.push(id)),
-            Some(more) => ledger.match_prefix(query, |group, id| match group {
+        let query = |salts| Query { key, at, last, salts, tokens };
+        let matched = match more.as_deref_mut() {
+            None => ledger.match_prefix(query(&[]), |_, id| first.ids.push(id)),
+            Some(More { others, salts, .. }) => ledger.match_prefix(query(salts), |group, id| match group {
                 0 => first.ids.push(id),
-                group => more.others[group - 1].ids.push(id),
+                group => others[group - 1].ids.push(id),
             }),
         };
         drop(ledger);
@@ -585,8 +629,8 @@ impl Blocks {
         slots: usize,
         chunk: Option<usize>,
     ) -> PrefixMatch {
-        let last = self.last(at);
-        self.pool.ledger().lookup_prefix(Query { key, at, last, tokens }, slots, chunk, |group| self.group(group))
+        let query = Query { key, at, last: self.last(at), salts: self.salts(), tokens };
+        self.pool.ledger().lookup_prefix(query, slots, chunk, |group| self.group(group))
     }
 
     /// How many available units [`copy_on_write`](Self::copy_on_write) with the same arguments needs.
@@ -612,19 +656,22 @@ impl Blocks {
             return Ok(0);
         }
         let Self { pool, first, more, epoch } = self;
-        let duplicates = match more {
-            Some(more) if !more.others.is_empty() => {
-                let others = &mut more.others;
-                let mut lists: SmallVec<[List; 4]> = SmallVec::new();
-                lists.push(std::mem::take(first));
-                lists.extend(others.iter_mut().map(std::mem::take));
-                let duplicates = pool.ledger().cache(*epoch, key, &mut lists, at, head, tokens);
-                let mut lists = lists.into_iter();
-                *first = lists.next().unwrap_or_default();
-                others.iter_mut().zip(lists).for_each(|(other, list)| *other = list);
-                duplicates?
-            }
-            _ => pool.ledger().cache(*epoch, key, std::slice::from_mut(first), at, head, tokens)?,
+        let (others, salts) = match more.as_deref_mut() {
+            Some(More { others, salts, .. }) => (&mut others[..], &salts[..]),
+            None => (&mut [][..], &[][..]),
+        };
+        let content = Content { key, salts, at, head, tokens };
+        let duplicates = if others.is_empty() {
+            pool.ledger().cache(*epoch, std::slice::from_mut(first), content)?
+        } else {
+            let mut lists: SmallVec<[List; 4]> = SmallVec::new();
+            lists.push(std::mem::take(first));
+            lists.extend(others.iter_mut().map(std::mem::take));
+            let duplicates = pool.ledger().cache(*epoch, &mut lists, content);
+            let mut lists = lists.into_iter();
+            *first = lists.next().unwrap_or_default();
+            others.iter_mut().zip(lists).for_each(|(other, list)| *other = list);
+            duplicates?
         };
         for &(group, id) in &duplicates {
             pool.free(group, &[id], Why::Ended);

@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 
-use crate::{BlockId, GroupBlock, PrefixKey};
+use crate::{BlockId, GroupBlock, PrefixKey, SaltFrom};
 
 /// A change of what the pool has cached. A receiver that applies all events in order rebuilds the pool's prefix tree.
 ///
@@ -12,7 +12,7 @@ use crate::{BlockId, GroupBlock, PrefixKey};
 #[cfg_attr(feature = "serde", serde(tag = "event", rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum KvEvent {
-    /// A full block became cached: it is found by its tokens and those of its ancestors. In a pool with several groups,
+    /// A full block became cached: it is found by its tokens and salts and those of its ancestors. In a pool with several groups,
     /// the tokens are found when the blocks of all groups that the next token sees are cached.
     BlockStored {
         /// The group of layers whose keys and values it has; 0 in a pool with one group.
@@ -28,6 +28,12 @@ pub enum KvEvent {
         tokens: Vec<u32>,
         /// What must match in addition to the tokens.
         key: PrefixKey,
+        /// The salts that begin among `tokens`, in the order of their positions in the sequence. They must match, too:
+        /// together with those of the ancestors, they are all salts of the sequence up to the end of this block. So a
+        /// block in which a salt begins does not match, not even in part, the block of a sequence that has no salt or
+        /// another salt there.
+        #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Vec::is_empty"))]
+        salts: Vec<SaltFrom>,
     },
     /// The block is not cached any more. Its node stays in the prefix tree as a tombstone while other blocks follow it,
     /// which sequences with a window may still match.

@@ -39,7 +39,7 @@ pub use key::PrefixKey;
 pub use layout::{BYTE_STRIP, KvLayout, KvShape, Order, PANEL, STRIP};
 pub use observe::PoolMetrics;
 pub use pool::BlockPool;
-pub use salt::Salt;
+pub use salt::{Salt, SaltFrom};
 pub use snapshot::{BlockState, Snapshot};
 pub use span::Span;
 pub use stats::{PrefixMatch, Stats};

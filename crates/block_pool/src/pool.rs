@@ -225,9 +225,12 @@ impl BlockPool {
     /// Looks up how much of `prompt` is cached, and how many [available](Self::available) blocks a new sequence would
     /// take to use that and to have slots for the whole prompt. For a scheduler: no block is used, and the statistics
     /// do not change. The last token is never part of the match, because its logits must be computed.
+    ///
+    /// The sequence has no salts from a position on. For one that has, see [`Blocks::lookup_prefix`].
     pub fn lookup_prefix(&self, key: &PrefixKey, prompt: &[u32]) -> PrefixMatch {
         let known = &prompt[..prompt.len().saturating_sub(1)];
-        self.ledger().lookup_prefix(Query { key, at: 0, last: None, tokens: known }, prompt.len(), None, |_| &[])
+        let query = Query { key, at: 0, last: None, salts: &[], tokens: known };
+        self.ledger().lookup_prefix(query, prompt.len(), None, |_| &[])
     }
 
     /// Uncaches every prefix, for example after the model's weights have changed: what was computed with the old

@@ -1,6 +1,7 @@
-//! The salt of a prefix key.
+//! Salts: of a prefix key, and from a position on.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Opaque bytes that must match, like the tokens, for a cached prefix to be found: for example the name of a tenant or
@@ -31,6 +32,32 @@ impl fmt::Debug for Salt {
             Some(bytes) => write!(f, "Salt({})", bytes.escape_ascii()),
             None => f.write_str("Salt(none)"),
         }
+    }
+}
+
+/// A salt that holds from a position of a sequence on: the block that contains the position, and all blocks after it, are
+/// found only by sequences that have the same salts from the same positions on. Blocks before it are not affected.
+///
+/// This is for content that token ids do not tell apart, for example an image: the text before it is shared by all, and
+/// what follows by those with the same image. (In vLLM they are the extra keys of a block.)
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct SaltFrom {
+    /// The position, in the sequence, of the first token whose keys and values depend on the salt.
+    pub position: usize,
+    /// The salt.
+    pub salt: Salt,
+}
+
+impl SaltFrom {
+    /// Those of `salts`, which are in the order of their positions, that begin at these positions.
+    #[inline]
+    pub(crate) fn at(salts: &[SaltFrom], positions: Range<usize>) -> &[SaltFrom] {
+        if salts.is_empty() {
+            return &[];
+        }
+        let before = |end: usize| salts.partition_point(|salt| salt.position < end);
+        &salts[before(positions.start)..before(positions.end)]
     }
 }
 

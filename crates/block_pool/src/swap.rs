@@ -1,19 +1,21 @@
 //! Blocks swapped out to host memory.
 
-use crate::{BlockPool, Blocks, PrefixKey, ReserveError, StorageError, Window};
+use crate::ledger::Prefix;
+use crate::{BlockPool, Blocks, ReserveError, SaltFrom, StorageError, Window};
 
 /// The content of a sequence's blocks in host memory, while the blocks themselves are used for other sequences.
 #[derive(Clone)]
 pub struct SwappedBlocks {
     pool: BlockPool,
     window: Option<Window>,
+    salts: Vec<SaltFrom>,
     epoch: u64,
     /// For each group, how many blocks there are, and how many were freed before.
     lists: Vec<(usize, usize)>,
     /// The content of the blocks, group by group.
     bytes: Vec<u8>,
-    /// The key and the tokens of its cached prefix.
-    prefix: Option<(PrefixKey, Vec<u32>)>,
+    /// Its cached prefix. After going back into a block, the salts of the block are still in here.
+    prefix: Option<Prefix>,
 }
 
 impl Blocks {
@@ -26,7 +28,7 @@ impl Blocks {
     pub fn swap_out(&mut self) -> Result<SwappedBlocks, StorageError> {
         let pool = self.pool().clone();
         let (mut bytes, mut lists) = (Vec::new(), Vec::new());
-        let mut prefix: Option<(PrefixKey, Vec<u32>)> = None;
+        let mut prefix: Option<Prefix> = None;
         for group in 0..pool.groups().len() {
             let ids = self.group(group);
             for &id in ids {
@@ -35,10 +37,11 @@ impl Blocks {
             lists.push((ids.len(), self.freed(group).len()));
             // A group with a window knows only the tokens before those that it has freed.
             let known = pool.ledger().prefix(group, ids);
-            let longer = |known: &(PrefixKey, Vec<u32>)| prefix.as_ref().is_none_or(|(_, of)| known.1.len() > of.len());
+            let longer = |known: &Prefix| prefix.as_ref().is_none_or(|of| known.tokens.len() > of.tokens.len());
             prefix = known.filter(longer).or(prefix);
         }
-        let swapped = SwappedBlocks { window: self.window(), epoch: self.epoch(), lists, bytes, prefix, pool };
+        let (window, salts, epoch) = (self.window(), self.salts().to_vec(), self.epoch());
+        let swapped = SwappedBlocks { window, salts, epoch, lists, bytes, prefix, pool };
         *self = Blocks::empty(&swapped.pool).with_window(swapped.window);
         Ok(swapped)
     }
@@ -78,11 +81,13 @@ impl SwappedBlocks {
                 bytes = rest;
             }
         }
-        if let Some((key, tokens)) = &self.prefix {
+        if let Some(Prefix { key, salts, tokens }) = &self.prefix {
+            blocks = blocks.with_salts(salts);
             // They were allocated here, so they are not cached.
             let _ = blocks.cache(key, 0, &[], tokens);
         }
-        Ok(blocks)
+        blocks.end_salts(0);
+        Ok(blocks.with_salts(&self.salts))
     }
 }
 

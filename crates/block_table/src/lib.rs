@@ -12,9 +12,9 @@ mod table;
 pub use admission::{Admission, Admitted, Need, Room, preemption_victim};
 pub use block_pool::{
     BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, KvEvent, KvEvents, OutOfBlocks, OutOfWindow, PoolError,
-    PoolGroup, PrefixKey, PrefixMatch, ReserveError, Salt, Snapshot, Span, Stats, StorageError, Window,
+    PoolGroup, PrefixKey, PrefixMatch, ReserveError, Salt, SaltFrom, Snapshot, Span, Stats, StorageError, Window,
 };
-pub use error::NotReserved;
+pub use error::{NotReserved, SaltTooLate};
 pub use sequences::{CheckedOut, SequenceError, SequenceId, Sequences};
 pub use swap::SwappedTable;
 pub use table::{BlockTable, TableOptions};

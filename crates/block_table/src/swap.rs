@@ -17,7 +17,7 @@ pub struct SwappedTable {
 
 impl BlockTable {
     /// Copies the keys and values of the committed tokens to host memory, byte for byte, and frees the blocks. The
-    /// table is then empty, and the returned value is the sequence.
+    /// table is then empty, without salts [from a position on](Self::salt_from), and the returned value is the sequence.
     ///
     /// # Errors
     ///

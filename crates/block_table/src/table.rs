@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-use block_pool::{BlockId, BlockPool, Blocks, OutOfWindow, PrefixKey, PrefixMatch, ReserveError, Salt, Span, Window};
+use block_pool::{
+    BlockId, BlockPool, Blocks, OutOfWindow, PrefixKey, PrefixMatch, ReserveError, Salt, SaltFrom, Span, Window,
+};
 use smallvec::SmallVec;
 
-use crate::NotReserved;
+use crate::{NotReserved, SaltTooLate};
 
 /// The tokens of a block that is not full yet. Up to 16 of them are stored inline, without an allocation.
 pub(crate) type Tokens = SmallVec<[u32; 16]>;
@@ -175,6 +177,58 @@ impl BlockTable {
         Some(block.index() * block_size + position % block_size)
     }
 
+    /// The salts of the sequence that hold from a position on, in the order of their positions.
+    pub fn salts(&self) -> &[SaltFrom] {
+        self.blocks.salts()
+    }
+
+    /// From `position` on the sequence depends on `salt`, for example the hash of an image, in addition to its tokens:
+    /// the block that contains the position, and all blocks after it, are found only by sequences that have the same
+    /// salts from the same positions on. Blocks before it are not affected. So the text before an image is shared by all
+    /// sequences, and what follows the image by those with the same image. Salts are compared byte for byte.
+    ///
+    /// A sequence can have several such salts, also from the same position on, where their order counts. Add all salts
+    /// of a prompt before it is [matched](Self::match_prefix) or [looked up](Self::lookup_prefix). In the block in which
+    /// a salt begins, the tokens before the salt match only sequences that have the same salt there, too.
+    /// [`Salt::none`] changes nothing.
+    ///
+    /// Forks have the same salts. [`truncate`](Self::truncate) and [`fork_at`](Self::fork_at), if they drop tokens, also
+    /// drop the salts that begin at the new length or later. [`swap_out`](Self::swap_out) takes all salts along.
+    ///
+    /// (vLLM: the extra keys of a block, with the hashes of its images.)
+    ///
+    /// ```
+    /// use block_pool::{BlockPool, Salt};
+    /// use block_table::BlockTable;
+    ///
+    /// let pool = BlockPool::new(16, 4)?;
+    /// let prompt = [1, 2, 3, 4, 7, 7, 7, 7, 5, 6]; // four tokens of text, four of an image, a question
+    /// let mut table = BlockTable::new(&pool);
+    /// table.salt_from(4, Salt::new(b"hash of a cat"))?;
+    /// table.reserve(10)?;
+    /// table.commit_tokens(&prompt)?;
+    ///
+    /// let found = |image: &[u8]| -> Result<usize, Box<dyn std::error::Error>> {
+    ///     let mut other = BlockTable::new(&pool);
+    ///     other.salt_from(4, Salt::new(image))?;
+    ///     Ok(other.match_prefix(&prompt))
+    /// };
+    /// assert_eq!((found(b"hash of a cat")?, found(b"hash of a dog")?), (8, 4));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`SaltTooLate`] when the token at `position` is committed or matched already; then nothing changes. It may be
+    /// reserved.
+    pub fn salt_from(&mut self, position: usize, salt: Salt) -> Result<(), SaltTooLate> {
+        if position < self.len {
+            return Err(SaltTooLate { position, len: self.len });
+        }
+        self.blocks.salt_from(position, salt);
+        Ok(())
+    }
+
     /// Adds the cached blocks of the longest prefix of `tokens` to the table and returns how many tokens the sequence
     /// has gained. These need not be computed. `tokens` are all tokens of the sequence, from its first one on.
     ///
@@ -325,6 +379,9 @@ impl BlockTable {
     /// Keeps the first `len` tokens and frees every block after them, reserved ones included. If there are no more than
     /// `len` tokens, only the reserved blocks are freed.
     ///
+    /// With the tokens, the salts that begin at position `len` or later are dropped, also those that have not begun yet:
+    /// if the same image follows again, call [`salt_from`](Self::salt_from) again.
+    ///
     /// With a window, the table still has the blocks of everything that the *next* token sees, the one at position
     /// `len`. What the last of the `len` tokens sees begins one position earlier, and that position may have been
     /// freed. To attend with that token again, truncate to `len - 1` and compute it again, or make the window one token
@@ -346,18 +403,21 @@ impl BlockTable {
     }
 
     /// A second sequence with the same tokens, in the same blocks. A table that writes to a shared block gets a copy
-    /// first (copy-on-write). Reserved blocks are not part of the fork.
+    /// first (copy-on-write). Reserved blocks are not part of the fork; all salts are.
     pub fn fork(&self) -> BlockTable {
         self.fork_with(self.len, self.blocks.fork(self.pool().blocks_for(self.len)))
     }
 
-    /// Like [`fork`](Self::fork), but with the first `len` tokens only.
+    /// Like [`fork`](Self::fork), but with the first `len` tokens only. If that is fewer than there are, the fork has only
+    /// the salts that begin before position `len`.
     ///
     /// # Errors
     ///
     /// As [`truncate`](Self::truncate).
     pub fn fork_at(&self, len: usize) -> Result<BlockTable, OutOfWindow> {
-        let len = len.min(self.len);
+        if len >= self.len {
+            return Ok(self.fork());
+        }
         Ok(self.fork_with(len, self.blocks.fork_at(len)?))
     }
 

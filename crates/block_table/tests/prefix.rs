@@ -318,6 +318,7 @@ fn events_report_stored_and_removed_blocks_in_order() {
         parent: parent.map(|block| GroupBlock { group: 0, block }),
         tokens: tokens.to_vec(),
         key: PrefixKey::new().salt(salt.clone()),
+        salts: vec![],
     };
     let expected = [
         stored(first, None, [1, 2], &Salt::none()),

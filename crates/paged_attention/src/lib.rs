@@ -30,11 +30,11 @@ pub use wrap::{find_error, wrap_error};
 pub use block_pool::{
     BYTE_STRIP, BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, Inconsistent, KvDtype, KvEvent, KvEvents,
     KvLayout, KvShape, Order, OutOfBlocks, PANEL, PoolError, PoolGroup, PrefixKey, PrefixMatch, ReserveError, STRIP,
-    Salt, Snapshot, Span, Stats, StorageError,
+    Salt, SaltFrom, Snapshot, Span, Stats, StorageError,
 };
 pub use block_table::{
-    Admission, Admitted, BlockTable, CheckedOut, Need, NotReserved, OutOfWindow, Room, SequenceError, SequenceId,
-    Sequences, SwappedTable, TableOptions, Window, preemption_victim,
+    Admission, Admitted, BlockTable, CheckedOut, Need, NotReserved, OutOfWindow, Room, SaltTooLate, SequenceError,
+    SequenceId, Sequences, SwappedTable, TableOptions, Window, preemption_victim,
 };
 
 /// Pages whose examples are compiled and run as tests.

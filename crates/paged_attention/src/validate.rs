@@ -79,8 +79,9 @@ pub enum AttendError {
     /// The table's blocks belong to another cache's pool.
     #[error("the table belongs to another pool")]
     ForeignTable,
-    /// The segments of [`attend_segments`](crate::attend_segments), or the positions of [`KvCache::write`] or
-    /// [`KvCache::read`], are invalid. The text says why.
+    /// The segments of [`attend_segments`](crate::attend_segments), or the positions of
+    /// [`KvCache::write`](crate::KvCache::write) or [`KvCache::read`](crate::KvCache::read), are invalid. The text says
+    /// why.
     #[error("{0}")]
     Segments(String),
 }

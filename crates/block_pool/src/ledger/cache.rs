@@ -9,7 +9,7 @@ use super::write::cost_of_copy;
 use super::{Group, Ledger, MAX_REF_COUNT, tree_groups};
 use crate::list::List;
 use crate::prefix::{Entry, Past, PrefixTree};
-use crate::{AlreadyCached, BlockId, GroupBlock, KvEvent, PrefixKey, PrefixMatch, Span};
+use crate::{AlreadyCached, BlockId, GroupBlock, KvEvent, PrefixKey, PrefixMatch, SaltFrom, Span};
 
 /// A search for the cached blocks that continue a sequence.
 #[derive(Debug, Clone, Copy)]
@@ -20,8 +20,32 @@ pub(crate) struct Query<'a> {
     pub(crate) at: usize,
     /// The block before that one, in any group that has it.
     pub(crate) last: Option<GroupBlock>,
+    /// The salts of the sequence, in the order of their positions.
+    pub(crate) salts: &'a [SaltFrom],
     /// The sequence's tokens from that block on.
     pub(crate) tokens: &'a [u32],
+}
+
+/// What the blocks of a sequence from a number on contain.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Content<'a> {
+    /// What must match in addition to the tokens.
+    pub(crate) key: &'a PrefixKey,
+    /// The salts of the sequence, in the order of their positions.
+    pub(crate) salts: &'a [SaltFrom],
+    /// The number, in the sequence, of the first block.
+    pub(crate) at: usize,
+    /// The sequence's tokens from that block on: these, followed by `tokens`.
+    pub(crate) head: &'a [u32],
+    pub(crate) tokens: &'a [u32],
+}
+
+/// The cached prefix of a sequence, as it is found.
+#[derive(Debug, Clone)]
+pub(crate) struct Prefix {
+    pub(crate) key: PrefixKey,
+    pub(crate) salts: Vec<SaltFrom>,
+    pub(crate) tokens: Vec<u32>,
 }
 
 /// Blocks that were exchanged for cached ones: still counted as used, each with its group.
@@ -37,11 +61,11 @@ impl Ledger {
     pub(crate) fn match_prefix(&mut self, query: Query<'_>, mut matched: impl FnMut(usize, BlockId)) -> usize {
         self.stats.queries += 1;
         self.stats.queried_tokens += query.tokens.len() as u64;
-        let Query { key, at, last, tokens } = query;
+        let Query { key, at, last, salts, tokens } = query;
         let last = self.last_entry(last);
         let Self { tree, ref_counts, evictable, groups, .. } = self;
         let (mut units, several) = (0, groups.len() > 1);
-        let found = tree.longest(key, at, last, tokens, |group, id| {
+        let found = tree.longest(key, at, last, salts, tokens, |group, id| {
             let of = &mut groups[group];
             let entry = of.first + id.index();
             let ref_count = &mut ref_counts[entry];
@@ -72,18 +96,18 @@ impl Ledger {
         chunk: Option<usize>,
         own: impl Fn(usize) -> &'b [BlockId],
     ) -> PrefixMatch {
-        let Query { key, at, last, tokens } = query;
+        let Query { key, at, last, salts, tokens } = query;
         let block_size = self.block_size;
         // Of the blocks of each group that match: how many are in use and evictable, and how many lists use the last one.
         let mut groups: SmallVec<[(usize, usize, u32); 1]> = SmallVec::from_elem((0, 0, 0), self.groups.len());
         let last = self.last_entry(last);
         let matched = match &mut groups[..] {
             // Counted apart, because look-ups walk over long prefixes again and again.
-            [(in_use, evictable, of_last)] => self.tree.longest(key, at, last, tokens, |_, id| {
+            [(in_use, evictable, of_last)] => self.tree.longest(key, at, last, salts, tokens, |_, id| {
                 *of_last = self.ref_counts[id.index()];
                 *if *of_last > 0 { &mut *in_use } else { &mut *evictable } += 1;
             }),
-            groups => self.tree.longest(key, at, last, tokens, |group, id| {
+            groups => self.tree.longest(key, at, last, salts, tokens, |group, id| {
                 let (in_use, evictable, of_last) = &mut groups[group];
                 *of_last = self.ref_counts[self.entry(group, id)];
                 *if *of_last > 0 { in_use } else { evictable } += 1;
@@ -114,34 +138,42 @@ impl Ledger {
         found
     }
 
-    /// Caches the blocks of the lists from number `at` on under their tokens, which are `head` followed by `tokens`, as
-    /// many as are full. Where a block with the same content is cached already, the list gets that one, and the block
-    /// that it replaces is returned. Caches nothing if `epoch`, in which the content began to be written, is over. Fails
-    /// if a block at `at` is cached already.
+    /// Caches the blocks of the lists under their content, as many as are full. Where a block with the same content is
+    /// cached already, the list gets that one, and the block that it replaces is returned. Caches nothing if `epoch`, in
+    /// which the content began to be written, is over. Fails if the first block is cached already.
     pub(crate) fn cache(
         &mut self,
         epoch: u64,
-        key: &PrefixKey,
         lists: &mut [List],
-        at: usize,
-        head: &[u32],
-        tokens: &[u32],
+        content: Content<'_>,
     ) -> Result<Duplicates, AlreadyCached> {
-        match lists {
-            [_] => self.cache_in::<1>(epoch, key, lists, at, head, tokens),
-            _ => self.cache_in::<0>(epoch, key, lists, at, head, tokens),
+        match (content.salts, &*lists) {
+            // The compiler leaves no loop over a single group, and no search for salts.
+            ([], [_]) => self.cache_in::<1, _>(epoch, lists, content, |_| &[]),
+            _ => self.cache_in_groups(epoch, lists, content),
         }
     }
 
-    /// Does the same for this number of groups; 0 is any number. The compiler leaves no loop over a single group.
-    fn cache_in<const GROUPS: usize>(
+    #[inline(never)]
+    fn cache_in_groups(
         &mut self,
         epoch: u64,
-        key: &PrefixKey,
         lists: &mut [List],
-        at: usize,
-        head: &[u32],
-        tokens: &[u32],
+        content: Content<'_>,
+    ) -> Result<Duplicates, AlreadyCached> {
+        let (salts, block_size) = (content.salts, self.block_size);
+        let of_block = |number: usize| SaltFrom::at(salts, number * block_size..(number + 1) * block_size);
+        self.cache_in::<0, _>(epoch, lists, content, of_block)
+    }
+
+    /// `GROUPS` is the number of lists; 0 is any number. `salts` are those that begin in the block with a number.
+    #[inline(always)]
+    fn cache_in<'a, const GROUPS: usize, S: Fn(usize) -> &'a [SaltFrom]>(
+        &mut self,
+        epoch: u64,
+        lists: &mut [List],
+        Content { key, at, head, tokens, .. }: Content<'a>,
+        salts: S,
     ) -> Result<Duplicates, AlreadyCached> {
         let lists = if GROUPS > 0 { &mut lists[..GROUPS] } else { lists };
         let mut duplicates = SmallVec::new();
@@ -186,7 +218,11 @@ impl Ledger {
             own[..head.len()].copy_from_slice(head);
             own[head.len()..].copy_from_slice(now);
             (head, rest) = (&[], later);
-            let node = self.tree.insert(parent);
+            let salts = salts(number);
+            let node = match salts {
+                [] => self.tree.insert(parent),
+                salts => self.tree.insert_salted(parent, salts),
+            };
             let before = std::mem::take(&mut parent_block);
             for (group, list) in lists.iter_mut().enumerate() {
                 let Some(index) = list.index_of(number, sinks[group]) else { continue };
@@ -196,7 +232,7 @@ impl Ledger {
                         let tree = &self.tree;
                         self.subscribers.publish(|| {
                             let (tokens, key) = (tree.tokens_of(node.0).to_vec(), key.clone());
-                            KvEvent::BlockStored { group, block, parent: before, tokens, key }
+                            KvEvent::BlockStored { group, block, parent: before, tokens, key, salts: salts.to_vec() }
                         });
                     }
                     Some(same) => {
@@ -217,12 +253,14 @@ impl Ledger {
         self.tree.tokens(self.entry(group, id))
     }
 
-    /// The key and the tokens of the cached prefix that a group's blocks begin with.
-    pub(crate) fn prefix(&self, group: usize, ids: &[BlockId]) -> Option<(PrefixKey, Vec<u32>)> {
+    /// The cached prefix that a group's blocks begin with.
+    pub(crate) fn prefix(&self, group: usize, ids: &[BlockId]) -> Option<Prefix> {
         let entries: Vec<Entry> = ids.iter().map(|&id| self.entry(group, id)).collect();
         let (key, blocks) = self.tree.path(&entries)?;
-        let tokens = entries[..blocks].iter().filter_map(|&entry| self.tree.tokens(entry)).flatten().copied().collect();
-        Some((key, tokens))
+        let entries = &entries[..blocks];
+        let tokens = entries.iter().filter_map(|&entry| self.tree.tokens(entry)).flatten().copied().collect();
+        let salts = entries.iter().flat_map(|&entry| self.tree.salts(entry)).cloned().collect();
+        Some(Prefix { key, salts, tokens })
     }
 
     pub(crate) fn epoch(&self) -> u64 {

@@ -36,7 +36,7 @@ use crate::prefix::{Entry, PrefixTree};
 use crate::{BlockId, PoolGroup, Span, Stats};
 
 pub(crate) use allocate::Leftovers;
-pub(crate) use cache::Query;
+pub(crate) use cache::{Content, Prefix, Query};
 pub(crate) use counts::Why;
 use resident::Resident;
 pub(crate) use write::Reservation;

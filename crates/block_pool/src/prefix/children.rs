@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use super::NodeKey;
+use crate::SaltFrom;
 
 /// Up to this many children are a sorted list. A search in it is faster than in a map, because it reads eight bytes per
 /// child. An insertion moves 16 KB at most.
@@ -19,6 +21,17 @@ pub(super) enum Children {
     /// A map with a copy of the tokens as keys. Inserting into a list of a hundred thousand children would move half of
     /// it.
     Many(BTreeMap<Box<[u32]>, NodeKey>),
+    /// Salts begin in some of the children. All calls that are given no salts are for the others.
+    Salted(Box<Salted>),
+}
+
+/// Children in which no salt begins, and, for each list of salts, those in which these begin: at least one.
+#[derive(Debug, Default)]
+pub(super) struct Salted {
+    plain: Children,
+    of_salts: BTreeMap<Arc<[SaltFrom]>, Children>,
+    /// How many children there are in all.
+    len: usize,
 }
 
 /// A child, and the first of its tokens, which distinguishes most children without reading their other tokens.
@@ -48,6 +61,7 @@ impl Children {
         match self {
             Self::Few(children) => children.is_empty(),
             Self::Many(children) => children.is_empty(),
+            Self::Salted(_) => false,
         }
     }
 
@@ -55,7 +69,46 @@ impl Children {
         match self {
             Self::Few(children) => children.len(),
             Self::Many(children) => children.len(),
+            Self::Salted(salted) => salted.len,
         }
+    }
+
+    /// Whether salts begin in some of the children.
+    #[inline]
+    pub(super) fn are_salted(&self) -> bool {
+        matches!(self, Self::Salted(_))
+    }
+
+    /// The children in which exactly these salts begin, if there may be any.
+    #[inline]
+    pub(super) fn with_salts(&self, salts: &[SaltFrom]) -> Option<&Children> {
+        match self {
+            _ if salts.is_empty() => Some(self),
+            Self::Salted(salted) => salted.of_salts.get(salts),
+            _ => None,
+        }
+    }
+
+    /// Adds a child in which these salts begin, unless there is one with the same tokens. Returns the salts as they are
+    /// stored here.
+    pub(super) fn insert_salted<'t>(
+        &mut self,
+        salts: &[SaltFrom],
+        tokens: &'t [u32],
+        node: NodeKey,
+        tokens_of: impl Fn(NodeKey) -> &'t [u32],
+    ) -> Arc<[SaltFrom]> {
+        if !self.are_salted() {
+            let plain = std::mem::take(self);
+            *self = Self::Salted(Box::new(Salted { len: plain.len(), plain, of_salts: BTreeMap::new() }));
+        }
+        let Self::Salted(salted) = self else { return salts.into() };
+        let stored = salted.of_salts.get_key_value(salts).map_or_else(|| salts.into(), |(known, _)| known.clone());
+        let children = salted.of_salts.entry(Arc::clone(&stored)).or_default();
+        salted.len -= children.len();
+        children.insert(tokens, node, tokens_of);
+        salted.len += children.len();
+        stored
     }
 
     /// The child with exactly these tokens.
@@ -77,6 +130,7 @@ impl Children {
         match self {
             Self::Few(children) => search(children, tokens, tokens_of).ok().map(|at| children[at].node),
             Self::Many(children) => children.get(tokens).copied(),
+            Self::Salted(salted) => salted.plain.get(tokens, tokens_of),
         }
     }
 
@@ -112,6 +166,7 @@ impl Children {
                     }
                 }
             }
+            Self::Salted(salted) => salted.plain.near(tokens, tokens_of),
         }
     }
 
@@ -133,6 +188,7 @@ impl Children {
                 let below = children.range::<[u32], _>(below).next_back();
                 [below, children.range::<[u32], _>(above).next()].map(|child| child.map(|(_, node)| *node))
             }
+            Self::Salted(salted) => salted.plain.neighbours(tokens, tokens_of),
         }
     }
 
@@ -144,6 +200,13 @@ impl Children {
                     children.insert(at, Child { first: first(tokens), node });
                 }
             }
+            _ => self.insert_other(tokens, node, tokens_of),
+        }
+    }
+
+    #[inline(never)]
+    fn insert_other<'t>(&mut self, tokens: &'t [u32], node: NodeKey, tokens_of: impl Fn(NodeKey) -> &'t [u32]) {
+        match self {
             Self::Few(children) => {
                 let known = children.iter().map(|child| (tokens_of(child.node).into(), child.node));
                 let mut many: BTreeMap<Box<[u32]>, NodeKey> = known.collect();
@@ -153,11 +216,22 @@ impl Children {
             Self::Many(children) => {
                 children.insert(tokens.into(), node);
             }
+            Self::Salted(salted) => {
+                salted.len -= salted.plain.len();
+                salted.plain.insert(tokens, node, tokens_of);
+                salted.len += salted.plain.len();
+            }
         }
     }
 
-    /// Removes the child with these tokens.
-    pub(super) fn remove<'t>(&mut self, tokens: &[u32], tokens_of: impl Fn(NodeKey) -> &'t [u32]) {
+    /// Removes the child with these tokens, and with the salts that begin in it, if any do: they are asked for only if
+    /// there are children with salts.
+    pub(super) fn remove<'t>(
+        &mut self,
+        tokens: &[u32],
+        tokens_of: impl Fn(NodeKey) -> &'t [u32],
+        salts: impl FnOnce() -> Option<Arc<[SaltFrom]>>,
+    ) {
         match self {
             // An only child is removed without comparing its tokens, which are no longer in the processor's caches.
             Self::Few(children) if children.len() == 1 => children.clear(),
@@ -169,6 +243,11 @@ impl Children {
             Self::Many(children) => {
                 children.remove(tokens);
             }
+            Self::Salted(salted) => {
+                if let Some(plain) = salted.remove(tokens, tokens_of, salts()) {
+                    *self = plain;
+                }
+            }
         }
     }
 
@@ -177,18 +256,57 @@ impl Children {
         match self {
             Self::Few(children) => children.iter().map(|child| child.node).collect(),
             Self::Many(children) => children.values().copied().collect(),
+            Self::Salted(salted) => salted.sets().flat_map(Children::nodes).collect(),
         }
     }
 
     /// Whether the order, and the copies of tokens kept here, agree with the children.
-    pub(super) fn is_consistent<'t>(&self, tokens_of: impl Fn(NodeKey) -> &'t [u32]) -> bool {
+    pub(super) fn is_consistent<'t>(&self, tokens_of: impl Fn(NodeKey) -> &'t [u32] + Copy) -> bool {
         match self {
             Self::Few(children) => {
                 children.is_sorted_by(|a, b| tokens_of(a.node) < tokens_of(b.node))
                     && children.iter().all(|child| child.first == first(tokens_of(child.node)))
             }
             Self::Many(children) => children.iter().all(|(tokens, node)| **tokens == *tokens_of(*node)),
+            Self::Salted(salted) => {
+                let is_set = |(salts, children): (&Arc<[SaltFrom]>, &Children)| {
+                    !salts.is_empty() && !children.is_empty() && !children.are_salted()
+                };
+                !salted.of_salts.is_empty()
+                    && !salted.plain.are_salted()
+                    && salted.of_salts.iter().all(is_set)
+                    && salted.sets().all(|children| children.is_consistent(tokens_of))
+                    && salted.len == salted.sets().map(Children::len).sum::<usize>()
+            }
         }
+    }
+}
+
+impl Salted {
+    /// Removes the child with these tokens and salts. If none with salts is left, the others are returned.
+    #[inline(never)]
+    fn remove<'t>(
+        &mut self,
+        tokens: &[u32],
+        tokens_of: impl Fn(NodeKey) -> &'t [u32],
+        salts: Option<Arc<[SaltFrom]>>,
+    ) -> Option<Children> {
+        let children = match &salts {
+            Some(salts) => self.of_salts.get_mut(salts)?,
+            None => &mut self.plain,
+        };
+        self.len -= children.len();
+        children.remove(tokens, tokens_of, || None);
+        self.len += children.len();
+        if let Some(salts) = salts.filter(|_| children.is_empty()) {
+            self.of_salts.remove(&salts);
+        }
+        self.of_salts.is_empty().then(|| std::mem::take(&mut self.plain))
+    }
+
+    /// The children in which no salt begins, and those of each list of salts.
+    fn sets(&self) -> impl Iterator<Item = &Children> {
+        std::iter::once(&self.plain).chain(self.of_salts.values())
     }
 }
 
@@ -240,10 +358,39 @@ mod tests {
         }
         assert!(matches!(children, Children::Many(_)));
         for node in (0..MANY).step_by(2) {
-            children.remove(of(node), of);
+            children.remove(of(node), of, || None);
             assert_eq!(children.get(of(node), of), None);
         }
         let sorted = children.nodes();
         assert!(sorted.len() == FEW && sorted.is_sorted_by_key(|node| of(*node)));
+    }
+
+    #[test]
+    fn children_with_salts_are_apart_from_the_others() {
+        let tokens: Vec<[u32; 1]> = (0..40).map(|i| [i % 5]).collect();
+        let of = |node: NodeKey| &tokens[node as usize][..];
+        // For each list of salts, five children with the same tokens.
+        let salts: Vec<Arc<[SaltFrom]>> = (0..40usize)
+            .map(|i| (0..i / 5).map(|position| SaltFrom { position, salt: crate::Salt::new(b"s") }).collect())
+            .collect();
+        let mut children = Children::default();
+        for node in (0..40).rev() {
+            match &*salts[node as usize] {
+                [] => children.insert(of(node), node, of),
+                of_node => drop(children.insert_salted(of_node, of(node), node, of)),
+            }
+            assert!(children.is_consistent(of));
+        }
+        let get = |children: &Children, node: NodeKey| children.with_salts(&salts[node as usize])?.get(of(node), of);
+        assert!((0..40).all(|node| get(&children, node) == Some(node)));
+        assert_eq!((children.len(), children.nodes().len()), (40, 40));
+        for node in (0..40).map(|i| i * 7 % 40) {
+            let of_node = Some(Arc::clone(&salts[node as usize])).filter(|salts| !salts.is_empty());
+            let before = children.len();
+            children.remove(of(node), of, || of_node);
+            assert_eq!((get(&children, node), children.len()), (None, before - 1));
+            assert!(children.is_consistent(of));
+        }
+        assert!(children.is_empty() && !children.are_salted());
     }
 }

@@ -54,7 +54,7 @@ impl Leaves {
     }
 
     /// Replaces a parent, which is no longer a leaf, by its child, which becomes the hottest.
-    #[inline]
+    #[inline(always)]
     pub(super) fn extend(&mut self, parent: NodeKey, child: NodeKey) {
         if self.links[parent as usize][HOTTER] == ROOT {
             self.replace(parent, child);

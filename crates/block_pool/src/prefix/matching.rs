@@ -2,9 +2,9 @@
 
 use smallvec::SmallVec;
 
-use super::children::Near;
+use super::children::{Children, Near};
 use super::{Entry, NodeKey, PrefixTree};
-use crate::{BlockId, PrefixKey, Span};
+use crate::{BlockId, PrefixKey, SaltFrom, Span};
 
 /// The result of a search for a prefix.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -17,22 +17,57 @@ pub(crate) struct Match {
 
 impl PrefixTree {
     /// Finds the longest cached prefix of `tokens`, a sequence's tokens from its block number `at` on; `last` is the
-    /// block before. Passes to `found`, group by group and in order, the blocks that a table of that length uses: all of
-    /// them, or, with a window, those of the sink tokens and those that the next token sees.
+    /// block before, and `salts` are those of the sequence. Passes to `found`, group by group and in order, the blocks
+    /// that a table of that length uses: all of them, or, with a window, those of the sink tokens and those that the next
+    /// token sees.
     #[inline]
     pub(crate) fn longest(
         &self,
         key: &PrefixKey,
         at: usize,
         last: Option<Entry>,
+        salts: &[SaltFrom],
         tokens: &[u32],
         mut found: impl FnMut(usize, BlockId),
     ) -> Match {
         let Some(start) = self.start(key, at, last) else { return Match::default() };
-        if self.stride == 1 && key.window.is_none() && self.groups[0].0.is_all() {
-            return self.longest_without_window(start, tokens, |id| found(0, id));
+        if !salts.is_empty() {
+            return self.longest_with_salts(key, start, at, salts, tokens, &mut found);
         }
-        self.longest_with_windows(key, start, at, tokens, &mut found)
+        let children = |node: NodeKey, _| Some(&self.nodes[node as usize].children);
+        if self.is_without_windows(key) {
+            return self.longest_without_window(start, tokens, children, |id| found(0, id));
+        }
+        self.longest_with_windows(key, start, at, tokens, children, &mut found)
+    }
+
+    /// The same for a sequence with salts: where salts begin in a block, it is found only among the children in which
+    /// the same begin.
+    #[inline(never)]
+    fn longest_with_salts(
+        &self,
+        key: &PrefixKey,
+        start: NodeKey,
+        at: usize,
+        salts: &[SaltFrom],
+        tokens: &[u32],
+        found: &mut dyn FnMut(usize, BlockId),
+    ) -> Match {
+        let children = |node: NodeKey, tokens: usize| {
+            let first = at * self.block_size + tokens;
+            let salts = SaltFrom::at(salts, first..first + self.block_size);
+            self.nodes[node as usize].children.with_salts(salts)
+        };
+        if self.is_without_windows(key) {
+            return self.longest_without_window(start, tokens, children, |id| found(0, id));
+        }
+        self.longest_with_windows(key, start, at, tokens, children, found)
+    }
+
+    /// Whether there is one group, and sequences of this key see all tokens in it.
+    #[inline]
+    fn is_without_windows(&self, key: &PrefixKey) -> bool {
+        self.stride == 1 && key.window.is_none() && self.groups[0].0.is_all()
     }
 
     /// Marks a match as used.
@@ -42,14 +77,21 @@ impl PrefixTree {
         }
     }
 
-    /// With one group and without a window, a prefix ends before the first block that is missing.
+    /// With one group and without a window, a prefix ends before the first block that is missing. `children` are those of
+    /// a node, after so many tokens, that the sequence may continue with.
     #[inline]
-    fn longest_without_window(&self, start: NodeKey, tokens: &[u32], mut found: impl FnMut(BlockId)) -> Match {
+    fn longest_without_window<'s>(
+        &'s self,
+        start: NodeKey,
+        tokens: &[u32],
+        children: impl Fn(NodeKey, usize) -> Option<&'s Children>,
+        mut found: impl FnMut(BlockId),
+    ) -> Match {
         let mut longest = Match { tokens: 0, end: start };
         // `found` is called in one place only, so that it is inlined into the loop.
         loop {
             let rest = &tokens[longest.tokens..];
-            let children = &self.nodes[longest.end as usize].children;
+            let Some(children) = children(longest.end, longest.tokens) else { return longest };
             let of = |child| self.tokens_of(child);
             let near = match rest.get(..self.block_size) {
                 Some(block) => children.near(block, of),
@@ -80,12 +122,13 @@ impl PrefixTree {
     /// (vLLM looks for enough consecutive blocks before an end, group after group, until no group shortens the match
     /// any more. On one path from the root, one walk finds the same.)
     #[inline(never)]
-    fn longest_with_windows(
-        &self,
+    fn longest_with_windows<'s>(
+        &'s self,
         key: &PrefixKey,
         start: NodeKey,
         at: usize,
         tokens: &[u32],
+        children: impl Fn(NodeKey, usize) -> Option<&'s Children>,
         found: &mut dyn FnMut(usize, BlockId),
     ) -> Match {
         let block_size = self.block_size;
@@ -95,9 +138,9 @@ impl PrefixTree {
         let mut path = SmallVec::<[NodeKey; 64]>::new();
         let (mut node, mut whole, mut part) = (start, at, None);
         'walk: for block in tokens.chunks_exact(block_size) {
-            let Some(child) = self.nodes[node as usize].children.get(block, |child| self.tokens_of(child)) else {
-                break;
-            };
+            let of_node = children(node, path.len() * block_size);
+            let child = of_node.and_then(|children| children.get(block, |child| self.tokens_of(child)));
+            let Some(child) = child else { break };
             let blocks = at + path.len();
             for (group, needs) in needs.iter_mut().enumerate() {
                 if self.block(child, group).is_none() {
@@ -114,7 +157,8 @@ impl PrefixTree {
             }
         }
         let end = at + path.len();
-        let nearest = self.nearest_child(node, &tokens[path.len() * block_size..]);
+        let matched = path.len() * block_size;
+        let nearest = children(node, matched).and_then(|children| self.nearest_child(children, &tokens[matched..]));
         if let Some((child, n)) = nearest.filter(|&(_, n)| needs.iter().all(|needs| needs.are_met(end, n))) {
             (whole, part) = (end, Some((child, n)));
         }
@@ -128,10 +172,10 @@ impl PrefixTree {
         Match { tokens, end: if whole == at { start } else { path[whole - at - 1] } }
     }
 
-    /// The node after `parent` that shares the most tokens with `tokens`, out of those that have a block in every group;
-    /// and how many they share, at least one.
-    fn nearest_child(&self, parent: NodeKey, tokens: &[u32]) -> Option<(NodeKey, usize)> {
-        let neighbours = self.nodes[parent as usize].children.neighbours(tokens, |child| self.tokens_of(child));
+    /// The child that shares the most tokens with `tokens`, out of those that have a block in every group; and how many
+    /// they share, at least one.
+    fn nearest_child(&self, children: &Children, tokens: &[u32]) -> Option<(NodeKey, usize)> {
+        let neighbours = children.neighbours(tokens, |child| self.tokens_of(child));
         self.nearest_of(neighbours, tokens, |child| self.blocks(child).count() == self.stride)
     }
 

@@ -8,7 +8,11 @@
 //! Two dense arrays map nodes to blocks and blocks to nodes. So evicting a block whose node has children reads no node.
 //! The blocks of all groups are numbered together there: see [`Entry`].
 //!
-//! Tokens are always compared. The only hash is the one that finds a key's root, and that map compares keys, too.
+//! Where salts begin in a block, they are a part of the edge to its node, like its tokens: a node has a set of children
+//! for each list of salts, and a search that knows the salts looks in that set only.
+//!
+//! Tokens and salts are always compared. The only hash is the one that finds a key's root, and that map compares keys,
+//! too.
 
 mod children;
 mod leaves;
@@ -17,11 +21,12 @@ mod past;
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::{BlockId, PrefixKey, Span};
+use crate::{BlockId, PrefixKey, SaltFrom, Span};
 use children::Children;
 use leaves::Leaves;
 
@@ -77,6 +82,8 @@ pub(crate) struct PrefixTree {
     roots: HashMap<PrefixKey, NodeKey>,
     /// The key of each root.
     keys: HashMap<NodeKey, PrefixKey>,
+    /// The salts that begin in the block of a node, for each node in which any do.
+    salts: HashMap<NodeKey, Arc<[SaltFrom]>>,
     /// The node of each block of any group, with [`HAS_CHILDREN`] if the node has any; 0 if the block is not cached.
     node_of: Vec<u32>,
     /// For each node and each group, at `node * groups + group`, one more than the index of its block, or [`NONE`].
@@ -108,6 +115,7 @@ impl PrefixTree {
             nodes,
             roots: HashMap::new(),
             keys: HashMap::from([(ROOT, PrefixKey::new())]),
+            salts: HashMap::new(),
             node_of: vec![0; blocks],
             block_of: Vec::new(),
             stride: groups.len(),
@@ -224,8 +232,8 @@ impl PrefixTree {
         self.tokens.resize(nodes * self.block_size, 0);
     }
 
-    /// Returns the node after `parent` with the tokens that were filled in last, and whether it was made for this. The
-    /// caller gives it a block at once, with [`set_block`](Self::set_block).
+    /// Returns the node after `parent` with the tokens that were filled in last, and whether it was made for this. No salt
+    /// begins in its block. The caller gives it a block at once, with [`set_block`](Self::set_block).
     #[inline(always)]
     pub(crate) fn insert(&mut self, parent: NodeKey) -> (NodeKey, bool) {
         let new = self.nodes.vacant_key() as NodeKey;
@@ -237,8 +245,33 @@ impl PrefixTree {
         }
         let (before, is_root, root) = (above.children.len(), above.parent == parent, above.root);
         above.children.insert(of(new), new, of);
+        self.attach(parent, new, root, (before, is_root));
+        (new, true)
+    }
+
+    /// Does the same as [`insert`](Self::insert) for a block in which these salts begin, at least one.
+    #[inline(never)]
+    pub(crate) fn insert_salted(&mut self, parent: NodeKey, salts: &[SaltFrom]) -> (NodeKey, bool) {
+        let new = self.nodes.vacant_key() as NodeKey;
+        let Self { nodes, tokens, block_size, .. } = self;
+        let of = |node: NodeKey| &tokens[node as usize * *block_size..][..*block_size];
+        let above = &mut nodes[parent as usize];
+        if let Some(known) = above.children.with_salts(salts).and_then(|children| children.get(of(new), of)) {
+            return (known, false);
+        }
+        let (before, is_root, root) = (above.children.len(), above.parent == parent, above.root);
+        let stored = above.children.insert_salted(salts, of(new), new, of);
+        self.salts.insert(new, stored);
+        self.attach(parent, new, root, (before, is_root));
+        (new, true)
+    }
+
+    /// Makes the node `new`, which is among the children of `parent` already. There were `before` others, and the parent
+    /// may be a root.
+    #[inline(always)]
+    fn attach(&mut self, parent: NodeKey, new: NodeKey, root: NodeKey, (before, is_root): (usize, bool)) {
         self.clock = self.clock.wrapping_add(1);
-        nodes.insert(Node::new(parent, root, self.clock));
+        self.nodes.insert(Node::new(parent, root, self.clock));
         if before == 0 && !is_root {
             self.leaves.extend(parent, new);
             self.set_has_children(parent, HAS_CHILDREN);
@@ -248,7 +281,6 @@ impl PrefixTree {
         if before == 1 && !is_root {
             self.mark_branch(parent);
         }
-        (new, true)
     }
 
     /// Gives a node a block in a group. If it has one there, nothing changes, and that block is returned.
@@ -386,10 +418,10 @@ impl PrefixTree {
     /// the coldest if it is a dead end, the hottest if it was used later than the removed node.
     fn remove_leaf(&mut self, key: NodeKey) {
         let Node { parent, used, .. } = self.nodes.remove(key as usize);
-        let Self { nodes, tokens, block_size, .. } = self;
+        let Self { nodes, tokens, block_size, salts, .. } = self;
         let of = |node: NodeKey| &tokens[node as usize * *block_size..][..*block_size];
         let above = &mut nodes[parent as usize];
-        above.children.remove(of(key), of);
+        above.children.remove(of(key), of, || salts.remove(&key));
         let (has_children, is_root) = (!above.children.is_empty(), above.parent == parent);
         let used_later = (above.used.wrapping_sub(used) as i32) > 0;
         if has_children || is_root {
@@ -414,6 +446,11 @@ impl PrefixTree {
         } else {
             self.leaves.insert_coldest(parent);
         }
+    }
+
+    /// The salts that begin in a cached block.
+    pub(crate) fn salts(&self, entry: Entry) -> &[SaltFrom] {
+        self.node(entry).and_then(|node| self.salts.get(&node)).map_or(&[], |salts| salts)
     }
 
     /// How many of these blocks, from the first on, are a path from a root; and the key of that root.
@@ -445,13 +482,20 @@ impl PrefixTree {
                 let expected = if node.children.is_empty() { key } else { key | HAS_CHILDREN };
                 let above = self.nodes.get(node.parent as usize);
                 above.is_some_and(|above| {
-                    above.root == node.root
-                        && above.children.get(self.tokens_of(key), |child| self.tokens_of(child)) == Some(key)
+                    let salts = self.salts.get(&key).map_or(&[][..], |salts| salts);
+                    let children = above.children.with_salts(salts);
+                    let same = |children: &Children| {
+                        children.get(self.tokens_of(key), |child| self.tokens_of(child)) == Some(key)
+                    };
+                    above.root == node.root && children.is_some_and(same)
                 }) && self.blocks(key).all(|(group, id)| self.node_of[self.entry(group, id)] == expected)
             };
             if !known {
                 return Some(format!("node {key} is not found by its tokens"));
             }
+        }
+        if let Some(node) = self.salts.keys().find(|node| !self.nodes.contains(**node as usize)) {
+            return Some(format!("node {node} does not exist, but has salts"));
         }
         let of_blocks = self.node_of.iter().filter(|&&node| node != 0).count();
         if (of_blocks, self.cached) != (blocks, cached) {

@@ -9,12 +9,20 @@ pub(crate) enum Action {
         kind: usize,
         prompt: usize,
         branch: u32,
+        salts: usize,
     },
     /// Look up what a new sequence with such a prompt would take, then match and reserve it.
     LookUp {
         kind: usize,
         prompt: usize,
         branch: u32,
+        salts: usize,
+    },
+    /// A salt from a position on, this many tokens after two before the end.
+    SaltFrom {
+        table: usize,
+        ahead: usize,
+        salt: usize,
     },
     /// Continue a sequence with the cached blocks of its next tokens.
     MatchPrefix {
@@ -77,10 +85,14 @@ pub(crate) enum Action {
 pub(crate) fn action() -> impl Strategy<Value = Action> {
     let table = 0..8usize;
     let flag = prop::bool::weighted(0.8);
+    let salts = prop_oneof![Just(0), 0..12usize];
     prop_oneof![
-        4 => (0..6usize, 0..40usize, 0..3u32)
-            .prop_map(|(kind, prompt, branch)| Action::Create { kind, prompt, branch }),
-        3 => (0..6usize, 0..60usize, 0..3u32).prop_map(|(kind, prompt, branch)| Action::LookUp { kind, prompt, branch }),
+        4 => (0..6usize, 0..40usize, 0..3u32, salts.clone())
+            .prop_map(|(kind, prompt, branch, salts)| Action::Create { kind, prompt, branch, salts }),
+        3 => (0..6usize, 0..60usize, 0..3u32, salts)
+            .prop_map(|(kind, prompt, branch, salts)| Action::LookUp { kind, prompt, branch, salts }),
+        1 => (table.clone(), 0..12usize, 0..2usize)
+            .prop_map(|(table, ahead, salt)| Action::SaltFrom { table, ahead, salt }),
         2 => table.clone().prop_map(|table| Action::MatchPrefix { table }),
         8 => (table.clone(), 0..30usize, 0..30usize, flag, flag)
             .prop_map(|(table, reserve, commit, known, roll_back)| {

@@ -1,30 +1,40 @@
 //! Actions that make sequences longer.
 
-use block_table::{BlockTable, GroupBlock, ReserveError};
+use block_table::{BlockTable, GroupBlock, ReserveError, Salt, SaltFrom, SaltTooLate};
 use proptest::prelude::*;
 
 use crate::Check;
-use crate::model::{Model, in_group, options, stream, written};
+use crate::model::{Model, in_group, options, salts, stream, written};
 use crate::router::Router;
 use crate::world::{World, block, blocks};
 
 impl World {
-    pub(crate) fn create(&mut self, kind: usize, prompt: usize, branch: u32) -> Check {
-        let table = BlockTable::with_options(&self.pool, &options(kind));
+    /// An empty table, and its salts.
+    fn salted(&self, kind: usize, number: usize) -> (BlockTable, Vec<SaltFrom>) {
+        let (mut table, salts) = (BlockTable::with_options(&self.pool, &options(kind)), salts(number));
+        for SaltFrom { position, salt } in salts.clone() {
+            table.salt_from(position, salt).unwrap();
+        }
+        (table, salts)
+    }
+
+    pub(crate) fn create(&mut self, kind: usize, prompt: usize, branch: u32, salts: usize) -> Check {
+        let (table, salts) = self.salted(kind, salts);
         let (stream, era) = (stream(prompt, branch), self.era);
-        let model = Model { stream, written: vec![], kind, era, freed: 0, private: None };
+        let model = Model { stream, written: vec![], kind, era, salts, freed: 0, private: None };
         self.tables.push((table, model));
         self.match_prefix(self.tables.len() - 1)
     }
 
     /// A look-up uses nothing, and tells what a match and a reservation right after it use.
-    pub(crate) fn look_up(&mut self, kind: usize, prompt: usize, branch: u32) -> Check {
-        let mut table = BlockTable::with_options(&self.pool, &options(kind));
+    pub(crate) fn look_up(&mut self, kind: usize, prompt: usize, branch: u32, salts: usize) -> Check {
+        let (mut table, salts) = self.salted(kind, salts);
         let stream = stream(prompt, branch);
         let before = self.before();
         let expected = table.lookup_prefix(&stream);
         prop_assert_eq!(&before, &self.before());
-        let (least, most) = self.router.matchable(kind, &stream, 0, &self.config.views(kind), self.pool.block_size());
+        let (views, block_size) = (self.config.views(kind), self.pool.block_size());
+        let (least, most) = self.router.matchable(kind, &salts, &stream, 0, &views, block_size);
         prop_assert!((least..=most).contains(&expected.tokens), "{} of {}..={}", expected.tokens, least, most);
         let matched = table.match_prefix(&stream);
         let used = blocks(&table).iter().map(Vec::len).sum();
@@ -42,6 +52,22 @@ impl World {
         Ok(())
     }
 
+    /// A salt can begin at any position whose token is not committed.
+    pub(crate) fn salt_from(&mut self, t: usize, ahead: usize, salt: usize) -> Check {
+        let (table, model) = &mut self.tables[t];
+        let (len, salt) = (table.len(), Salt::new([&b"a"[..], b"b"][salt]));
+        let position = (len + ahead).saturating_sub(2);
+        let done = table.salt_from(position, salt.clone());
+        if position < len {
+            prop_assert_eq!(done, Err(SaltTooLate { position, len }));
+            return Ok(());
+        }
+        prop_assert_eq!(done, Ok(()));
+        model.salts.push(SaltFrom { position, salt });
+        model.salts.sort_by_key(|salt| salt.position);
+        Ok(())
+    }
+
     /// Continues a sequence with cached blocks, and checks that they have what the sequence would have computed.
     pub(crate) fn match_prefix(&mut self, t: usize) -> Check {
         let (era, block_size) = (self.era, self.pool.block_size());
@@ -51,7 +77,7 @@ impl World {
         let expected = table.lookup_prefix(&model.stream);
         let views = self.config.views(model.kind);
         let (least, most) = match model.private.is_none() && is_continued(table, &self.router) {
-            true => self.router.matchable(model.kind, &model.stream, had, &views, block_size),
+            true => self.router.matchable(model.kind, &model.salts, &model.stream, had, &views, block_size),
             false => (had, had),
         };
         let reached = had + expected.tokens;
@@ -66,7 +92,7 @@ impl World {
             model.era = era;
         }
         for position in had..table.len() {
-            model.written.push(written(model.kind, era, &model.stream[..=position]));
+            model.written.push(written(model.kind, era, &model.salts, &model.stream[..=position]));
         }
         Ok(())
     }
@@ -102,7 +128,7 @@ impl World {
             model.stream.push(self.serial % 3);
         }
         for position in computed..computed + reserve {
-            let what = written(model.kind, model.era, &model.stream[..=position]);
+            let what = written(model.kind, model.era, &model.salts, &model.stream[..=position]);
             for (group, slots) in self.slots.iter().enumerate() {
                 slots.write(table.slot_of_group(group, position).unwrap(), in_group(group, what));
             }

@@ -12,8 +12,8 @@
 //!    chunk has passed or that were freed. All groups number them alike. It can go back to a length if nothing that the
 //!    next token sees was freed.
 //! 4. Every block is free, or evictable, or in use with a ref_count equal to the number of tables that use it.
-//! 5. A match has the content that a sequence with these tokens, the same salt and the same window has computed: never
-//!    that of another, never what was not committed, never what was computed before a reset. The last of the given
+//! 5. A match has the content that a sequence with these tokens, the same salts and the same window has computed. A salt
+//!    may hold for all of the sequence or from a position on. It is never that of another, never what was not committed, never what was computed before a reset. The last of the given
 //!    tokens is never matched.
 //! 6. Nothing is evicted while there are free blocks: a prefix whose blocks are all cached is matched in full.
 //! 7. The stream of events tells what can be matched. Applied in order, the parent of each stored block is stored; no
@@ -54,13 +54,12 @@ mod router;
 mod shrink;
 mod world;
 
-use block_table::{BlockTable, Window};
+use block_table::{BlockTable, SaltFrom, Window};
 use proptest::prelude::*;
 
 use actions::{Action, action};
-use common::content;
 use config::{Config, all_kinds, config, five_to_one, long_windows, one_window, two_windows, uniform};
-use model::{in_group, options};
+use model::{before, in_group, options, salted, salts};
 use world::World;
 
 pub(crate) type Check = Result<(), TestCaseError>;
@@ -117,11 +116,12 @@ proptest! {
     }
 
     /// In a pool that never becomes full, a match is as long as the longest common prefix with the full blocks of any
-    /// earlier stream of the same salt and window. It may end inside a block.
+    /// earlier stream of the same salt and window, up to the first block in which salts from a position on differ. It may
+    /// end inside a block.
     #[test]
     fn with_room_nothing_is_evicted(
         (block_size, kind_of_pool, chunk) in (1..9usize, 0..4usize, 1..12usize),
-        streams in prop::collection::vec((prop::collection::vec(0..2u32, 1..30), 0..4usize), 1..20),
+        streams in prop::collection::vec((prop::collection::vec(0..2u32, 1..30), 0..4usize, 0..16usize), 1..20),
     ) {
         // The window of a sequence has to be longer than a block, too.
         let options = |kind: usize| {
@@ -130,19 +130,34 @@ proptest! {
         };
         let config = Config { groups: long_windows(kind_of_pool, block_size, chunk), units: 6000, block_size };
         let (pool, slots) = config.pool();
-        let what = |group: usize, tokens: &[u32], salt: usize| in_group(group, content(tokens) ^ (salt as u64) << 50);
-        let mut earlier: Vec<(Vec<u32>, usize)> = vec![];
-        for (stream, salt) in streams {
+        let mut earlier: Vec<(Vec<u32>, usize, Vec<SaltFrom>)> = vec![];
+        for (stream, salt, number) in streams {
+            // Some without such salts.
+            let salts = salts(number.saturating_sub(4));
+            let what = |group: usize, tokens: &[u32]| in_group(group, salted(&salts, tokens) ^ (salt as u64) << 50);
             let mut table = BlockTable::with_options(&pool, &options(salt));
+            for SaltFrom { position, salt } in salts.clone() {
+                table.salt_from(position, salt).unwrap();
+            }
             let matched = table.match_prefix(&stream);
             let full = |other: &[u32]| other.len() / block_size * block_size;
             let common = |other: &[u32]| stream.iter().zip(&other[..full(other)]).take_while(|(a, b)| a == b).count();
-            let most = earlier.iter().filter(|(_, s)| *s == salt).map(|(other, _)| common(other)).max().unwrap_or(0);
+            let until_salts = |n: usize, of: &[SaltFrom]| {
+                let mut ends = (1..=n.div_ceil(block_size)).map(|block| block * block_size);
+                let differs = ends.find(|end| before(of, *end) != before(&salts, *end));
+                differs.map_or(n, |end| end - block_size)
+            };
+            let most = earlier
+                .iter()
+                .filter(|(_, s, _)| *s == salt)
+                .map(|(other, _, of)| common(other).min(until_salts(common(other), of)))
+                .max()
+                .unwrap_or(0);
             prop_assert_eq!(matched, most.min(stream.len() - 1));
             for (group, slots) in slots.iter().enumerate() {
                 for position in 0..matched {
                     if let Some(slot) = table.slot_of_group(group, position) {
-                        prop_assert_eq!(slots.get(slot), what(group, &stream[..=position], salt));
+                        prop_assert_eq!(slots.get(slot), what(group, &stream[..=position]));
                     }
                 }
             }
@@ -150,11 +165,11 @@ proptest! {
             for (group, slots) in slots.iter().enumerate() {
                 for position in matched..stream.len() {
                     let slot = table.slot_of_group(group, position).unwrap();
-                    slots.write(slot, what(group, &stream[..=position], salt));
+                    slots.write(slot, what(group, &stream[..=position]));
                 }
             }
             table.commit_tokens(&stream[matched..]).unwrap();
-            earlier.push((stream, salt));
+            earlier.push((stream, salt, salts));
         }
         prop_assert_eq!(pool.stats().evictions, 0);
     }

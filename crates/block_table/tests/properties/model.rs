@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use block_table::{GroupBlock, Salt, TableOptions, Window};
+use block_table::{GroupBlock, Salt, SaltFrom, TableOptions, Window};
 
 use crate::common::content;
 
@@ -17,6 +17,8 @@ pub(crate) struct Model {
     /// the tokens.
     pub(crate) kind: usize,
     pub(crate) era: u64,
+    /// Its salts from a position on, in the order of their positions.
+    pub(crate) salts: Vec<SaltFrom>,
     /// How many of its first tokens were freed by `free_before`.
     pub(crate) freed: usize,
     /// If it has become private: those of its blocks that were cached at that moment and still are.
@@ -25,6 +27,9 @@ pub(crate) struct Model {
 
 impl Model {
     pub(crate) fn truncate(&mut self, len: usize) {
+        if len < self.written.len() {
+            self.salts.retain(|salt| salt.position < len);
+        }
         self.stream.truncate(len);
         self.written.truncate(len);
         if len == 0 {
@@ -40,9 +45,43 @@ pub(crate) fn options(kind: usize) -> TableOptions {
     if kind < 3 { options } else { options.window(Window::new(kind * 3 - 5).with_sink_tokens(kind % 3)) }
 }
 
-/// What a model writes for the last of these tokens in a sequence of this kind.
-pub(crate) fn written(kind: usize, era: u64, tokens: &[u32]) -> u64 {
-    content(tokens) ^ (kind as u64) << 50 ^ era << 40
+/// Lists of salts from a position on, many of which begin alike.
+pub(crate) fn salts(number: usize) -> Vec<SaltFrom> {
+    const LISTS: [&[(usize, &[u8])]; 12] = [
+        &[],
+        &[(3, b"a")],
+        &[(3, b"b")],
+        &[(4, b"a")],
+        &[(3, b"a"), (9, b"a")],
+        &[(3, b"a"), (9, b"")],
+        &[(9, b"a")],
+        &[(0, b"a")],
+        &[(3, b"a"), (3, b"b")],
+        &[(3, b"b"), (3, b"a")],
+        &[(12, b"a"), (13, b"a"), (14, b"b")],
+        &[(30, b"a")],
+    ];
+    let salt = |&(position, bytes): &(usize, &[u8])| SaltFrom { position, salt: Salt::new(bytes) };
+    LISTS[number % LISTS.len()].iter().map(salt).collect()
+}
+
+/// Those of the salts that begin before this position.
+pub(crate) fn before(salts: &[SaltFrom], position: usize) -> &[SaltFrom] {
+    &salts[..salts.iter().take_while(|salt| salt.position < position).count()]
+}
+
+/// What a model writes for the last of these tokens in a sequence of this kind with these salts.
+pub(crate) fn written(kind: usize, era: u64, salts: &[SaltFrom], tokens: &[u32]) -> u64 {
+    salted(salts, tokens) ^ (kind as u64) << 50 ^ era << 40
+}
+
+/// What a model writes for the last of these tokens: it depends on all of them, and on the salts up to there.
+pub(crate) fn salted(salts: &[SaltFrom], tokens: &[u32]) -> u64 {
+    before(salts, tokens.len()).iter().fold(content(tokens), |hash, salt| {
+        let bytes = salt.salt.bytes().unwrap().iter().map(|&byte| u32::from(byte));
+        let all: Vec<u32> = [hash as u32, (hash >> 32) as u32, salt.position as u32].into_iter().chain(bytes).collect();
+        content(&all)
+    })
 }
 
 /// What it writes in a group: the layers of each group have keys and values of their own.

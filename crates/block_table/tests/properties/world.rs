@@ -62,8 +62,9 @@ impl World {
         let tables = self.tables.len();
         let pick = |n: usize| n.checked_rem(tables);
         match *action {
-            Action::Create { kind, prompt, branch } => self.create(kind, prompt, branch),
-            Action::LookUp { kind, prompt, branch } => self.look_up(kind, prompt, branch),
+            Action::Create { kind, prompt, branch, salts } => self.create(kind, prompt, branch, salts),
+            Action::LookUp { kind, prompt, branch, salts } => self.look_up(kind, prompt, branch, salts),
+            Action::SaltFrom { table, ahead, salt } => pick(table).map_or(Ok(()), |t| self.salt_from(t, ahead, salt)),
             Action::MatchPrefix { table } => pick(table).map_or(Ok(()), |t| self.match_prefix(t)),
             Action::Step { table, reserve, commit, known, roll_back } => {
                 pick(table).map_or(Ok(()), |t| self.step(t, reserve, commit, known, roll_back))
@@ -223,6 +224,7 @@ impl World {
     /// Every token has its content in every group that still sees it, and there are no more blocks than that takes.
     fn check_table(&self, table: &BlockTable, model: &Model) -> Check {
         prop_assert_eq!(table.len(), model.written.len());
+        prop_assert_eq!(table.salts(), &model.salts);
         let block_size = self.pool.block_size();
         let views = self.config.views(model.kind);
         for (group, view) in views.iter().enumerate() {
