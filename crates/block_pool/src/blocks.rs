@@ -134,18 +134,19 @@ impl Blocks {
     /// byte for byte. ([`Salt::none`] changes nothing. vLLM: extra keys.)
     ///
     /// None of the tokens from `position` on may be cached or matched yet: the caller, who knows how many tokens there
-    /// are, sees to that. [`go_back`](Self::go_back) and [`fork_at`](Self::fork_at) end the salts that begin at the new
-    /// length or later.
+    /// are, sees to that. A salt that the sequence has from this position on already is not added again.
     pub fn salt_from(&mut self, position: usize, salt: Salt) {
         if salt.bytes().is_some() {
             let salts = &mut self.more.get_or_insert_default().salts;
-            let at = salts.partition_point(|other| other.position <= position);
-            salts.insert(at, SaltFrom { position, salt });
+            let (at, salt) = (salts.partition_point(|other| other.position <= position), SaltFrom { position, salt });
+            if !salts.contains(&salt) {
+                salts.insert(at, salt);
+            }
         }
     }
 
-    /// Ends the salts that begin at `position` or later.
-    pub fn end_salts(&mut self, position: usize) {
+    /// Removes the salts that begin at `position` or later. None of the tokens from there on may be cached or matched.
+    pub fn remove_salts_from(&mut self, position: usize) {
         if let Some(more) = &mut self.more {
             more.salts.retain(|salt| salt.position < position);
         }
@@ -437,7 +438,6 @@ impl Blocks {
             }
         }
         self.truncate(self.pool.blocks_for(len));
-        self.end_salts(len);
         Ok(())
     }
 
@@ -541,9 +541,7 @@ impl Blocks {
     ///
     /// As [`go_back`](Self::go_back).
     pub fn fork_at(&self, len: usize) -> Result<Blocks, OutOfWindow> {
-        let mut fork = self.fork_with(self.pool.blocks_for(len), &self.freed_at(len)?);
-        fork.end_salts(len);
-        Ok(fork)
+        Ok(self.fork_with(self.pool.blocks_for(len), &self.freed_at(len)?))
     }
 
     fn fork_with(&self, end: usize, freed: &[usize]) -> Blocks {

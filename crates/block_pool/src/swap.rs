@@ -86,7 +86,7 @@ impl SwappedBlocks {
             // They were allocated here, so they are not cached.
             let _ = blocks.cache(key, 0, &[], tokens);
         }
-        blocks.end_salts(0);
+        blocks.remove_salts_from(0);
         Ok(blocks.with_salts(&self.salts))
     }
 }

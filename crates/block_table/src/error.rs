@@ -12,12 +12,12 @@ pub struct NotReserved {
     pub reserved: usize,
 }
 
-/// A salt from a position on whose token is a part of the sequence already.
+/// Salts from a position on cannot be added or removed, because its token is a part of the sequence already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("a salt from position {position} on comes too late: {len} tokens are committed or matched")]
+#[error("the salts from position {position} on cannot change: {len} tokens are committed or matched")]
 pub struct SaltTooLate {
-    /// The position from which the salt was to hold.
+    /// The position given.
     pub position: usize,
-    /// How many tokens the sequence has: the first position from which a salt can hold.
+    /// How many tokens the sequence has: the first position from which salts can change.
     pub len: usize,
 }

@@ -192,8 +192,9 @@ impl BlockTable {
     /// a salt begins, the tokens before the salt match only sequences that have the same salt there, too.
     /// [`Salt::none`] changes nothing.
     ///
-    /// Forks have the same salts. [`truncate`](Self::truncate) and [`fork_at`](Self::fork_at), if they drop tokens, also
-    /// drop the salts that begin at the new length or later. [`swap_out`](Self::swap_out) takes all salts along.
+    /// A salt stays until it is [removed](Self::remove_salts_from): a sequence that is truncated and computed again, and a
+    /// fork, have the same salts. So they are never forgotten; the same salt from the same position on is added once.
+    /// [`swap_out`](Self::swap_out) takes all salts along.
     ///
     /// (vLLM: the extra keys of a block, with the hashes of its images.)
     ///
@@ -226,6 +227,20 @@ impl BlockTable {
             return Err(SaltTooLate { position, len: self.len });
         }
         self.blocks.salt_from(position, salt);
+        Ok(())
+    }
+
+    /// Removes the salts that begin at `position` or later: for a sequence that goes on with another image, or with text
+    /// in its place.
+    ///
+    /// # Errors
+    ///
+    /// [`SaltTooLate`] when the token at `position` is committed or matched already; then nothing changes.
+    pub fn remove_salts_from(&mut self, position: usize) -> Result<(), SaltTooLate> {
+        if position < self.len {
+            return Err(SaltTooLate { position, len: self.len });
+        }
+        self.blocks.remove_salts_from(position);
         Ok(())
     }
 
@@ -379,9 +394,6 @@ impl BlockTable {
     /// Keeps the first `len` tokens and frees every block after them, reserved ones included. If there are no more than
     /// `len` tokens, only the reserved blocks are freed.
     ///
-    /// With the tokens, the salts that begin at position `len` or later are dropped, also those that have not begun yet:
-    /// if the same image follows again, call [`salt_from`](Self::salt_from) again.
-    ///
     /// With a window, the table still has the blocks of everything that the *next* token sees, the one at position
     /// `len`. What the last of the `len` tokens sees begins one position earlier, and that position may have been
     /// freed. To attend with that token again, truncate to `len - 1` and compute it again, or make the window one token
@@ -408,8 +420,7 @@ impl BlockTable {
         self.fork_with(self.len, self.blocks.fork(self.pool().blocks_for(self.len)))
     }
 
-    /// Like [`fork`](Self::fork), but with the first `len` tokens only. If that is fewer than there are, the fork has only
-    /// the salts that begin before position `len`.
+    /// Like [`fork`](Self::fork), but with the first `len` tokens only.
     ///
     /// # Errors
     ///

@@ -404,19 +404,22 @@ fn forks_have_the_same_salts() {
     compute(&mut fork, &prompt);
     assert_eq!(found(&pool, &[(8, "a"), (18, "b")], &prompt), 32);
     assert_eq!(found(&pool, &[(8, "a")], &prompt), 16);
-    let all = &[8, 18, 40][..];
-    for (len, expected) in [(41, all), (40, all), (20, all), (19, &[8, 18]), (18, &[8]), (8, &[])] {
-        assert_eq!(positions(&table.fork_at(len).unwrap()), expected, "fork at {len}");
+    for len in [41, 40, 20, 19, 18, 8, 0] {
+        let mut fork = table.fork_at(len).unwrap();
+        assert_eq!(positions(&fork), [8, 18, 40], "fork at {len}");
+        fork.remove_salts_from(20).unwrap();
+        assert_eq!(positions(&fork), [8, 18]);
     }
     // A fork from before the second salt continues without it, in a copy of the block.
     let mut other = table.fork_at(18).unwrap();
+    other.remove_salts_from(18).unwrap();
     compute(&mut other, &[&prompt[..18], &[9; 10]].concat());
     assert_eq!(found(&pool, &[(8, "a")], &[&prompt[..18], &[9; 10]].concat()), 27);
     assert_eq!(found(&pool, &[(8, "a"), (18, "b")], &prompt), 32);
 }
 
 #[test]
-fn going_back_to_before_a_salt_drops_it() {
+fn going_back_to_before_a_salt_keeps_it_until_it_is_removed() {
     let pool = BlockPool::new(64, 4).unwrap();
     let prompt = tokens(25);
     let salts: Salts<'_> = &[(6, "a"), (14, "b"), (30, "c")];
@@ -426,11 +429,15 @@ fn going_back_to_before_a_salt_drops_it() {
     assert_eq!(table.salts().len(), 3);
     table.truncate(25).unwrap();
     assert_eq!(table.salts().len(), 3, "no token is dropped");
-    table.truncate(24).unwrap();
-    assert_eq!(table.salts().len(), 2, "the third is dropped, although it has not begun");
-    table.truncate(15).unwrap();
-    assert_eq!(table.salts().len(), 2);
+    table.truncate(10).unwrap();
+    assert_eq!(table.salts().len(), 3, "a sequence that is computed again has the same salts");
+    compute(&mut table, &prompt);
+    assert_eq!(found(&pool, &salts[..2], &prompt), 24);
+    table.salt_from(30, Salt::new(b"c")).unwrap();
+    assert_eq!(table.salts().len(), 3, "it has this salt already");
     table.truncate(14).unwrap();
+    assert_eq!(table.remove_salts_from(13), Err(SaltTooLate { position: 13, len: 14 }));
+    table.remove_salts_from(14).unwrap();
     assert_eq!(table.salts().len(), 1);
     // The block was cached under the salt that is gone. It goes on in a copy.
     let text = [&prompt[..14], &[7; 12]].concat();
@@ -440,6 +447,7 @@ fn going_back_to_before_a_salt_drops_it() {
     assert_eq!(found(&pool, &[(6, "a"), (14, "b")], &text), 14, "the same text, up to the salt and in the same block");
     assert_eq!(found(&pool, &[(6, "a"), (14, "x")], &text), 12);
     table.truncate(0).unwrap();
+    table.remove_salts_from(0).unwrap();
     assert_eq!(table.salts(), []);
     assert_eq!(table.match_prefix(&prompt), 4);
 }
@@ -474,6 +482,7 @@ fn a_swapped_sequence_keeps_its_salts() {
 
     // After going back to before a salt inside a block, the block comes back under the salt that it was cached under.
     back.truncate(17).unwrap();
+    back.remove_salts_from(17).unwrap();
     let swapped = back.swap_out().unwrap();
     drop(pool.allocate(10).unwrap());
     back = swapped.swap_in().unwrap();

@@ -63,8 +63,11 @@ impl World {
             return Ok(());
         }
         prop_assert_eq!(done, Ok(()));
-        model.salts.push(SaltFrom { position, salt });
-        model.salts.sort_by_key(|salt| salt.position);
+        let salt = SaltFrom { position, salt };
+        if !model.salts.contains(&salt) {
+            model.salts.push(salt);
+            model.salts.sort_by_key(|salt| salt.position);
+        }
         Ok(())
     }
 

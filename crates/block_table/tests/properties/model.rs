@@ -27,9 +27,6 @@ pub(crate) struct Model {
 
 impl Model {
     pub(crate) fn truncate(&mut self, len: usize) {
-        if len < self.written.len() {
-            self.salts.retain(|salt| salt.position < len);
-        }
         self.stream.truncate(len);
         self.written.truncate(len);
         if len == 0 {
