@@ -162,7 +162,7 @@ fn a_salt_can_begin_as_long_as_its_token_is_not_committed() {
     let mut other = BlockTable::new(&pool);
     other.match_prefix(&prompt);
     let error = other.salt_from(15, salt("b")).unwrap_err();
-    assert_eq!(error.to_string(), "a salt from position 15 on comes too late: 16 tokens are committed or matched");
+    assert_eq!(error.to_string(), "the salts from position 15 on cannot change: 16 tokens are committed or matched");
 }
 
 #[test]
