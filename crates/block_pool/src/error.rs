@@ -2,7 +2,8 @@
 
 use thiserror::Error;
 
-/// The pool has fewer blocks available than a request needs. Nothing was allocated.
+/// The pool has fewer blocks available than a request needs. Nothing was allocated. If the pool has several groups of
+/// layers, both numbers are units, over all groups.
 ///
 /// This is the one error that a scheduler acts on: wait, or preempt a sequence, and try again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]

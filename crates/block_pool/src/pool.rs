@@ -1,8 +1,10 @@
 //! The pool: a handle that many threads share.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::ledger::{Ledger, Leftovers, Query, Why};
+use crate::list::Ids;
 use crate::storage::NoStorage;
 use crate::sync::{Arc, Mutex, MutexGuard, lock};
 use crate::{
@@ -47,6 +49,7 @@ struct Inner {
     groups: Vec<PoolGroup>,
     units: usize,
     units_per_block: usize,
+    most_blocks: usize,
     /// Whether there is one group, and its tokens see all tokens before them.
     is_simple: bool,
     block_size: usize,
@@ -95,8 +98,8 @@ impl BlockPool {
     ///
     /// # Errors
     ///
-    /// [`PoolError`] when there is no group, a number is 0, a group has more than 2³¹ - 1 slots, or the budget does not
-    /// hold one block of each group.
+    /// [`PoolError`] when there is no group, a number is 0, all groups together have more than 2³¹ - 1 slots, or the
+    /// budget does not hold one block of each group.
     pub fn with_groups(
         units: usize,
         block_size: usize,
@@ -107,12 +110,12 @@ impl BlockPool {
         if units == 0 || groups.iter().any(|group| group.units == 0) {
             return Err(PoolError::NoBlocks);
         }
-        for group in &groups {
-            check_size(units / group.units, block_size)?;
-        }
         if units < one_of_each {
             return Err(PoolError::SmallBudget { units, one_of_each });
         }
+        // The blocks of all groups are numbered together.
+        let blocks = groups.iter().map(|group| units / group.units).fold(0, usize::saturating_add);
+        check_size(blocks, block_size)?;
         let mut with_blocks = groups.iter().map(|&group| (group, units / group.units));
         let Some(first) = with_blocks.next() else { return Err(PoolError::NoBlocks) };
         let others: Vec<_> = with_blocks.collect();
@@ -123,16 +126,18 @@ impl BlockPool {
             groups,
             units,
             units_per_block: one_of_each,
+            most_blocks: units / one_of_each,
             is_simple: others.is_empty() && first.0.span.is_all(),
             block_size,
         })))
     }
 
-    /// Allocates `n` blocks, adjacent where possible. They are freed when the returned value is dropped.
+    /// Allocates `n` blocks, in every group if there are several, adjacent where possible. They are freed when the
+    /// returned value is dropped.
     ///
     /// # Errors
     ///
-    /// [`OutOfBlocks`] when fewer than `n` are available; then none is allocated.
+    /// [`OutOfBlocks`] when the pool has no room for all of them; then none is allocated.
     #[inline]
     pub fn allocate(&self, n: usize) -> Result<Blocks, OutOfBlocks> {
         let mut blocks = Blocks::empty(self);
@@ -158,6 +163,12 @@ impl BlockPool {
         &self.0.groups
     }
 
+    /// How many blocks each list of a sequence can have at most at the same time.
+    #[inline]
+    pub(crate) fn most_blocks(&self) -> usize {
+        self.0.most_blocks
+    }
+
     /// Whether there is one group, and its tokens see all tokens before them.
     #[inline]
     pub(crate) fn is_simple(&self) -> bool {
@@ -178,8 +189,9 @@ impl BlockPool {
         GroupBlocks { in_use, evictable }
     }
 
-    /// How many units of memory the blocks of all groups have at most, if groups share their memory: those that were
-    /// ever written, and not [released](BlockStorage::release) since.
+    /// How many units of memory the blocks of all groups have, if groups share their memory: those that were ever
+    /// allocated, and not [released](BlockStorage::release) since. The system counts in pages: of a page that blocks
+    /// share, it keeps all until all of them are released in one call.
     pub fn resident(&self) -> usize {
         if self.0.groups.len() == 1 { self.0.units } else { self.ledger().resident() }
     }
@@ -268,7 +280,8 @@ impl BlockPool {
     }
 
     /// Checks every invariant that the pool's own bookkeeping can show. It walks the whole pool. No other thread may be
-    /// in [`reset_prefix_cache`](Self::reset_prefix_cache) meanwhile.
+    /// in [`reset_prefix_cache`](Self::reset_prefix_cache) meanwhile, or, if there are several groups, in a call that
+    /// allocates blocks.
     ///
     /// # Errors
     ///
@@ -311,6 +324,40 @@ impl BlockPool {
 
     pub(crate) fn storage(&self, group: usize) -> &dyn BlockStorage {
         &*self.0.storages[group]
+    }
+
+    /// Takes the blocks at `range` out of a list and frees them. If the storage, which may poison them, panics, the list
+    /// does not have them any more.
+    #[inline]
+    pub(crate) fn free_range(&self, group: usize, ids: &mut Ids, range: Range<usize>, why: Why) {
+        if self.0.poisons {
+            let freed: Ids = ids.drain(range).collect();
+            return self.free(group, &freed, why);
+        }
+        self.free(group, &ids[range.clone()], why);
+        if range.end == ids.len() {
+            ids.truncate(range.start);
+        } else {
+            ids.drain(range);
+        }
+    }
+
+    /// Frees blocks of several groups, in this order. If the storage panics, all of them are freed nevertheless.
+    pub(crate) fn free_lists<'b>(&self, lists: impl IntoIterator<Item = (usize, &'b [BlockId])>, why: Why) {
+        let mut freed = Freed { pool: self, blocks: Vec::new() };
+        let mut ledger = self.ledger();
+        for (group, ids) in lists {
+            if self.0.poisons && !std::thread::panicking() {
+                let unfreed = ledger.free_except_last_refs(group, ids, why);
+                freed.blocks.extend(unfreed.into_iter().map(|id| (group, id)));
+            } else {
+                ledger.free(group, ids, why);
+            }
+        }
+        drop(ledger);
+        if !freed.blocks.is_empty() {
+            freed.poison();
+        }
     }
 
     /// Decrements the ref_count of each block of a group. If the storage poisons free blocks, it does so outside the

@@ -360,16 +360,19 @@ impl BlockTable {
             self.blocks.free_invisible(self.len);
             return Ok(());
         }
-        if let (Some(tail), false) = (&self.tail, self.private) {
+        // Taken, so that the next block is not cached under old tokens if freeing a duplicate panics.
+        let tail = self.tail.take();
+        if let (Some(tail), false) = (&tail, self.private) {
             // An error: this block is still cached for other tokens, because `reserve` did not copy it. What follows it
             // must not be cached either.
             self.private |= self.blocks.cache(&self.key, first, tail, tokens).is_err();
         }
         let unfinished = self.len % block_size;
-        let tail = self.tail.get_or_insert_default();
+        let mut tail = tail.unwrap_or_default();
         tail.clear();
         tail.reserve(block_size);
         tail.extend_from_slice(&tokens[tokens.len() - unfinished..]);
+        self.tail = Some(tail);
         self.blocks.free_invisible(self.len);
         Ok(())
     }
@@ -408,10 +411,10 @@ impl BlockTable {
             self.roll_back();
             return Ok(());
         }
-        let tail = self.tail_at(len);
-        self.blocks.go_back(len)?;
-        (self.tail, self.len) = (tail, len);
-        Ok(())
+        self.blocks.check_go_back(len)?;
+        // First, so that the table agrees with its blocks even if freeing them panics.
+        (self.tail, self.len) = (self.tail_at(len), len);
+        self.blocks.go_back(len)
     }
 
     /// A second sequence with the same tokens, in the same blocks. A table that writes to a shared block gets a copy

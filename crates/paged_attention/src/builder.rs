@@ -128,6 +128,9 @@ impl KvCacheBuilder {
         if !self.kernel.is_available() {
             return Err(CacheError::KernelUnavailable(self.kernel.name()));
         }
+        if self.groups.is_empty() {
+            return Err(CacheError::NoGroups);
+        }
         let places = places(&self.groups)?;
         if self.groups.len() > 1 && !self.device.is_cpu() {
             return Err(CacheError::GroupsNeedCpu);
@@ -213,7 +216,7 @@ fn places(groups: &[LayerGroup]) -> Result<Vec<(usize, usize)>, CacheError> {
         for (index, &layer) in of.layers().iter().enumerate() {
             match places.get_mut(layer) {
                 Some(place @ None) => *place = Some((group, index)),
-                Some(_) => return Err(CacheError::Layers { layer, problem: "is in two groups" }),
+                Some(_) => return Err(CacheError::Layers { layer, problem: "is there twice" }),
                 None => return Err(CacheError::Layers { layer, problem: "leaves out layers before it" }),
             }
         }

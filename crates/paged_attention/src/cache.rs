@@ -45,6 +45,10 @@ impl KvCache {
     /// [`attend`](Step::attend) for each layer. All groups share the memory, and a request fits or fails in all of them
     /// together.
     ///
+    /// Each group reserves addresses for all of the memory, and the system provides the memory itself when blocks are
+    /// written. What a group does not need any more goes back to the system when another one needs it: on Linux, in whole
+    /// pages, and not while blocks are [poisoned](KvCacheBuilder::poison).
+    ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
     /// use paged_attention::{Attention, KvCache, LayerGroup, Window};

@@ -18,6 +18,9 @@ pub enum CacheError {
         /// The size of one block in bytes, over all layers.
         bytes_per_block: usize,
     },
+    /// No group of layers was given.
+    #[error("a cache needs at least one group of layers")]
+    NoGroups,
     /// A layer is in no group of layers, or in several.
     #[error("the groups must have each layer once: layer {layer} {problem}")]
     Layers {

@@ -18,8 +18,7 @@ use crate::ledger::Why;
 use crate::list::{Ids, List};
 use crate::{BlockId, BlockPool, OutOfWindow, SaltFrom, Span, Window};
 
-/// The blocks of one sequence that are in use: an ordered list in each group of the pool. Dropping it frees them all,
-/// and takes the pool's lock once for each group.
+/// The blocks of one sequence that are in use: an ordered list in each group of the pool. Dropping it frees them all.
 ///
 /// The whole of a sequence's blocks, not a single block, is the unit of ownership: a double free or a use after free
 /// cannot be written in safe code, and blocks leak only if they are never dropped (`std::mem::forget`). Several
@@ -50,9 +49,6 @@ struct More {
     salts: Vec<SaltFrom>,
 }
 
-/// Indices of groups.
-type Groups = SmallVec<[usize; 4]>;
-
 impl Blocks {
     /// Makes empty lists, to which [`grow`](Self::grow) can add blocks of `pool`.
     #[inline]
@@ -64,7 +60,7 @@ impl Blocks {
         Self { pool: pool.clone(), first: List::default(), more, epoch: 0 }
     }
 
-    /// The same, for a sequence with a window of its own, which narrows the span of every group.
+    /// The same lists, which must be empty, for a sequence with a window of its own. It narrows the span of every group.
     pub fn with_window(mut self, window: Option<Window>) -> Self {
         if window.is_some() || self.more.is_some() {
             self.more.get_or_insert_default().window = window;
@@ -174,8 +170,10 @@ impl Blocks {
         self.span(group).sink_blocks(self.pool.block_size())
     }
 
-    /// Makes other lists that use these blocks before number `end` too.
+    /// Makes other lists that use these blocks before number `end` too, and all blocks before those that a window has
+    /// freed: [`fork_at`](Self::fork_at) forks from there.
     pub fn fork(&self, end: usize) -> Blocks {
+        let end = self.after_freed(end);
         let freed: SmallVec<[usize; 4]> = self.groups().map(|group| self.list(group).map_or(0, |l| l.freed)).collect();
         self.fork_with(end, &freed)
     }
@@ -222,6 +220,15 @@ impl fmt::Debug for Blocks {
     }
 }
 
+/// Does its work when it is dropped.
+struct Finally<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for Finally<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
 impl Drop for Blocks {
     /// Blocks with windows are freed last, and so evicted last: without the last window of an idle prefix, all of the
     /// prefix is useless.
@@ -236,13 +243,18 @@ impl Drop for Blocks {
             return self.pool.free(0, &self.first.ids, Why::Ended);
         }
         let last = self.last_cached();
-        for windowed in [false, true] {
-            for group in self.groups().filter(|&group| self.span(group).is_all() != windowed).collect::<Groups>() {
-                if let (true, Some(last)) = (windowed, last) {
-                    self.keep_for_full_blocks(group, last);
-                }
-                self.truncate_group(group, 0);
+        let this = &*self;
+        let lists = move |windowed: bool| {
+            let groups = this.groups().filter(move |&group| this.span(group).is_all() != windowed);
+            groups.map(move |group| (group, this.group(group)))
+        };
+        // If the storage panics, the blocks with windows are freed nevertheless.
+        let _windowed = Finally(|| {
+            if let Some(last) = last {
+                lists(true).for_each(|(group, _)| this.keep_for_full_blocks(group, last));
             }
-        }
+            this.pool.free_lists(lists(true), Why::Ended);
+        });
+        this.pool.free_lists(lists(false), Why::Ended);
     }
 }

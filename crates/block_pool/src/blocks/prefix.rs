@@ -153,8 +153,8 @@ impl Blocks {
             others.iter_mut().zip(lists).for_each(|(other, list)| *other = list);
             duplicates?
         };
-        for &(group, id) in &duplicates {
-            pool.free(group, &[id], Why::Ended);
+        if !duplicates.is_empty() {
+            pool.free_lists(duplicates.iter().map(|(group, id)| (*group, std::slice::from_ref(id))), Why::Ended);
         }
         Ok(duplicates.len())
     }

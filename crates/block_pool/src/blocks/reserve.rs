@@ -44,43 +44,35 @@ impl Blocks {
             return Ok(());
         }
         if self.others().is_empty() {
-            return self.grow_group(0, n);
+            return self.grow_first(n);
         }
         self.reserve_blocks(None, n).map(drop)
     }
 
-    /// Adds `n` blocks at the end of one list.
+    /// Adds `n` blocks at the end of the only list.
     #[inline]
-    fn grow_group(&mut self, group: usize, n: usize) -> Result<(), OutOfBlocks> {
-        if n == 0 {
-            return Ok(());
-        }
-        if n > self.pool.units() {
+    fn grow_first(&mut self, n: usize) -> Result<(), OutOfBlocks> {
+        if n > self.pool.most_blocks() {
             return Err(self.refused(n));
         }
-        let several = !self.others().is_empty();
-        let Self { pool, first, more, epoch } = self;
-        let ids = match (group, more) {
-            (1.., Some(more)) => &mut more.others[group - 1].ids,
-            _ => &mut first.ids,
-        };
+        let Self { pool, first: List { ids, .. }, epoch, .. } = self;
         ids.reserve(n);
         let last = ids.last().copied();
         let mut ledger = pool.ledger();
         if ids.is_empty() {
             *epoch = ledger.epoch();
         }
-        let evicted = ledger.allocate_checked(group, n, last, |run| add(ids, run))?;
-        // In a pool with one group only an eviction leaves something to be dealt with.
-        if evicted > 0 || (several && ledger.has_leftovers()) {
+        let evicted = ledger.allocate_checked(n, last, |run| add(ids, run))?;
+        // Only an eviction leaves something to be dealt with.
+        if evicted > 0 {
             let leftovers = ledger.take_leftovers();
             drop(ledger);
-            self.clean_up(&[Reservation { copied: None, evicted }], group, leftovers);
+            self.clean_up(&[Reservation { copied: None, evicted }], leftovers);
         }
         Ok(())
     }
 
-    /// The refusal of a request for more blocks in each list than the pool has units. Memory for their ids was not
+    /// The refusal of a request for more blocks in each list than the pool can have. Memory for their ids was not
     /// requested.
     #[cold]
     fn refused(&self, n: usize) -> OutOfBlocks {
@@ -91,7 +83,7 @@ impl Blocks {
     /// Makes block number `at` writable in every group and adds `n` blocks at the end of each list. Copies are put
     /// before those, and have yet to get their content.
     fn reserve_blocks(&mut self, at: Option<usize>, n: usize) -> Result<SmallVec<[Reservation; 1]>, OutOfBlocks> {
-        if n > self.pool.units() {
+        if n > self.pool.most_blocks() {
             return Err(self.refused(n));
         }
         let mut sinks = SmallVec::<[usize; 4]>::new();
@@ -121,17 +113,17 @@ impl Blocks {
     #[inline]
     fn after_reserve(&self, reserved: &[Reservation], leftovers: Option<Leftovers>) {
         if leftovers.is_some() || reserved.iter().any(|of| of.evicted > 0) {
-            self.clean_up(reserved, 0, leftovers.unwrap_or_default());
+            self.clean_up(reserved, leftovers.unwrap_or_default());
         }
     }
 
     /// Finishes an allocation that has evicted blocks or taken memory of other groups: the former still have their old
-    /// content. `reserved` are the allocations of the groups from number `first` on.
+    /// content.
     #[cold]
-    fn clean_up(&self, reserved: &[Reservation], first: usize, leftovers: Leftovers) {
+    fn clean_up(&self, reserved: &[Reservation], leftovers: Leftovers) {
         // Dropped at the end, even if the storage panics: this frees the blocks.
         let leftovers = self.pool.own(leftovers);
-        for (group, of) in (first..).zip(reserved) {
+        for (group, of) in reserved.iter().enumerate() {
             let ids = self.group(group);
             self.pool.poison(group, &ids[ids.len() - of.evicted..]);
         }
@@ -164,16 +156,17 @@ impl Blocks {
             return Ok(());
         }
         // Until they have their content, the copies stay at the end of the lists. Meanwhile this sequence still uses the
-        // originals, so that they cannot be allocated by another.
+        // originals, so that they cannot be allocated by another. Dropped early, by an error or a panic of the storage,
+        // this frees what was added.
+        let mut undo = Undo { blocks: self, before: before.clone(), is_armed: true };
         for (group, of) in reserved.iter().enumerate() {
-            let Some(original) = of.copied else { continue };
-            if let Err(error) = self.pool.storage(group).copy(original, self.group(group)[before[group]]) {
-                for (group, before) in before.into_iter().enumerate() {
-                    self.truncate_group(group, before);
-                }
-                return Err(error.into());
+            if let Some(original) = of.copied {
+                let blocks = &*undo.blocks;
+                blocks.pool.storage(group).copy(original, blocks.group(group)[before[group]])?;
             }
         }
+        undo.is_armed = false;
+        drop(undo);
         for (group, of) in reserved.iter().enumerate() {
             let Some(original) = of.copied else { continue };
             let (before, sinks) = (before[group], self.sink_blocks(group));
@@ -209,6 +202,23 @@ impl Blocks {
     /// How many available units [`copy_on_write`](Self::copy_on_write) with the same arguments needs.
     pub fn copy_on_write_cost(&self, at: usize, n: usize) -> usize {
         self.pool.ledger().reserve_cost(self.groups().map(|group| self.block(group, at)), n)
+    }
+}
+
+/// Frees what was added to lists of these lengths, unless it is disarmed.
+struct Undo<'b> {
+    blocks: &'b mut Blocks,
+    before: SmallVec<[usize; 4]>,
+    is_armed: bool,
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        if self.is_armed {
+            for (group, before) in self.before.iter().enumerate() {
+                self.blocks.truncate_group(group, *before);
+            }
+        }
     }
 }
 

@@ -4,29 +4,64 @@ use smallvec::SmallVec;
 
 use super::Blocks;
 use crate::ledger::Why;
+use crate::list::{Ids, List};
 use crate::{GroupBlock, OutOfWindow};
 
 /// Among how many of its last blocks the last full one of a sequence is searched for.
 const LAST_BLOCKS: usize = 8;
 
 impl Blocks {
-    /// Keeps the blocks before number `end` and frees the others. Does nothing if there are none.
+    /// Keeps the blocks before number `end` and frees the others. Does nothing if there are none. Blocks before those
+    /// that a window has freed are kept: [`go_back`](Self::go_back) frees them.
     #[inline]
     pub fn truncate(&mut self, end: usize) {
-        for group in self.groups() {
-            let freed = self.list(group).map_or(0, |list| list.freed);
-            self.truncate_group(group, end.saturating_sub(freed));
+        if self.others().is_empty() {
+            let freed = self.first.freed;
+            return self.truncate_group(0, self.after_freed(end).saturating_sub(freed));
         }
+        let end = self.after_freed(end);
+        self.truncate_lists(|list, _| end.saturating_sub(list.freed));
+    }
+
+    /// Keeps the first blocks of each list, as many as `len` says; it gets the list and the number of the group. All lists
+    /// are shorter before any block is freed, so that they agree even if the storage panics.
+    fn truncate_lists(&mut self, len: impl Fn(&mut List, usize) -> usize) {
+        let mut freed = SmallVec::<[(usize, Ids); 4]>::new();
+        for group in self.groups() {
+            let list = self.list_mut(group);
+            let len = len(list, group).min(list.ids.len());
+            freed.push((group, list.ids.drain(len..).collect()));
+        }
+        self.pool.free_lists(freed.iter().map(|(group, ids)| (*group, &ids[..])), Why::Ended);
     }
 
     /// Keeps the first `len` blocks of a list.
     #[inline]
     pub(super) fn truncate_group(&mut self, group: usize, len: usize) {
         let (pool, list) = self.pool_and_list(group);
-        if len < list.ids.len() {
-            pool.free(group, &list.ids[len..], Why::Ended);
-            list.ids.truncate(len);
+        let had = list.ids.len();
+        if len < had {
+            pool.free_range(group, &mut list.ids, len..had, Why::Ended);
         }
+    }
+
+    /// `end`, or the number after the freed blocks of any group, if that is larger.
+    #[inline]
+    pub(super) fn after_freed(&self, end: usize) -> usize {
+        let after = |group| match self.list(group) {
+            Some(list) if list.freed > 0 => self.freed(group).end,
+            _ => 0,
+        };
+        self.groups().map(after).fold(end, usize::max)
+    }
+
+    /// Whether the sequence can go back to its first `len` tokens.
+    ///
+    /// # Errors
+    ///
+    /// As [`go_back`](Self::go_back).
+    pub fn check_go_back(&self, len: usize) -> Result<(), OutOfWindow> {
+        self.freed_at(len).map(drop)
     }
 
     /// Keeps what a sequence of the first `len` tokens has.
@@ -36,14 +71,13 @@ impl Blocks {
     /// [`OutOfWindow`] when a window has freed a block that the next token would see; then nothing changes.
     pub fn go_back(&mut self, len: usize) -> Result<(), OutOfWindow> {
         let freed = self.freed_at(len)?;
-        for (group, freed) in freed.into_iter().enumerate() {
-            let sinks = self.sink_blocks(group);
-            if freed < self.list_mut(group).freed {
-                self.truncate_group(group, sinks);
-                self.list_mut(group).freed = freed;
-            }
-        }
-        self.truncate(self.pool.blocks_for(len));
+        let blocks = self.pool.blocks_for(len);
+        let sinks: SmallVec<[usize; 4]> = self.groups().map(|group| self.sink_blocks(group)).collect();
+        self.truncate_lists(|list, group| {
+            let before = std::mem::replace(&mut list.freed, freed[group]);
+            let most = if freed[group] < before { sinks[group] } else { usize::MAX };
+            most.min(blocks.saturating_sub(freed[group]))
+        });
         Ok(())
     }
 
@@ -103,13 +137,11 @@ impl Blocks {
             return;
         }
         let range = sinks.min(list.ids.len())..(sinks + passed - list.freed).min(list.ids.len());
-        if !range.is_empty() {
-            let ids = &list.ids[range.clone()];
-            pool.ledger().mark_passed(group, ids);
-            pool.free(group, ids, why);
-            list.ids.drain(range);
-        }
         list.freed = passed;
+        if !range.is_empty() {
+            pool.ledger().mark_passed(group, &list.ids[range.clone()]);
+            pool.free_range(group, &mut list.ids, range, why);
+        }
     }
 
     /// The number of the last block that is cached, out of the last few, and that block in any group that has it.

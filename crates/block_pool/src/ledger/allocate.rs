@@ -22,24 +22,19 @@ impl Leftovers {
 }
 
 impl Ledger {
-    /// Does the same as [`allocate`](Self::allocate), if the budget has room.
+    /// Does the same as [`allocate`](Self::allocate) for the only group, if the budget has room.
     #[inline]
     pub(crate) fn allocate_checked(
         &mut self,
-        group: usize,
         n: usize,
         after: Option<BlockId>,
         add_run: impl FnMut(Range<usize>),
     ) -> Result<usize, OutOfBlocks> {
-        let (requested, available) = (n.saturating_mul(self.groups[group].units), self.available());
+        let (requested, available) = (n.saturating_mul(self.groups.first.units), self.available());
         if requested > available {
             return Err(OutOfBlocks { requested, available });
         }
-        let evicted = self.allocate(group, n, after, add_run);
-        if self.groups.len() > 1 {
-            self.give_back(group);
-        }
-        Ok(evicted)
+        Ok(self.allocate(0, n, after, add_run))
     }
 
     /// Allocates `n` blocks of a group: free ones first, adjacent where possible, and directly after `after`. Passes them

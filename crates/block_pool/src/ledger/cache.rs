@@ -118,23 +118,32 @@ impl Ledger {
         // Whether the sequence continues inside the last block.
         let inside = !matched.is_multiple_of(block_size) && slots > matched;
         let (from, to) = (at * block_size + matched, at * block_size + slots);
+        let mut needs = SmallVec::<[Need; 2]>::new();
         for (group, (of, (in_use, evictable, of_last))) in self.groups.iter().zip(groups).enumerate() {
             found.in_use += in_use;
             found.evictable += evictable;
-            let mut growth = slots.div_ceil(block_size).saturating_sub(matched.div_ceil(block_size));
-            let mut copy = if inside { cost_of_copy(of_last) } else { 0 };
-            let span = of.spec.span.narrowed_by(key.window);
-            if let (Some(chunk), false) = (chunk, span.is_all()) {
-                // When the window passes a block that others use too, no memory becomes available.
-                let is_own = |id: &&BlockId| self.ref_counts[self.entry(group, **id)] == 1;
-                let own = evictable + own(group).iter().filter(is_own).count();
-                let most = peak(span, block_size, from, to, chunk);
-                if most.saturating_sub(own) < growth + copy {
-                    (growth, copy) = (most.saturating_sub(own), 0);
-                }
-            }
-            found.blocks = found.blocks.saturating_add((evictable + growth + copy).saturating_mul(of.units));
+            let (span, units) = (of.spec.span.narrowed_by(key.window), of.units);
+            let copy = if inside { cost_of_copy(of_last) } else { 0 };
+            let is_own = |id: &&BlockId| self.ref_counts[self.entry(group, **id)] == 1;
+            let own = if chunk.is_none() || span.is_all() { 0 } else { own(group).iter().filter(is_own).count() };
+            needs.push(Need { span, units, evictable, copy, own });
         }
+        let units = |passed: usize, end: usize| {
+            let growth = end.div_ceil(block_size).saturating_sub(from.div_ceil(block_size));
+            let of = |need: &Need| {
+                let all = need.evictable.saturating_add(growth).saturating_add(need.copy);
+                if chunk.is_none() || need.span.is_all() {
+                    return all.saturating_mul(need.units);
+                }
+                let has = end.div_ceil(block_size).saturating_sub(need.span.freed_blocks(passed, block_size));
+                all.min(need.evictable + has.saturating_sub(need.evictable + need.own)).saturating_mul(need.units)
+            };
+            needs.iter().map(of).fold(0, usize::saturating_add)
+        };
+        let pieces = (from..to).step_by(chunk.unwrap_or(usize::MAX).max(1));
+        let ends = pieces.map(|at| (at, to.min(at.saturating_add(chunk.unwrap_or(usize::MAX)))));
+        let most = ends.map(|(at, end)| units(at, end)).max();
+        found.blocks = most.unwrap_or_else(|| units(from, from));
         found
     }
 
@@ -304,11 +313,16 @@ impl Ledger {
     }
 }
 
-/// The most blocks that a sequence has in a group while it grows from `from` to `to` tokens, by at most `chunk` tokens at
-/// a time.
-fn peak(span: Span, block_size: usize, from: usize, to: usize, chunk: usize) -> usize {
-    let blocks =
-        |passed: usize, end: usize| end.div_ceil(block_size).saturating_sub(span.freed_blocks(passed, block_size));
-    let pieces = (from..to).step_by(chunk.max(1));
-    pieces.map(|at| blocks(at, to.min(at.saturating_add(chunk)))).max().unwrap_or(0)
+/// What a sequence that continues a match needs of one group.
+struct Need {
+    span: Span,
+    /// Units of a block.
+    units: usize,
+    /// Matched blocks that are not in use yet.
+    evictable: usize,
+    /// 1 if the last matched block has to be copied before the first write.
+    copy: usize,
+    /// Blocks that only this sequence uses. When the window passes a block that others use too, no memory becomes
+    /// available.
+    own: usize,
 }

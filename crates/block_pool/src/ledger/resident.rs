@@ -72,24 +72,25 @@ impl Ledger {
     /// one, if they have any. They are leftovers until the caller has given the memory back to the system.
     pub(super) fn give_back(&mut self, group: usize) {
         let groups = self.groups.len();
-        while self.resident() > self.budget {
-            let found = (1..=groups).map(|after| (group + after) % groups).find_map(|of| {
-                let Group { resident, free, .. } = &mut self.groups[of];
-                Some((of, resident.as_mut()?.take_free(free)?))
-            });
-            let Some((of, index)) = found else {
-                // Evicted blocks become free as soon as the caller has dealt with them. Their memory is not needed either.
-                let Some((of, id)) = self.leftovers.evicted.pop() else { return };
-                if let Some(resident) = &mut self.groups[of].resident {
-                    resident.remove(id.index());
-                }
-                self.leftovers.unneeded.push((of, id));
-                continue;
-            };
-            let id = BlockId::new(index);
-            let entry = self.entry(of, id);
-            self.ref_counts[entry] = 1;
-            self.units_in_use += self.groups[of].units;
+        let mut excess = self.resident().saturating_sub(self.budget);
+        for of in (1..=groups).map(|after| (group + after) % groups) {
+            while excess > 0 {
+                let Group { resident, free, units, first, .. } = &mut self.groups[of];
+                let Some(index) = resident.as_mut().and_then(|resident| resident.take_free(free)) else { break };
+                excess = excess.saturating_sub(*units);
+                self.ref_counts[*first + index] = 1;
+                self.units_in_use += *units;
+                self.leftovers.unneeded.push((of, BlockId::new(index)));
+            }
+        }
+        // Evicted blocks become free as soon as the caller has dealt with them. Their memory is not needed either.
+        while excess > 0 {
+            let Some((of, id)) = self.leftovers.evicted.pop() else { return };
+            let Group { resident, units, .. } = &mut self.groups[of];
+            if let Some(resident) = resident {
+                resident.remove(id.index());
+            }
+            excess = excess.saturating_sub(*units);
             self.leftovers.unneeded.push((of, id));
         }
     }
