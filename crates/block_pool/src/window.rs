@@ -42,15 +42,4 @@ impl Window {
     pub fn start(&self, position: usize) -> usize {
         position.saturating_sub(self.tokens.saturating_sub(1))
     }
-
-    /// How many blocks, counted after the blocks of the sink tokens, the next token of a sequence of `len` tokens does
-    /// not see any more: all their tokens lie before its window.
-    pub fn freed_blocks(&self, len: usize, block_size: usize) -> usize {
-        (self.start(len) / block_size).saturating_sub(self.sink_blocks(block_size))
-    }
-
-    /// How many blocks the sink tokens take.
-    pub fn sink_blocks(&self, block_size: usize) -> usize {
-        self.sink_tokens.div_ceil(block_size)
-    }
 }
