@@ -360,19 +360,19 @@ impl BlockTable {
             self.blocks.free_invisible(self.len);
             return Ok(());
         }
-        // Taken, so that the next block is not cached under old tokens if freeing a duplicate panics.
-        let tail = self.tail.take();
-        if let (Some(tail), false) = (&tail, self.private) {
+        // If freeing a duplicate panics, the next block must not be cached under old tokens.
+        let tail = UnlessDone(&mut self.tail);
+        if let (Some(tail), false) = (&*tail.0, self.private) {
             // An error: this block is still cached for other tokens, because `reserve` did not copy it. What follows it
             // must not be cached either.
             self.private |= self.blocks.cache(&self.key, first, tail, tokens).is_err();
         }
+        std::mem::forget(tail);
         let unfinished = self.len % block_size;
-        let mut tail = tail.unwrap_or_default();
+        let tail = self.tail.get_or_insert_default();
         tail.clear();
         tail.reserve(block_size);
         tail.extend_from_slice(&tokens[tokens.len() - unfinished..]);
-        self.tail = Some(tail);
         self.blocks.free_invisible(self.len);
         Ok(())
     }
@@ -465,5 +465,14 @@ impl BlockTable {
         }
         let mut tokens = Tokens::from_elem(0, n);
         self.blocks.cached_tokens(block, &mut tokens).then_some(tokens)
+    }
+}
+
+/// Makes the tokens of the unfinished block unknown when it is dropped. Whoever finishes forgets it.
+struct UnlessDone<'t>(&'t mut Option<Tokens>);
+
+impl Drop for UnlessDone<'_> {
+    fn drop(&mut self) {
+        *self.0 = None;
     }
 }
