@@ -75,18 +75,30 @@ impl Ledger {
         add_run: &mut dyn FnMut(Range<usize>),
     ) -> usize {
         let room = self.room() / self.groups[group].units;
+        let from_free = self.allocate_free(group, n.min(room), after, add_run);
+        self.allocate_by_evicting(group, n - from_free, add_run)
+    }
+
+    /// Allocates up to `n` blocks that are free, in a pool with several groups, and returns how many.
+    fn allocate_free(
+        &mut self,
+        group: usize,
+        n: usize,
+        after: Option<BlockId>,
+        add_run: &mut dyn FnMut(Range<usize>),
+    ) -> usize {
         let Group { first, free, units, resident, .. } = &mut self.groups[group];
-        let from_free = n.min(free.len()).min(room);
+        let n = n.min(free.len());
         let ref_counts = &mut self.ref_counts;
-        free.allocate(from_free, after, |run| {
+        free.allocate(n, after, |run| {
             ref_counts[*first + run.start..*first + run.end].fill(1);
             if let Some(resident) = resident {
                 resident.insert(run.clone());
             }
             add_run(run);
         });
-        self.units_in_use += from_free * *units;
-        self.allocate_by_evicting(group, n - from_free, add_run)
+        self.units_in_use += n * *units;
+        n
     }
 
     /// Allocates `n` blocks by evicting. Returns `n`, since the caller has counted what is evictable.
@@ -138,22 +150,11 @@ impl Ledger {
             if self.groups.len() > 1 && self.room() >= units {
                 // The group has a free block: blocks of all its memory would take more than the budget.
                 let mut id = None;
-                self.groups[group].free.allocate(1, None, |run| id = Some(BlockId::new(run.start)));
-                let id = id?;
-                let entry = self.entry(group, id);
-                self.ref_counts[entry] = 1;
-                if let Some(resident) = &mut self.groups[group].resident {
-                    resident.insert(id.index()..id.index() + 1);
-                }
-                self.units_in_use += units;
-                return Some(id);
+                self.allocate_free(group, 1, None, &mut |run| id = Some(BlockId::new(run.start)));
+                return id;
             }
             let victim = self.evictable.next_victim()?;
-            let (of, id) = self.block(victim);
-            self.use_evictable(of, victim);
-            self.ref_counts[victim] = 1;
-            self.uncache(of, victim);
-            self.stats.evictions += 1;
+            let (of, id) = self.evict(victim);
             if of == group {
                 return Some(id);
             }
@@ -186,19 +187,21 @@ impl Ledger {
         for &follower in found[1..].iter().rev() {
             // Unless it has been dropped meanwhile together with a cold prefix.
             if self.ref_counts[follower] == 0 {
-                self.evict(follower);
+                let follower = self.evict(follower);
+                self.leftovers.evicted.push(follower);
             }
         }
     }
 
-    /// Evicts an evictable block, which becomes a leftover.
-    fn evict(&mut self, entry: Entry) {
+    /// Evicts an evictable block, whose ref_count is 1 from now on. Returns its group and its id.
+    #[inline]
+    fn evict(&mut self, entry: Entry) -> (usize, BlockId) {
         let (group, id) = self.block(entry);
         self.use_evictable(group, entry);
         self.ref_counts[entry] = 1;
         self.uncache(group, entry);
         self.stats.evictions += 1;
-        self.leftovers.evicted.push((group, id));
+        (group, id)
     }
 
     /// Takes the block out of the tree. If there are too many tombstones then, the coldest prefixes are dropped.
