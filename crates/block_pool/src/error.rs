@@ -89,15 +89,26 @@ pub enum PoolError {
     },
     /// One of the dimensions of the keys and values is zero.
     #[error(
-        "keys and values need at least one layer, head and dimension: {layers} layers, {kv_heads} heads x {head_dim}"
+        "keys and values need at least one layer, head and dimension: {layers} layers, {kv_heads} heads, keys of \
+         {head_dim} and values of {value_dim} dimensions"
     )]
     EmptyShape {
         /// Attention layers.
         layers: usize,
         /// Key and value heads per layer.
         kv_heads: usize,
-        /// Dimensions per head.
+        /// Dimensions of a key.
         head_dim: usize,
+        /// Dimensions of a value.
+        value_dim: usize,
+    },
+    /// Values that are the first dimensions of the keys have more dimensions than the keys.
+    #[error("values of {value_dim} dimensions cannot be in keys of {head_dim}")]
+    ValuesBeyondKeys {
+        /// Dimensions of a key.
+        head_dim: usize,
+        /// Dimensions of a value.
+        value_dim: usize,
     },
     /// The memory for the blocks cannot be allocated.
     #[error("{blocks} blocks of {bytes_per_block} bytes do not fit into this machine's memory")]

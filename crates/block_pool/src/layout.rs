@@ -4,47 +4,7 @@
 
 use std::ops::Range;
 
-use crate::KvDtype;
-#[cfg(feature = "candle")]
-use crate::PoolError;
-
-/// The shape of the keys and values of one token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct KvShape {
-    /// Attention layers.
-    pub layers: usize,
-    /// Key and value heads per layer. Fewer than query heads in grouped-query attention.
-    pub kv_heads: usize,
-    /// Dimensions per head.
-    pub head_dim: usize,
-}
-
-impl KvShape {
-    /// The shape `(layers, kv_heads, head_dim)`.
-    pub const fn new(layers: usize, kv_heads: usize, head_dim: usize) -> Self {
-        Self { layers, kv_heads, head_dim }
-    }
-
-    /// Bytes that a block takes over all layers when its numbers are stored as `dtype`; `None` if that overflows.
-    pub fn bytes_per_block(&self, block_size: usize, dtype: KvDtype) -> Option<usize> {
-        let Self { layers, kv_heads, head_dim } = *self;
-        // An upper bound: no type takes more than eight bytes for a number, scales and padding included.
-        [2, layers, kv_heads, head_dim, block_size].into_iter().try_fold(8usize, usize::checked_mul)?;
-        let order = Order::of_panels(dtype);
-        let layout = KvLayout { block_size, kv_heads, head_dim, order };
-        Some(layers * layout.block_elements() * dtype.size_in_bytes())
-    }
-
-    #[cfg(feature = "candle")]
-    pub(crate) fn check(&self) -> Result<(), PoolError> {
-        let Self { layers, kv_heads, head_dim } = *self;
-        if layers == 0 || kv_heads == 0 || head_dim == 0 {
-            return Err(PoolError::EmptyShape { layers, kv_heads, head_dim });
-        }
-        Ok(())
-    }
-}
+use crate::{KvDtype, KvShape};
 
 /// The order of the numbers inside one block of one layer.
 ///
@@ -54,9 +14,11 @@ impl KvShape {
 /// itself. A block of several panels has the same numbers in the same order as that many blocks of one panel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Order {
-    /// K, then V, `(block_size, kv_heads, head_dim)` each: the numbers of a token are contiguous, so that plain tensor
-    /// operations can write and gather them. GPU kernels expect this order. It has been used on CPUs only, never on a
-    /// GPU (CUDA, Metal).
+    /// K, then V, `(block_size, kv_heads, head_dim)` each, as FlashInfer's and vLLM's kernels read them: the numbers of a
+    /// token are contiguous, so that plain tensor operations can write and gather them. If values have a dimension of
+    /// their own, a block is `(block_size, kv_heads, head_dim + value_dim)`, each key with its value after it; if they
+    /// are in the keys, it is `(block_size, kv_heads, head_dim)`. It has been used on CPUs only, never on a GPU (CUDA,
+    /// Metal).
     Nhd,
     /// K `(head_dim, panel)` and V `(strips, panel, strip)` for each panel and head. K is transposed, so that a CPU
     /// computes the scores of neighbouring tokens in one register without a horizontal sum. V is cut into strips of up
@@ -100,13 +62,23 @@ pub struct KvLayout {
     pub block_size: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Dimensions per head.
+    /// Dimensions of a key.
     pub head_dim: usize,
+    /// Dimensions of a value.
+    pub value_dim: usize,
+    /// Whether the values are the first dimensions of the keys. They are not stored a second time then.
+    pub values_in_keys: bool,
     /// The order of the numbers.
     pub order: Order,
 }
 
 impl KvLayout {
+    /// The layout of blocks of `block_size` tokens in each layer of this shape.
+    pub fn new(shape: &KvShape, block_size: usize, order: Order) -> Self {
+        let KvShape { kv_heads, head_dim, value_dim, values_in_keys, .. } = *shape;
+        Self { block_size, kv_heads, head_dim, value_dim, values_in_keys, order }
+    }
+
     /// Elements in one block of one layer, K and V together: numbers, or bytes in [`Order::QuadPanels`].
     #[inline]
     pub fn block_elements(&self) -> usize {
@@ -122,12 +94,13 @@ impl KvLayout {
         }
     }
 
-    /// Elements of one token's value in one head.
+    /// Elements of one token's value in one head, apart from its key.
     #[inline]
     fn value_elements(&self) -> usize {
         match self.order {
-            Order::Nhd | Order::Panels => self.head_dim,
-            Order::QuadPanels => self.head_dim + SCALE,
+            _ if self.values_in_keys => 0,
+            Order::Nhd | Order::Panels => self.value_dim,
+            Order::QuadPanels => self.value_dim + SCALE,
         }
     }
 
@@ -147,7 +120,7 @@ impl KvLayout {
     }
 
     /// The range of the values of `head` in a panel, contiguous and directly after its keys: with
-    /// [`Panels`](Order::Panels) `(strips, panel, strip)`.
+    /// [`Panels`](Order::Panels) `(strips, panel, strip)`. Empty if the values are in the keys.
     #[inline]
     pub fn value_panel(&self, head: usize, panel: usize) -> Range<usize> {
         let start = self.key_panel(head, panel).end;
@@ -159,7 +132,10 @@ impl KvLayout {
     pub fn key(&self, offset: usize, head: usize, dim: usize) -> usize {
         let (panel, at) = (offset / PANEL, offset % PANEL);
         match self.order {
-            Order::Nhd => (offset * self.kv_heads + head) * self.head_dim + dim,
+            Order::Nhd => {
+                let apart = if self.planes() == 2 { 0 } else { self.value_elements() };
+                (offset * self.kv_heads + head) * (self.head_dim + apart) + dim
+            }
             Order::Panels => self.key_panel(head, panel).start + dim * self.width(panel) + at,
             Order::QuadPanels => {
                 self.key_panel(head, panel).start + (dim / QUAD * self.width(panel) + at) * QUAD + dim % QUAD
@@ -172,9 +148,11 @@ impl KvLayout {
     pub fn value(&self, offset: usize, head: usize, dim: usize) -> usize {
         let (panel, at) = (offset / PANEL, offset % PANEL);
         // The first dimension of the strip, and how many dimensions the strip has.
-        let strip = |most: usize| (dim / most * most, most.min(self.head_dim - dim / most * most));
+        let strip = |most: usize| (dim / most * most, most.min(self.value_dim - dim / most * most));
         match self.order {
-            Order::Nhd => self.key(offset + self.block_size, head, dim),
+            _ if self.values_in_keys => self.key(offset, head, dim),
+            Order::Nhd if self.planes() == 2 => self.key(offset + self.block_size, head, dim),
+            Order::Nhd => self.key(offset, head, self.head_dim + dim),
             Order::Panels => {
                 let (first, dims) = strip(STRIP);
                 self.value_panel(head, panel).start + first * self.width(panel) + at * dims + dim - first
@@ -198,6 +176,9 @@ impl KvLayout {
     /// In [`Order::QuadPanels`]: the range of the scale of `head`'s value for the token at `offset`.
     #[inline]
     pub fn value_scale(&self, offset: usize, head: usize) -> Range<usize> {
+        if self.values_in_keys {
+            return self.key_scale(offset, head);
+        }
         self.scale(self.value_panel(head, offset / PANEL), offset)
     }
 
@@ -208,12 +189,19 @@ impl KvLayout {
         start..start + SCALE
     }
 
-    /// In an [`Nhd`](Order::Nhd) layer seen as rows of `kv_heads * head_dim` numbers: the row of the token's key. The
-    /// row of its value is `block_size` rows further on.
+    /// In [`Order::Nhd`]: 2 if a block has first the keys of all its tokens and then the values of all, 1 if each token
+    /// has its key and value together.
+    #[inline]
+    pub fn planes(&self) -> usize {
+        debug_assert_eq!(self.order, Order::Nhd);
+        if !self.values_in_keys && self.value_dim == self.head_dim { 2 } else { 1 }
+    }
+
+    /// In an [`Nhd`](Order::Nhd) layer seen as rows of one token each: the row of the token's key. With two
+    /// [`planes`](Self::planes), the row of its value is `block_size` rows further on.
     #[inline]
     pub fn token_row(&self, block: usize, offset: usize) -> usize {
-        debug_assert_eq!(self.order, Order::Nhd);
-        block * 2 * self.block_size + offset
+        block * self.planes() * self.block_size + offset
     }
 }
 
@@ -226,32 +214,47 @@ mod tests {
 
     #[test]
     fn every_number_of_a_block_has_an_index_of_its_own() {
-        for order in [Order::Nhd, Order::Panels, Order::QuadPanels] {
-            for (block_size, head_dim) in SIZES.into_iter().flat_map(|size| [(size, 8), (size, 7), (size, 72)]) {
-                let layout = KvLayout { block_size, kv_heads: 3, head_dim, order };
+        let shapes = [8, 7, 72].map(|head_dim| KvShape::new(1, 3, head_dim));
+        let shapes = shapes.into_iter().flat_map(|shape| [shape, shape.value_dim(5), shape.value_dim(72)]);
+        for (shape, order) in
+            shapes.flat_map(|shape| [Order::Nhd, Order::Panels, Order::QuadPanels].map(|o| (shape, o)))
+        {
+            for block_size in SIZES {
+                let layout = KvLayout::new(&shape, block_size, order);
                 let mut seen = vec![false; layout.block_elements()];
                 let mut indices = Vec::new();
-                for offset in 0..block_size {
-                    for head in 0..3 {
-                        let numbers = (0..head_dim).map(|dim| (offset, head, dim));
-                        indices.extend(numbers.clone().map(|(o, h, d)| layout.key(o, h, d)));
-                        indices.extend(numbers.map(|(o, h, d)| layout.value(o, h, d)));
-                        if order == Order::QuadPanels {
-                            indices.extend(layout.key_scale(offset, head));
-                            indices.extend(layout.value_scale(offset, head));
-                        }
+                for (offset, head) in (0..block_size).flat_map(|offset| (0..3).map(move |head| (offset, head))) {
+                    indices.extend((0..shape.head_dim).map(|dim| layout.key(offset, head, dim)));
+                    indices.extend((0..shape.value_dim).map(|dim| layout.value(offset, head, dim)));
+                    if order == Order::QuadPanels {
+                        indices.extend(layout.key_scale(offset, head));
+                        indices.extend(layout.value_scale(offset, head));
                     }
                 }
                 for at in indices {
                     assert!(!std::mem::replace(&mut seen[at], true), "{layout:?} uses {at} twice");
                 }
                 let unused = seen.into_iter().filter(|used| !used).count();
-                let filled_up = if order == Order::QuadPanels {
-                    3 * block_size * (head_dim.next_multiple_of(4) - head_dim)
-                } else {
-                    0
-                };
+                let padding = shape.head_dim.next_multiple_of(4) - shape.head_dim;
+                let filled_up = if order == Order::QuadPanels { 3 * block_size * padding } else { 0 };
                 assert_eq!(unused, filled_up, "{layout:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_in_keys_take_no_room_of_their_own() {
+        for order in [Order::Nhd, Order::Panels, Order::QuadPanels] {
+            for block_size in SIZES {
+                let of = |shape: KvShape| KvLayout::new(&shape, block_size, order);
+                let latent = of(KvShape::new(1, 1, 72).values_in_keys(64));
+                // What is stored beside the keys when the values have a single dimension: that, and in bytes its scale.
+                let beside = if order == Order::QuadPanels { 5 } else { 1 };
+                let single = of(KvShape::new(1, 1, 72).value_dim(1));
+                assert_eq!(latent.block_elements() + beside * block_size, single.block_elements());
+                for offset in 0..block_size {
+                    assert!((0..64).all(|dim| latent.value(offset, 0, dim) == latent.key(offset, 0, dim)));
+                }
             }
         }
     }
@@ -260,7 +263,7 @@ mod tests {
     fn the_panel_of_a_head_is_contiguous_and_a_token_is_one_row() {
         for order in [Order::Panels, Order::QuadPanels] {
             for block_size in SIZES {
-                let layout = KvLayout { block_size, kv_heads: 2, head_dim: 3, order };
+                let layout = KvLayout::new(&KvShape::new(1, 2, 3), block_size, order);
                 for offset in 0..block_size {
                     for head in 0..2 {
                         let (keys, values) =
@@ -273,23 +276,12 @@ mod tests {
                 }
             }
         }
-        let one = |block_size| KvLayout { block_size, kv_heads: 2, head_dim: 70, order: Order::Panels };
+        let one = |block_size| KvLayout::new(&KvShape::new(1, 2, 70), block_size, Order::Panels);
         assert_eq!(one(48).key(35, 1, 3), 2 * one(16).block_elements() + one(16).key(3, 1, 3));
         assert_eq!(one(48).value(35, 1, 69), 2 * one(16).block_elements() + one(16).value(3, 1, 69));
-        let by_token = KvLayout { block_size: 4, kv_heads: 2, head_dim: 3, order: Order::Nhd };
+        let by_token = KvLayout::new(&KvShape::new(1, 2, 3), 4, Order::Nhd);
         let row = by_token.kv_heads * by_token.head_dim;
         assert_eq!(by_token.token_row(0, 3) * row, by_token.key(3, 0, 0));
         assert_eq!((by_token.token_row(0, 3) + by_token.block_size) * row, by_token.value(3, 0, 0));
-    }
-
-    #[test]
-    fn the_bytes_of_a_block_are_counted_or_overflow() {
-        let shape = KvShape::new(2, 8, 128);
-        let bytes = |dtype| shape.bytes_per_block(16, dtype);
-        assert_eq!(bytes(KvDtype::F32), Some(2 * 2 * 16 * 8 * 128 * 4));
-        assert_eq!(bytes(KvDtype::Bf16), bytes(KvDtype::F32).map(|bytes| bytes / 2));
-        // A quarter of the bytes, and two scales for each token and head.
-        assert_eq!(bytes(KvDtype::Int8), bytes(KvDtype::F32).map(|bytes| bytes / 4 + 2 * 2 * 16 * 8 * 4));
-        assert_eq!(KvShape { layers: usize::MAX / 64, ..shape }.bytes_per_block(16, KvDtype::Int8), None);
     }
 }

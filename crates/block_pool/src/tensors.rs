@@ -55,7 +55,7 @@ impl KvTensors {
         if device.is_cpu() && Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
             return Err(too_large);
         }
-        let layout = KvLayout { block_size, kv_heads: shape.kv_heads, head_dim: shape.head_dim, order };
+        let layout = KvLayout::new(&shape, block_size, order);
         let layers = (0..shape.layers)
             .map(|_| aligned_zeros(blocks, layout.block_elements(), dtype.tensor_dtype(), device))
             .collect::<Result<_>>()
@@ -92,6 +92,28 @@ impl KvTensors {
     /// The tensor of one layer, `(blocks, elements of a block)`, contiguous.
     pub fn layer(&self, layer: usize) -> Option<&Tensor> {
         self.layers.get(layer)
+    }
+
+    /// The keys and the values of one layer whose blocks are in the order [`Nhd`](Order::Nhd), as views:
+    /// `(blocks, block_size, kv_heads, head_dim)` and `(blocks, block_size, kv_heads, value_dim)`, for kernels of others.
+    /// The last dimension is contiguous; the strides have the rest.
+    ///
+    /// # Errors
+    ///
+    /// When the layer does not exist, or its blocks are in another order.
+    pub fn nhd_views(&self, layer: usize) -> Result<(Tensor, Tensor)> {
+        let KvLayout { block_size, kv_heads, head_dim, value_dim, values_in_keys, order } = self.layout;
+        let Some(tensor) = self.layer(layer).filter(|_| order == Order::Nhd) else {
+            candle_core::bail!("layer {layer} of {} has no views as NHD: its blocks are {order:?}", self.layers());
+        };
+        let blocks = tensor.dim(0)?;
+        if self.layout.planes() == 2 {
+            let planes = tensor.reshape((blocks, 2, block_size, kv_heads, head_dim))?;
+            return Ok((planes.narrow(1, 0, 1)?.squeeze(1)?, planes.narrow(1, 1, 1)?.squeeze(1)?));
+        }
+        let tokens = tensor.reshape((blocks, block_size, kv_heads, ()))?;
+        let first = if values_in_keys { 0 } else { head_dim };
+        Ok((tokens.narrow(3, 0, head_dim)?, tokens.narrow(3, first, value_dim)?))
     }
 
     /// How many layers there are.

@@ -6,6 +6,8 @@ use block_table::Window;
 
 /// The parameters of one attention layer: it computes `softmax(scale * q kᵀ) v`.
 ///
+/// Every option works with every kernel, type and block size, and all of them together.
+///
 /// The arithmetic is in f32. If the result of a row is not finite, the row is computed again in f64, which is slow, and
 /// the f64 result is returned. This happens when the row sees NaN or infinity, or when its scores or sums leave the
 /// range of f32.
@@ -16,12 +18,13 @@ pub struct Attention {
     pub(crate) window: Option<Window>,
     pub(crate) soft_cap: Option<f32>,
     pub(crate) slopes: Option<Arc<[f32]>>,
+    pub(crate) sink_logits: Option<Arc<[f32]>>,
 }
 
 impl Attention {
     /// Causal attention with the given scale, usually `1 / sqrt(head_dim)`.
     pub fn new(scale: f32) -> Self {
-        Self { scale, causal: true, window: None, soft_cap: None, slopes: None }
+        Self { scale, causal: true, window: None, soft_cap: None, slopes: None, sink_logits: None }
     }
 
     /// Causal attention with the scale `1 / sqrt(head_dim)` ("Attention Is All You Need", section 3.2.1).
@@ -62,6 +65,24 @@ impl Attention {
         Self { slopes: Some(slopes.into()), ..self }
     }
 
+    /// Adds one learned logit for each query head to the scores that the weights are normalised over (gpt-oss). No value
+    /// belongs to it: it takes its share of the weight, and the weights of the tokens add up to less than one. It is not
+    /// scaled, capped or biased. A logit of -inf changes nothing.
+    ///
+    /// *Sink tokens* are something else: the first tokens of a sequence, which a window keeps
+    /// ([`Window::with_sink_tokens`]). A layer can have both.
+    #[must_use]
+    pub fn sink_logits(self, logits: &[f32]) -> Self {
+        Self { sink_logits: Some(logits.into()), ..self }
+    }
+
+    /// The same attention without sink logits: for parts of the keys that are merged with others, since a sink logit
+    /// counts once.
+    #[must_use]
+    pub fn without_sink_logits(&self) -> Self {
+        Self { sink_logits: None, ..self.clone() }
+    }
+
     /// The slopes of the ALiBi paper for `heads` query heads. If `heads` is a power of two `n`, they are `2^(-8 i / n)`
     /// for `i` from 1 to `n`. Otherwise `n` is the largest power of two below `heads`: the first `n` slopes are those
     /// of `n` heads, and the rest is every second slope of `2 n` heads.
@@ -75,6 +96,17 @@ impl Attention {
     /// the products are scores. Otherwise it is `scale * log2(e)`, so that weights are `2^product`.
     pub(crate) fn factor(&self) -> f32 {
         if self.soft_cap.is_some() { self.scale } else { self.scale * std::f32::consts::LOG2_E }
+    }
+
+    /// The sink logit of a query head.
+    #[inline]
+    pub(crate) fn sink_logit(&self, head: usize) -> Option<f32> {
+        self.sink_logits.as_ref().and_then(|logits| logits.get(head).copied())
+    }
+
+    /// Whether the position of a query matters: for which keys it sees, or for their scores.
+    pub(crate) fn depends_on_position(&self) -> bool {
+        self.causal || self.window.is_some() || self.slopes.is_some()
     }
 
     /// The slope of a query head.

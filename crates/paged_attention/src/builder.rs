@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use block_pool::{BlockPool, BlockStorage, KvDtype, KvTensors, Order, PoolGroup, PoolMetrics};
+use block_pool::{BlockPool, BlockStorage, KvDtype, KvShape, KvTensors, Order, PoolGroup, PoolMetrics};
 use candle_core::Device;
 
 use crate::cache::CacheLayers;
@@ -136,10 +136,7 @@ impl KvCacheBuilder {
             return Err(CacheError::GroupsNeedCpu);
         }
         for group in &self.groups {
-            let head_dim = group.shape().head_dim;
-            if self.dtype_of(group) == KvDtype::Int8 && head_dim > cpu::MOST_INT8_DIMS {
-                return Err(CacheError::TooManyDimensions { head_dim, most: cpu::MOST_INT8_DIMS });
-            }
+            cpu::check_dims(self.dtype_of(group), group.shape().head_dim)?;
         }
         let (bytes_per_unit, units) = self.units();
         let budget = self.budget(&units)?;
@@ -196,7 +193,10 @@ impl KvCacheBuilder {
         };
         let (bytes_per_unit, _) = self.units();
         let bytes_per_block = bytes_per_unit.saturating_mul(one_of_each);
-        let is_empty = |group: &LayerGroup| [group.shape().kv_heads, group.shape().head_dim].contains(&0);
+        let is_empty = |group: &LayerGroup| {
+            let KvShape { kv_heads, head_dim, value_dim, .. } = group.shape();
+            [kv_heads, head_dim, value_dim].contains(&0)
+        };
         if self.groups.iter().any(|group| is_empty(group) || group.layers().is_empty()) {
             // The tensors report which number is zero.
             return Ok(one_of_each);

@@ -35,7 +35,7 @@ impl KvCache {
     /// A builder for a cache whose layers all have one shape. `shape` has the number of layers, the heads of keys and
     /// values, and their dimensions.
     pub fn builder(shape: KvShape) -> KvCacheBuilder {
-        KvCacheBuilder::new(vec![LayerGroup::new(0..shape.layers, shape.kv_heads, shape.head_dim)])
+        KvCacheBuilder::new(vec![LayerGroup::of(shape)])
     }
 
     /// A builder for a cache whose layers differ: in how far they look back, or in shape. Each layer is in one of the
@@ -150,11 +150,25 @@ impl KvCache {
         Ok(self.layer(layer)?.tensor)
     }
 
+    /// The keys and the values of one layer as views for kernels of others: `(blocks, block_size, kv_heads, head_dim)` and
+    /// `(blocks, block_size, kv_heads, value_dim)`, in the order NHD ([`Order::Nhd`]). A cache has it on every device but
+    /// a CPU, and on a CPU with [`Backend::Gather`](crate::Backend::Gather). [`Step::metadata`] has the tables.
+    ///
+    /// # Errors
+    ///
+    /// When the layer does not exist, or its blocks are in another order.
+    pub fn nhd_views(&self, layer: usize) -> Result<(Tensor, Tensor)> {
+        let Some(&(group, index)) = self.layers.places.get(layer) else {
+            return Err(wrap_error(AttendError::NoLayer { layer, layers: self.layers() }));
+        };
+        self.layers.groups[group].1.nhd_views(index)
+    }
+
     pub(crate) fn layer(&self, layer: usize) -> Result<Layer<'_>> {
         let found = self.layers.places.get(layer).and_then(|&(group, index)| {
-            let (of, tensors) = &self.layers.groups[group];
+            let (_, tensors) = &self.layers.groups[group];
             let (tensor, layout) = (tensors.layer(index)?, tensors.layout());
-            Some(Layer { tensor, layout, kernel: self.kernel, group, shape: of.shape() })
+            Some(Layer { tensor, layout, kernel: self.kernel, group })
         });
         found.ok_or_else(|| wrap_error(AttendError::NoLayer { layer, layers: self.layers() }))
     }

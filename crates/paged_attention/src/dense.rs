@@ -18,13 +18,15 @@ pub(crate) struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// Writes the weighted mean of the values that the row sees to `out (head_dim)`, and returns the base-2 logarithm
-    /// of the sum of their weights. If the row sees nothing, it writes zeros and returns -inf.
+    /// Writes the weighted mean of the values that the row sees to `out (value_dim)`, and returns the base-2 logarithm
+    /// of the sum of their weights, that of a sink logit included. If the row sees nothing, it writes zeros; the sum is
+    /// then the weight of the sink logit, or zero.
     ///
     /// `load(position, k, v)` reads the key and the value of a token in the row's key head. It returns `false` if the
     /// token has no slot any more.
     pub(crate) fn attend(&self, load: impl Fn(usize, &mut [f32], &mut [f32]) -> bool, out: &mut [f32]) -> f32 {
-        let [mut k, mut v] = [(); 2].map(|()| vec![0f32; out.len()]);
+        let (mut k, mut v) = (vec![0f32; self.q.len()], vec![0f32; out.len()]);
+        let sink = self.attention.sink_logit(self.head).map_or(f64::NEG_INFINITY, f64::from);
         let mut scores = Vec::new();
         for position in (0..self.seen.sink_tokens).chain(self.seen.recent.clone()) {
             if !load(position, &mut k, &mut v) {
@@ -40,10 +42,12 @@ impl Row<'_> {
         }
         if scores.is_empty() {
             out.fill(0.0);
-            return f32::NEG_INFINITY;
+            return (sink * std::f64::consts::LOG2_E) as f32;
         }
-        let largest = scores.iter().fold(f64::NEG_INFINITY, |largest, (_, score)| largest.max(*score));
-        let (mut total, mut sums) = (0f64, vec![0f64; out.len()]);
+        let largest = scores.iter().fold(sink, |largest, (_, score)| largest.max(*score));
+        // Without a sink logit the weight is not -inf minus -inf, which would be NaN.
+        let mut total = if sink == f64::NEG_INFINITY { 0.0 } else { (sink - largest).exp() };
+        let mut sums = vec![0f64; out.len()];
         for (position, score) in scores {
             load(position, &mut k, &mut v);
             let weight = (score - largest).exp();

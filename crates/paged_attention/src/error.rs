@@ -1,5 +1,7 @@
 //! Errors of building a cache, of joining a step, and of committing it.
 
+use std::ops::Range;
+
 use block_pool::{OutOfBlocks, PoolError, ReserveError, StorageError};
 use thiserror::Error;
 
@@ -64,6 +66,14 @@ pub enum PushError {
     /// The table's blocks belong to another cache's pool.
     #[error("the table belongs to another pool")]
     ForeignTable,
+    /// A range of tokens that see each other is empty, goes beyond the tokens, or overlaps another one.
+    #[error("the {tokens} tokens have no range {}..{} of their own whose tokens can see each other", range.start, range.end)]
+    Bidirectional {
+        /// The range.
+        range: Range<usize>,
+        /// How many tokens were pushed.
+        tokens: usize,
+    },
     /// A layer of the step was already written, so the rows of the step can no longer change.
     #[error("a sequence cannot join a step after its first layer was written")]
     Started,

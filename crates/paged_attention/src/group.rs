@@ -26,11 +26,28 @@ pub struct LayerGroup {
 
 impl LayerGroup {
     /// A group of these layers of the model, counted from 0, with this number of key and value heads per layer and of
-    /// dimensions per head. Its tokens see all tokens before them.
+    /// dimensions per head, the same for keys and values. Its tokens see all tokens before them.
     pub fn new(layers: impl IntoIterator<Item = usize>, kv_heads: usize, head_dim: usize) -> Self {
         let layers: Vec<usize> = layers.into_iter().collect();
         let shape = KvShape::new(layers.len(), kv_heads, head_dim);
         Self { layers, shape, dtype: None, span: Span::all() }
+    }
+
+    /// The group of all layers of a model whose layers have one shape.
+    pub(crate) fn of(shape: KvShape) -> Self {
+        Self { layers: (0..shape.layers).collect(), shape, dtype: None, span: Span::all() }
+    }
+
+    /// Gives the values `n` dimensions.
+    #[must_use]
+    pub fn value_dim(self, n: usize) -> Self {
+        Self { shape: self.shape.value_dim(n), ..self }
+    }
+
+    /// Makes the first `n` dimensions of a key also its value ([`KvShape::values_in_keys`]).
+    #[must_use]
+    pub fn values_in_keys(self, n: usize) -> Self {
+        Self { shape: self.shape.values_in_keys(n), ..self }
     }
 
     /// Gives the layers a sliding window: a sequence frees the blocks that the window has passed.

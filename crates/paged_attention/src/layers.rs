@@ -42,6 +42,11 @@ impl Layers {
         }
     }
 
+    /// Whether a layer is in the set.
+    pub(crate) fn contains(&self, layer: usize) -> bool {
+        self.word_and_bit(layer).is_some_and(|(word, bit)| word.load(Ordering::Relaxed) & bit != 0)
+    }
+
     /// Removes a layer. Usually it is not in the set, and then nothing is written.
     pub(crate) fn remove(&self, layer: usize) {
         if let Some((word, bit)) = self.word_and_bit(layer)
@@ -114,6 +119,7 @@ mod tests {
                 set.remove(beyond);
             }
             check(&model);
+            assert!((0..=layers).all(|layer| set.contains(layer) == model.contains(&layer)));
             let all = Layers::none_of(layers);
             (0..layers).filter(|layer| !model.contains(layer)).for_each(|layer| assert!(all.insert(layer)));
             all.insert_all(&set);

@@ -21,6 +21,8 @@ pub(crate) struct Planned {
     pub(crate) tokens: usize,
     /// Which tokens a token of the sequence sees in this group of layers.
     pub(crate) span: Span,
+    /// Positions whose tokens see each other, in ascending order.
+    bidirectional: Vec<Range<usize>>,
     /// The logical blocks that the window has freed.
     freed: Range<usize>,
 }
@@ -44,7 +46,7 @@ impl VisibleRange {
 impl Planned {
     /// Queries from position `start` on, over the first `tokens` tokens of their sequence. It has no blocks.
     pub(crate) fn of_queries(rows: Range<usize>, start: usize, tokens: usize, span: Span) -> Self {
-        Self { rows, start, dropped: 0, blocks: 0..0, tokens, span, freed: 0..0 }
+        Self { rows, start, dropped: 0, blocks: 0..0, tokens, span, bidirectional: Vec::new(), freed: 0..0 }
     }
 
     /// The number of tokens, including the new ones.
@@ -65,13 +67,42 @@ impl Planned {
         (0..len.min(freed.start * block_size)).chain(freed.end * block_size..len)
     }
 
-    /// The positions that new token number `token` sees.
+    /// The tokens that the token at `position` sees although they come after it, or before its window.
+    #[inline]
+    fn together(&self, position: usize) -> Option<&Range<usize>> {
+        if self.bidirectional.is_empty() {
+            return None;
+        }
+        let next = self.bidirectional.partition_point(|range| range.end <= position);
+        self.bidirectional.get(next).filter(|range| range.start <= position)
+    }
+
+    /// The first position that new token number `token` sees and whose block was freed.
+    pub(crate) fn freed_but_seen(&self, token: usize, attention: &Attention, block_size: usize) -> Option<usize> {
+        // Sink tokens are never freed.
+        let recent = self.visible(token, attention).recent;
+        let (freed_start, freed_end) = (self.freed.start * block_size, self.freed.end * block_size);
+        let seen = recent.start.max(freed_start);
+        (seen < recent.end.min(freed_end)).then_some(seen)
+    }
+
+    /// The same, where the window has freed these logical blocks.
+    pub(crate) fn with_freed(self, freed: Range<usize>) -> Self {
+        Self { freed, ..self }
+    }
+
+    /// The positions that new token number `token` sees. Later tokens see no earlier range: of two tokens, the one that
+    /// comes first has the first sink tokens, the first start and the first end.
     #[inline]
     pub(crate) fn visible(&self, token: usize, attention: &Attention) -> VisibleRange {
         let position = self.start + token;
-        let end = if attention.causal { self.len().min(position + 1) } else { self.len() };
+        let mut end = if attention.causal { self.len().min(position + 1) } else { self.len() };
         let span = self.span.narrowed_by(attention.window);
-        let (sink_tokens, start) = (span.sink_tokens().min(end), span.start(position));
+        let mut start = span.start(position);
+        if let Some(together) = self.together(position) {
+            (start, end) = (start.min(together.start), end.max(together.end));
+        }
+        let sink_tokens = span.sink_tokens().min(end);
         VisibleRange { sink_tokens, recent: start.max(sink_tokens).min(end)..end }
     }
 }
@@ -93,8 +124,9 @@ impl Plan {
         Self { group, ..Self::default() }
     }
 
-    /// Adds `n` new tokens of a sequence, for which `table` has reserved slots.
-    pub(crate) fn push(&mut self, table: &BlockTable, n: usize) {
+    /// Adds `n` new tokens of a sequence, for which `table` has reserved slots. Those in each of the ranges
+    /// `bidirectional` see each other.
+    pub(crate) fn push(&mut self, table: &BlockTable, n: usize, bidirectional: &[Range<usize>]) {
         let block_size = table.pool().block_size();
         let rows = self.slot_mapping.len()..self.slot_mapping.len() + n;
         let (freed, dropped) = freed_of(table, self.group);
@@ -105,7 +137,8 @@ impl Plan {
         let slot = |at: usize| own[at / block_size - freed.len()] * block_size as u32 + (at % block_size) as u32;
         self.slot_mapping.extend((start..start + n).map(slot));
         let span = table.span_of_group(self.group);
-        self.sequences.push(Planned { rows, start, dropped, blocks, tokens: start + n, span, freed });
+        let bidirectional = bidirectional.iter().map(|range| start + range.start..start + range.end).collect();
+        self.sequences.push(Planned { rows, start, dropped, blocks, tokens: start + n, span, bidirectional, freed });
     }
 
     /// Adds `rows` queries that are not new tokens of the table. The first query is at position `at` of the table, and
@@ -114,9 +147,22 @@ impl Plan {
         let (freed, dropped) = freed_of(table, self.group);
         let (start, tokens) = (at.saturating_sub(dropped), end.saturating_sub(dropped));
         let blocks = self.push_blocks(table, tokens, &freed);
+        let (rows, span) = (self.next_rows(rows), table.span_of_group(self.group));
+        let bidirectional = Vec::new();
+        self.sequences.push(Planned { rows, start, dropped, blocks, tokens, span, bidirectional, freed });
+    }
+
+    /// Adds `rows` queries, the last of the `tokens` tokens of a sequence, whose blocks are these.
+    pub(crate) fn push_last(&mut self, rows: usize, tokens: usize, ids: impl IntoIterator<Item = u32>) {
+        let first = self.blocks.len();
+        self.blocks.extend(ids);
+        let planned = Planned::of_queries(self.next_rows(rows), tokens.saturating_sub(rows), tokens, Span::all());
+        self.sequences.push(Planned { blocks: first..self.blocks.len(), ..planned });
+    }
+
+    fn next_rows(&self, n: usize) -> Range<usize> {
         let before = self.sequences.last().map_or(0, |planned| planned.rows.end);
-        let (rows, span) = (before..before + rows, table.span_of_group(self.group));
-        self.sequences.push(Planned { rows, start, dropped, blocks, tokens, span, freed });
+        before..before + n
     }
 
     /// Appends the blocks that hold the first `tokens` tokens of a table. Returns their range in [`Plan::blocks`].
@@ -131,6 +177,11 @@ impl Plan {
     /// The number of new tokens of all sequences.
     pub(crate) fn rows(&self) -> usize {
         self.slot_mapping.len()
+    }
+
+    /// A plan that only writes.
+    pub(crate) fn of_slots(slot_mapping: Vec<u32>) -> Self {
+        Self { slot_mapping, ..Self::default() }
     }
 }
 
@@ -155,15 +206,17 @@ mod tests {
     #[test]
     fn a_token_sees_the_sink_tokens_and_its_window() {
         let window = |tokens, sink_tokens| Some(Window::new(tokens).with_sink_tokens(sink_tokens));
-        let planned = |window: Option<Window>| Planned {
+        let with_image = |window: Option<Window>| Planned {
             rows: 0..4,
             start: 10,
             dropped: 0,
             blocks: 0..0,
             tokens: 14,
             span: Span::all().narrowed_by(window),
+            bidirectional: vec![11..13],
             freed: 0..0,
         };
+        let planned = |window| Planned { bidirectional: Vec::new(), ..with_image(window) };
         let attention = Attention::new(1.0);
         let visible = |window, token| planned(window).visible(token, &attention);
         assert_eq!(visible(None, 1), VisibleRange { sink_tokens: 0, recent: 0..12 });
@@ -178,14 +231,17 @@ mod tests {
         let narrower = attention.clone().window(Window::new(2).with_sink_tokens(9));
         assert_eq!(planned(window(3, 2)).visible(0, &narrower), VisibleRange { sink_tokens: 2, recent: 9..11 });
         assert_eq!(planned(None).visible(0, &narrower), VisibleRange { sink_tokens: 9, recent: 9..11 });
+        let ranges = |window| [0, 1, 2, 3].map(|token| with_image(window).visible(token, &attention).recent);
+        assert_eq!(ranges(None), [0..11, 0..13, 0..13, 0..14]);
+        assert_eq!(ranges(window(1, 0)), [10..11, 11..13, 11..13, 13..14]);
+        assert_eq!(ranges(window(3, 0)), [8..11, 9..13, 10..13, 11..14]);
         assert_eq!(visible(window(3, 2), 0).within(&(1..9)), VisibleRange { sink_tokens: 1, recent: 7..8 });
         assert_eq!(visible(window(3, 2), 0).within(&(4..8)), VisibleRange { sink_tokens: 0, recent: 4..4 });
     }
 
     #[test]
     fn queries_after_a_segment_see_all_of_it() {
-        let planned =
-            Planned { rows: 0..4, start: 10, dropped: 0, blocks: 0..0, tokens: 8, span: Span::all(), freed: 0..0 };
+        let planned = Planned::of_queries(0..4, 10, 8, Span::all());
         let attention = Attention::new(1.0);
         assert_eq!(planned.visible(0, &attention), VisibleRange { sink_tokens: 0, recent: 0..8 });
         assert_eq!(
@@ -200,8 +256,7 @@ mod tests {
 
     #[test]
     fn freed_blocks_have_no_index() {
-        let planned =
-            Planned { rows: 0..2, start: 18, dropped: 0, blocks: 0..3, tokens: 20, span: Span::all(), freed: 1..3 };
+        let planned = Planned { blocks: 0..3, freed: 1..3, ..Planned::of_queries(0..2, 18, 20, Span::all()) };
         assert_eq!([0, 1, 2, 3, 4].map(|block| planned.index_of(block)), [Some(0), None, None, Some(1), Some(2)]);
         assert_eq!(planned.positions(4).collect::<Vec<_>>(), [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19]);
     }

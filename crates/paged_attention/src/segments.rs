@@ -3,11 +3,11 @@
 
 use std::ops::Range;
 
-use block_pool::KvShape;
+use block_pool::KvLayout;
 use block_table::{BlockTable, Span};
 use candle_core::{DType, Result, Tensor};
 
-use crate::backend::Layer;
+use crate::backend::Queries;
 use crate::gather::Sequence;
 use crate::plan::{Plan, Planned, freed_of};
 use crate::{AttendError, Attention, KvCache, cpu, validate, wrap_error};
@@ -29,8 +29,9 @@ pub struct Segment<'a> {
 }
 
 impl KvCache {
-    /// Writes keys and values to one layer, at the positions from `start` on of each table. `k` and `v` are both
-    /// `(tables * tokens, kv_heads, head_dim)`, table after table. The slots must have been
+    /// Writes keys and values to one layer, at the positions from `start` on of each table: `k` `(tables * tokens, kv_heads,
+    /// head_dim)` and `v` `(tables * tokens, kv_heads, value_dim)`, table after table. `v` is `None` if the [values are in
+    /// the keys](block_pool::KvShape::values_in_keys). The slots must have been
     /// [reserved](BlockTable::reserve). Blocks that are shared or cached are copied first
     /// ([`BlockTable::make_writable`]).
     ///
@@ -42,7 +43,15 @@ impl KvCache {
     /// [`AttendError`], wrapped, when the layer does not exist, a shape, dtype or device is wrong, a position has no
     /// slot, or positions go beyond `usize::MAX`; nothing was written then. Otherwise the error of the device, or of
     /// the pool when it has no block for a copy.
-    pub fn write(&self, layer: usize, tables: &mut [BlockTable], start: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+    pub fn write<'v>(
+        &self,
+        layer: usize,
+        tables: &mut [BlockTable],
+        start: usize,
+        k: &Tensor,
+        v: impl Into<Option<&'v Tensor>>,
+    ) -> Result<()> {
+        let v = v.into();
         let target = self.layer(layer)?;
         let rows = k.dims().first().copied().unwrap_or(0);
         validate::keys_and_values(target, rows, k, v)?;
@@ -67,16 +76,17 @@ impl KvCache {
                 ));
             }
         }
-        let mut plan = Plan::default();
+        let mut slot_mapping = Vec::new();
         for table in tables {
             table.make_writable(start..end).map_err(wrap_error)?;
             let slots = (start..end).filter_map(|at| table.slot_of_group(target.group, at));
-            plan.slot_mapping.extend(slots.map(|slot| slot as u32));
+            slot_mapping.extend(slots.map(|slot| slot as u32));
         }
-        target.write(&plan, k, v)
+        target.write(&Plan::of_slots(slot_mapping), k, v)
     }
 
-    /// Copies the keys and values at `positions` of a table out of one layer, each `(tokens, kv_heads, head_dim)`.
+    /// Copies the keys and values at `positions` of a table out of one layer: `(tokens, kv_heads, head_dim)` and `(tokens,
+    /// kv_heads, value_dim)`.
     ///
     /// The result has the type in which they are stored, or f32 if that is 8-bit. Positions that were reserved and not
     /// written have arbitrary content. An empty range returns no tokens, whatever its start.
@@ -108,8 +118,8 @@ impl KvCache {
     }
 }
 
-/// Computes the attention of `q (sequences * tokens, heads, head_dim)` over several segments in one layer. The result
-/// has the shape and the type of `q`.
+/// Computes the attention of `q (sequences * tokens, heads, head_dim)` over several segments in one layer. The result is
+/// `(sequences * tokens, heads, value_dim)`, in the type of `q`.
 ///
 /// Each segment begins where the previous one ends. The queries are the tokens of each sequence from position `at` on.
 ///
@@ -146,16 +156,16 @@ pub fn attend_segments(
     if segments.iter().any(|segment| !segment.cache.is_fused()) {
         return attend_gathered(&segments, layer, at, q, attention);
     }
+    // A sink logit counts once, and not in every segment.
+    let parts = if segments.len() > 1 { &attention.without_sink_logits() } else { attention };
     let one = |segment: &Segment<'_>| {
-        let plan = segment.plan(layer, at, q.dims()[0]);
-        let Layer { tensor, layout, kernel, .. } = segment.cache.layer(layer)?;
-        cpu::attend_part(tensor, q, &cpu::Call { layout, plan: &plan, heads, attention, kernel })
+        let (layer, plan) = (segment.cache.layer(layer)?, segment.plan(layer, at, q.dims()[0]));
+        cpu::attend_part(layer.tensor, q, &layer.call(&Queries { plan: &plan, q, heads, attention: parts }))
     };
     let mut outs = segments.iter().map(|segment| one(segment)).collect::<Result<Vec<_>>>()?;
-    let head_dim = q.dims()[2];
     let mut out = match outs.len() {
         1 => std::mem::take(&mut outs[0].0),
-        _ => merge(&outs, head_dim),
+        _ => merge(&outs, heads, attention),
     };
     if outs.len() > 1 && out.iter().any(|x| !x.is_finite()) {
         recompute(&segments, layer, at, q, attention, &mut out)?;
@@ -184,17 +194,12 @@ impl Segment<'_> {
             if freed.is_empty() {
                 continue;
             }
-            let (freed_start, freed_end) = (freed.start * block_size, freed.end * block_size);
-            let (start, span) = (at.saturating_sub(self.start), table.span_of_group(group));
-            let planned = Planned::of_queries(0..rows, start, self.end - self.start, span);
-            // Sink tokens are never freed.
-            let sees_freed = |row: usize| {
-                let recent = planned.visible(row, attention).recent;
-                let seen = recent.start.max(freed_start);
-                (seen < recent.end.min(freed_end)).then_some((at + row, self.start + seen))
-            };
-            if let Some((query, seen)) = (0..rows).find_map(sees_freed) {
-                let kept = self.start + freed_end;
+            let (kept, start) = (self.start + freed.end * block_size, at.saturating_sub(self.start));
+            let span = table.span_of_group(group);
+            let planned = Planned::of_queries(0..rows, start, self.end - self.start, span).with_freed(freed);
+            let sees_freed = |row: usize| Some((row, planned.freed_but_seen(row, attention, block_size)?));
+            if let Some((row, seen)) = (0..rows).find_map(sees_freed) {
+                let (query, seen) = (at + row, self.start + seen);
                 return segments_error(format!(
                     "the query at position {query} sees position {seen}, which was freed: the window has kept the positions \
                      from {kept} on"
@@ -216,22 +221,26 @@ impl Segment<'_> {
 
 /// Merges the results of several segments: their means, weighted by `2^log` of each segment and row. A row is not
 /// finite if the result of one of its segments is not finite.
-fn merge(segments: &[(Vec<f32>, Vec<f32>)], head_dim: usize) -> Vec<f32> {
-    let Some((first, _)) = segments.first() else { return Vec::new() };
+fn merge(segments: &[(Vec<f32>, Vec<f32>)], heads: usize, attention: &Attention) -> Vec<f32> {
+    let Some((first, logs)) = segments.first() else { return Vec::new() };
+    let value_dim = first.len() / logs.len();
     let mut out = vec![0f32; first.len()];
-    for (row, out) in out.chunks_exact_mut(head_dim).enumerate() {
-        let largest = segments.iter().fold(f32::NEG_INFINITY, |largest, (_, logs)| largest.max(logs[row]));
+    for (row, out) in out.chunks_exact_mut(value_dim).enumerate() {
+        // A sink logit is a part without values.
+        let sink = attention.sink_logit(row % heads).map(|logit| logit * std::f32::consts::LOG2_E);
+        let least = sink.unwrap_or(f32::NEG_INFINITY);
+        let largest = segments.iter().fold(least, |largest, (_, logs)| largest.max(logs[row]));
         if largest == f32::NEG_INFINITY {
             // Either the row sees nothing, and all means are zeros; or the tokens that it sees are not finite, nor are
             // the means.
-            let means = segments.iter().map(|(means, _)| &means[row * head_dim..]);
+            let means = segments.iter().map(|(means, _)| &means[row * value_dim..]);
             means.for_each(|means| out.iter_mut().zip(means).for_each(|(out, mean)| *out += mean));
             continue;
         }
         let weights = segments.iter().map(|(_, logs)| (logs[row] - largest).exp2());
-        let total: f32 = weights.clone().sum();
+        let total = weights.clone().sum::<f32>() + sink.map_or(0.0, |sink| (sink - largest).exp2());
         for ((means, _), weight) in segments.iter().zip(weights) {
-            for (out, mean) in out.iter_mut().zip(&means[row * head_dim..]) {
+            for (out, mean) in out.iter_mut().zip(&means[row * value_dim..]) {
                 *out += mean * (weight / total);
             }
         }
@@ -252,7 +261,8 @@ fn recompute(
     let sequences = segments.first().map_or(1, |segment| segment.tables.len());
     for (i, out) in out.chunks_mut((out.len() / sequences).max(1)).enumerate() {
         if out.iter().any(|x| !x.is_finite()) {
-            gathered_sequence(segments, layer, at, q, attention, i)?.in_f64(out, |_, _| false)?;
+            let mut lse = vec![0f32; out.len()]; // not needed, but large enough
+            gathered_sequence(segments, layer, at, q, attention, i)?.in_f64(out, &mut lse, |_, _| false)?;
         }
     }
     Ok(())
@@ -267,7 +277,7 @@ fn attend_gathered(
     attention: &Attention,
 ) -> Result<Tensor> {
     let sequences = segments.first().map_or(0, |segment| segment.tables.len());
-    let outputs = (0..sequences).map(|i| gathered_sequence(segments, layer, at, q, attention, i)?.attend());
+    let outputs = (0..sequences).map(|i| Ok(gathered_sequence(segments, layer, at, q, attention, i)?.attend()?.0));
     Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 0)?.to_dtype(q.dtype())
 }
 
@@ -281,12 +291,12 @@ fn gathered_sequence<'a>(
     i: usize,
 ) -> Result<Sequence<'a>> {
     let (_, heads, head_dim) = q.dims3()?;
-    let shape = segments.first().map(|segment| segment.cache.layer(layer)).transpose()?.map(|of| of.shape);
-    let kv_heads = shape.map_or(heads, |shape| shape.kv_heads);
+    let layout = segments.first().map(|segment| segment.cache.layer(layer)).transpose()?.map(|of| *of.layout);
+    let (kv_heads, value_dim) = layout.map_or((heads, head_dim), |layout| (layout.kv_heads, layout.value_dim));
     // Positions are counted from the first token of the first segment, as in the fused backend.
     let origin = segments.first().map_or(0, |segment| segment.first(layer));
-    let nothing = Tensor::zeros((0, kv_heads, head_dim), DType::F32, q.device())?;
-    let (mut positions, mut keys, mut values) = (Vec::new(), vec![nothing.clone()], vec![nothing]);
+    let nothing = |dims| Tensor::zeros((0, kv_heads, dims), DType::F32, q.device());
+    let (mut positions, mut keys, mut values) = (Vec::new(), vec![nothing(head_dim)?], vec![nothing(value_dim)?]);
     for segment in segments {
         let table = &segment.tables[i];
         let freed = table.freed_blocks_of_group(segment.group(layer));
@@ -331,9 +341,10 @@ fn check(segments: &[Segment<'_>], layer: usize, at: usize, q: &Tensor, attentio
                 "a segment at {start}..{end} ends before it starts, or beyond position {LAST_POSITION}"
             ));
         }
-        let (group, expected) = (segment.group(layer), expected.shape);
-        let KvShape { kv_heads, head_dim, .. } = segment.cache.layer(layer)?.shape;
-        if (kv_heads, head_dim) != (expected.kv_heads, expected.head_dim) || segment.tables.len() != sequences {
+        let group = segment.group(layer);
+        let dims = |layout: &KvLayout| (layout.kv_heads, layout.head_dim, layout.value_dim);
+        let same = dims(segment.cache.layer(layer)?.layout) == dims(expected.layout);
+        if !same || segment.tables.len() != sequences {
             return segments_error("the segments have different numbers of heads, dimensions or sequences".into());
         }
         for table in segment.tables {
@@ -364,7 +375,7 @@ fn check(segments: &[Segment<'_>], layer: usize, at: usize, q: &Tensor, attentio
     let windowed = segments.iter().any(is_windowed);
     let last = before.map_or(0, |segment| segment.first(layer));
     // A query before the start of a segment has no position in it.
-    let position_matters = attention.causal || attention.window.is_some() || attention.slopes.is_some() || windowed;
+    let position_matters = attention.depends_on_position() || windowed;
     if position_matters && at < last {
         return segments_error(format!(
             "queries at {at} come before position {last}, where the last segment begins, but what they see depends on \

@@ -1,6 +1,6 @@
 //! Checks of the arguments of attention, made before anything is written.
 
-use block_pool::{BlockPool, KvShape};
+use block_pool::{BlockPool, KvLayout};
 use block_table::BlockTable;
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -47,6 +47,26 @@ pub enum AttendError {
         /// The number of query heads.
         heads: usize,
     },
+    /// The number of sink logits differs from the number of query heads.
+    #[error("{logits} sink logits were given for {heads} query heads")]
+    SinkLogits {
+        /// How many sink logits were given.
+        logits: usize,
+        /// The number of query heads.
+        heads: usize,
+    },
+    /// A sink logit is NaN or +inf.
+    #[error("a sink logit of {0} is not a number below infinity")]
+    SinkLogit(f32),
+    /// Values were given for a layer whose values are in its keys, or none for a layer that has values of its own.
+    #[error("{0}")]
+    Values(&'static str),
+    /// The layer was not written in this step, so the new tokens have no keys and values in it.
+    #[error("layer {layer} was not written in this step: attend to it after the layer that writes it")]
+    NotWritten {
+        /// The layer.
+        layer: usize,
+    },
     /// The soft cap is zero, negative or NaN.
     #[error("a soft cap of {0} is not greater than 0")]
     SoftCap(f32),
@@ -79,6 +99,10 @@ pub enum AttendError {
     /// The table's blocks belong to another cache's pool.
     #[error("the table belongs to another pool")]
     ForeignTable,
+    /// A block table, a slot mapping, or the lengths of sequences, given to [`paged_attention`](crate::paged_attention) or
+    /// [`reshape_and_cache`](crate::reshape_and_cache), are invalid. The text says why.
+    #[error("{0}")]
+    Tables(String),
     /// The segments of [`attend_segments`](crate::attend_segments), or the positions of
     /// [`KvCache::write`](crate::KvCache::write) or [`KvCache::read`](crate::KvCache::read), are invalid. The text says
     /// why.
@@ -90,8 +114,8 @@ pub(crate) fn table(pool: &BlockPool, table: &BlockTable) -> Result<()> {
     if table.pool().is_same(pool) { Ok(()) } else { Err(wrap_error(AttendError::ForeignTable)) }
 }
 
-/// Checks k and v.
-pub(crate) fn keys_and_values(layer: Layer<'_>, rows: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+/// Checks k and v. There is no v if the values are in the keys.
+pub(crate) fn keys_and_values(layer: Layer<'_>, rows: usize, k: &Tensor, v: Option<&Tensor>) -> Result<()> {
     check_keys_and_values(layer, rows, k, v).map_err(wrap_error)
 }
 
@@ -113,6 +137,14 @@ fn check_attention(attention: &Attention, heads: usize) -> std::result::Result<(
     if let Some(slopes) = attention.slopes.as_ref().map(|slopes| slopes.len()).filter(|slopes| *slopes != heads) {
         return Err(AttendError::Slopes { slopes, heads });
     }
+    if let Some(logits) = &attention.sink_logits {
+        if logits.len() != heads {
+            return Err(AttendError::SinkLogits { logits: logits.len(), heads });
+        }
+        if let Some(&logit) = logits.iter().find(|logit| logit.is_nan() || **logit == f32::INFINITY) {
+            return Err(AttendError::SinkLogit(logit));
+        }
+    }
     match attention.soft_cap {
         Some(cap) if cap.is_nan() || cap <= 0.0 => Err(AttendError::SoftCap(cap)),
         _ => Ok(()),
@@ -123,27 +155,33 @@ fn check_keys_and_values(
     layer: Layer<'_>,
     rows: usize,
     k: &Tensor,
-    v: &Tensor,
+    v: Option<&Tensor>,
 ) -> std::result::Result<(), AttendError> {
     if rows == 0 {
         return Err(AttendError::NoRows);
     }
-    let KvShape { kv_heads, head_dim, .. } = layer.shape;
-    for (tensor, name) in [(k, "k"), (v, "v")] {
-        if tensor.dims() != [rows, kv_heads, head_dim] {
-            let expected = format!("({rows} tokens, {kv_heads} kv_heads, {head_dim} head_dim)");
+    let KvLayout { kv_heads, head_dim, value_dim, values_in_keys, .. } = *layer.layout;
+    let check = |tensor: &Tensor, name: &'static str, dim: &'static str, dims: usize| {
+        if tensor.dims() != [rows, kv_heads, dims] {
+            let expected = format!("({rows} tokens, {kv_heads} kv_heads, {dims} {dim})");
             return Err(AttendError::Shape { tensor: name, got: tensor.dims().to_vec(), expected });
         }
-        check_dtype_and_device(layer.tensor.device(), tensor, name)?;
+        check_dtype_and_device(layer.tensor.device(), tensor, name)
+    };
+    check(k, "k", "head_dim", head_dim)?;
+    match v {
+        Some(_) if values_in_keys => Err(AttendError::Values("the values of this layer are in its keys: pass no v")),
+        None if !values_in_keys => Err(AttendError::Values("this layer has values of its own: v is missing")),
+        Some(v) => check(v, "v", "value_dim", value_dim).and_then(|()| same_dtype(v, "v", k)),
+        None => Ok(()),
     }
-    same_dtype(v, "v", k)
 }
 
 fn check_queries(layer: Layer<'_>, rows: usize, q: &Tensor) -> std::result::Result<usize, AttendError> {
     if rows == 0 {
         return Err(AttendError::NoRows);
     }
-    let KvShape { kv_heads, head_dim, .. } = layer.shape;
+    let KvLayout { kv_heads, head_dim, .. } = *layer.layout;
     let heads = match *q.dims() {
         [r, heads, dim] if r == rows && dim == head_dim && heads > 0 => heads,
         ref dims => {

@@ -68,7 +68,7 @@ fn a_step_packs_prefill_and_decode() {
     assert_eq!((step.sequences(), step.tokens()), (3, 5));
     assert_eq!(step.token_ids().unwrap().to_vec1::<u32>().unwrap(), [7, 8, 9, 10, 11]);
     assert_eq!(step.positions().unwrap().to_vec1::<u32>().unwrap(), [6, 0, 1, 2, 0]);
-    assert_eq!(step.last_rows().unwrap().to_vec1::<u32>().unwrap(), [0, 3, 4]);
+    assert_eq!(step.logits_rows().unwrap().to_vec1::<u32>().unwrap(), [0, 3, 4]);
     attend(&step, 0..SHAPE.layers, 2);
     step.commit().unwrap();
     assert_eq!((a.len(), b.len(), c.len()), (7, 3, 1));
@@ -172,7 +172,10 @@ fn invalid_tensors_are_errors_that_say_why() {
         assert_eq!(error(0, &t(3, 0, 4), &k, &k), "q has shape [3, 0, 4], expected (3 tokens, heads, 4 head_dim)");
         assert_eq!(error(0, &t(3, 3, 4), &k, &k), "3 query heads are not a multiple of 2 key heads");
         assert_eq!(error(0, &q, &t(3, 2, 5), &k), "k has shape [3, 2, 5], expected (3 tokens, 2 kv_heads, 4 head_dim)");
-        assert_eq!(error(0, &q, &k, &t(3, 4, 4)), "v has shape [3, 4, 4], expected (3 tokens, 2 kv_heads, 4 head_dim)");
+        assert_eq!(
+            error(0, &q, &k, &t(3, 4, 4)),
+            "v has shape [3, 4, 4], expected (3 tokens, 2 kv_heads, 4 value_dim)"
+        );
         let flat = q.flatten_all().unwrap();
         assert_eq!(error(0, &flat, &k, &k), "q has shape [48], expected (3 tokens, heads, 4 head_dim)");
         let half = k.to_dtype(DType::F16).unwrap();
@@ -212,7 +215,7 @@ fn impossible_caches_are_refused_with_the_numbers() {
     ));
     assert_eq!(
         message(build(KvShape::new(2, 0, 4), 4, 4, KvDtype::F32)),
-        "keys and values need at least one layer, head and dimension: 2 layers, 0 heads x 4"
+        "keys and values need at least one layer, head and dimension: 2 layers, 0 heads, keys of 4 and values of 4 dimensions"
     );
     let error = KvDtype::try_from(DType::U8).unwrap_err();
     assert_eq!(error.to_string(), "keys and values cannot be stored as u8; use f32, f16 or bf16");

@@ -86,7 +86,7 @@ impl Model {
         self.config.context
     }
 
-    /// One forward pass: the logits of each sequence's last token, `(sequences, vocabulary)`.
+    /// One forward pass: the logits of the rows whose logits are wanted, `(rows, vocabulary)`.
     ///
     /// # Errors
     ///
@@ -94,11 +94,12 @@ impl Model {
     pub fn forward(&self, step: &Step<'_>) -> candle_core::Result<Tensor> {
         let attention = Attention::scaled_by(self.config.head_dim);
         let attend = |i: usize, q: &Tensor, k: &Tensor, v: &Tensor| step.attend(i, q, k, v, &attention);
-        self.logits(&step.token_ids()?, &step.positions()?, &step.last_rows()?, attend)
+        self.logits(&step.token_ids()?, &step.positions()?, &step.logits_rows()?, attend)
     }
 
     /// The logits of the rows `wanted`, `(rows, vocabulary)`, with any attention: `attend` gets the layer, q, k and v,
-    /// each `(tokens, heads, head_dim)`, and returns a tensor of the shape of q.
+    /// each `(tokens, heads, head_dim)`, and returns a tensor of the shape of q. The model's head is applied to the wanted
+    /// rows only, which can be none.
     pub(crate) fn logits(
         &self,
         token_ids: &Tensor,
@@ -131,6 +132,9 @@ impl Model {
             let gate_up = layer.gate_up.forward(&normed)?;
             let gated = (ops::silu(&gate_up[0])? * &gate_up[1])?;
             x = (layer.down.forward(&gated)? + x)?;
+        }
+        if wanted.elem_count() == 0 {
+            return Tensor::zeros((0, self.config.vocabulary), DType::F32, x.device());
         }
         let wanted = x.index_select(wanted, 0)?;
         self.output.forward(&self.norm.forward(&wanted)?)

@@ -204,7 +204,7 @@ impl Verifier<'_> {
             sums.set([most, differing, size, n]);
             Ok(exact)
         };
-        self.paged.logits(&step.token_ids()?, &step.positions()?, &step.last_rows()?, attend)?;
+        self.paged.logits(&step.token_ids()?, &step.positions()?, &step.logits_rows()?, attend)?;
         let [most, differing, size, n] = sums.get();
         ensure!(differing < 0.05 * size, "8-bit storage changes attention by {:.3} of its size", differing / size);
 

@@ -36,7 +36,7 @@ impl LanguageModel for StandIn {
             let seen = y.flatten_from(1)?.to_vec2::<f32>()?; // (tokens, head_dim)
             states = seen.iter().map(|row| row.iter().fold(3, |state, x| mix(state, x.to_bits()))).collect();
         }
-        let last = step.last_rows()?.to_vec1::<u32>()?;
+        let last = step.logits_rows()?.to_vec1::<u32>()?;
         let logits = |&row: &u32| (0..VOCABULARY as u32).map(move |i| (row, i));
         let logits: Vec<f32> =
             last.iter().flat_map(logits).map(|(row, i)| 4.0 * number(mix(states[row as usize], i))).collect();

@@ -29,6 +29,7 @@ use super::format::{Format, ROWS, WeightBuffer};
 use super::panels::{Scores, TILE, TILE_PANELS};
 use super::state::{State, finite};
 use super::tile::{Blocks, Copied, Tile};
+use super::transposed::Transposed;
 use super::wide::{LANES, Run, Wide, reduce_max, reduce_sum};
 use crate::Attention;
 use crate::plan::VisibleRange;
@@ -66,6 +67,7 @@ pub(super) struct Scratch<F: Format> {
     /// The part of each visible range that is in the current tile, relative to the start of the tile.
     seen: Vec<VisibleRange>,
     copied: Copied<F::Number>,
+    transposed: Transposed<F::Number>,
     weight_buffer: WeightBuffer,
 }
 
@@ -76,6 +78,7 @@ impl<F: Format> Default for Scratch<F> {
             ranges: Vec::new(),
             seen: Vec::new(),
             copied: Copied::default(),
+            transposed: Transposed::default(),
             weight_buffer: WeightBuffer::default(),
         }
     }
@@ -135,8 +138,9 @@ fn attend_chunk<'a, V: Wide, F: Format>(
     [tiles, next_tiles]: &mut [Vec<Tile<'a, F::Number>>; 2],
 ) {
     let rows = task.tokens.len() * task.group;
+    let layout = task.blocks.layout;
     let end = scratch.end();
-    let Scratch { scores, ranges, seen, copied, weight_buffer } = scratch;
+    let Scratch { scores, ranges, seen, copied, transposed, weight_buffer } = scratch;
     let tile_at = |start: usize| start..end.min(start + TILE);
     let groups = rows.div_ceil(ROWS);
     let soft_cap = task.attention.soft_cap.map(SoftCap::new);
@@ -176,6 +180,10 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                     &gathered
                 }
             };
+            let values = match layout.values_in_keys {
+                true => &transposed.fill::<V, F>(&tile.keys, [layout.head_dim, layout.value_dim, task.blocks.dims()]),
+                false => &tile.values,
+            };
             let next = tiles.get(h + 1).or(next_tiles.first());
             for row in (first..rows).step_by(ROWS) {
                 let scores = &mut scores[row..rows.min(row + ROWS)];
@@ -199,7 +207,7 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                 F::accumulate::<V>(
                     &scores[row..end],
                     within.len(),
-                    &tile.values,
+                    values,
                     next,
                     state.accumulators(states),
                     weight_buffer,

@@ -7,7 +7,7 @@
 use std::cmp::Ordering;
 
 use block_pool::{KvLayout, Order};
-use candle_core::{CpuStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 
 use super::format::{Float, Format, Int8, Number};
@@ -15,10 +15,14 @@ use super::jobs::Job;
 use super::{Call, crew};
 use crate::plan::Plan;
 
-/// Writes k and v `(tokens, kv_heads, head_dim)` to the plan's slot mapping, in place: converts them to the stored type
-/// in one pass, under one lock.
-pub(crate) fn write(layer: &Tensor, k: &Tensor, v: &Tensor, layout: &KvLayout, plan: &Plan) -> Result<()> {
-    layer.inplace_op3(&k.contiguous()?, &v.contiguous()?, &WriteSlots { layout, plan })
+/// Writes k `(tokens, kv_heads, head_dim)` and v `(tokens, kv_heads, value_dim)` to the plan's slot mapping, in place:
+/// converts them to the stored type in one pass, under one lock. There is no v if the values are in the keys.
+pub(crate) fn write(layer: &Tensor, k: &Tensor, v: Option<&Tensor>, layout: &KvLayout, plan: &Plan) -> Result<()> {
+    let write = WriteSlots { layout, plan };
+    match v {
+        Some(v) => layer.inplace_op3(&k.contiguous()?, &v.contiguous()?, &write),
+        None => layer.inplace_op2(&k.contiguous()?, &write),
+    }
 }
 
 struct WriteSlots<'a> {
@@ -50,7 +54,24 @@ impl InplaceOp3 for WriteSlots<'_> {
     }
 }
 
+impl InplaceOp2 for WriteSlots<'_> {
+    fn name(&self) -> &'static str {
+        "write-slots"
+    }
+
+    fn cpu_fwd(&self, layer: &mut CpuStorage, layer_layout: &Layout, k: &CpuStorage, k_layout: &Layout) -> Result<()> {
+        let start = k_layout.start_offset();
+        match k {
+            CpuStorage::F32(k) => self.put(layer, layer_layout, &k[start..], &[]),
+            CpuStorage::F16(k) => self.put(layer, layer_layout, &k[start..], &[]),
+            CpuStorage::BF16(k) => self.put(layer, layer_layout, &k[start..], &[]),
+            _ => unsupported(),
+        }
+    }
+}
+
 impl WriteSlots<'_> {
+    /// `v` is empty if the values are in the keys.
     fn put<S: Number>(&self, layer: &mut CpuStorage, layout: &Layout, k: &[S], v: &[S]) -> Result<()> {
         let start = layout.start_offset();
         match layer {
@@ -67,37 +88,58 @@ impl WriteSlots<'_> {
 
     fn write_slots<F: Format, S: Number>(&self, layer: &mut [F::Number], k: &[S], v: &[S]) {
         let Self { layout, plan } = *self;
-        let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
-        let width = kv_heads * head_dim;
+        let KvLayout { block_size, kv_heads, head_dim, value_dim, values_in_keys, .. } = *layout;
+        let own_value_dim = if values_in_keys { 0 } else { value_dim };
+        let (k_width, v_width) = (kv_heads * head_dim, kv_heads * own_value_dim);
         let block_elements = layout.block_elements();
-        let mut wide = [vec![0f32; width], vec![0f32; width]];
-        for ((&slot, k), v) in plan.slot_mapping.iter().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
+        let (mut wide_k, mut wide_v) = (vec![0f32; k_width], vec![0f32; v_width]);
+        for (row, (&slot, k)) in plan.slot_mapping.iter().zip(k.chunks_exact(k_width)).enumerate() {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             let block = &mut layer[block * block_elements..][..block_elements];
-            let [wide_k, wide_v] = &mut wide;
-            S::widen(k, wide_k);
-            S::widen(v, wide_v);
-            for (head, (k, v)) in wide_k.chunks_exact(head_dim).zip(wide_v.chunks_exact(head_dim)).enumerate() {
-                F::store(layout, block, offset, head, k, v);
+            S::widen(k, &mut wide_k);
+            S::widen(&v[row * v_width..][..v_width], &mut wide_v);
+            for (head, k) in wide_k.chunks_exact(head_dim).enumerate() {
+                F::store(layout, block, offset, head, k, &wide_v[head * own_value_dim..][..own_value_dim]);
             }
         }
     }
 }
 
-/// Computes attention of q `(tokens, heads, head_dim)` over all tokens of each sequence. The result has q's shape and
-/// type.
+/// Computes attention of q `(tokens, heads, head_dim)` over all tokens of each sequence. The result has q's type:
+/// `(tokens, heads, value_dim)`.
 pub(crate) fn attend(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<Tensor> {
+    attend_with_lse_of(layer, q, call).map(|(out, _)| out)
+}
+
+/// The same, and the natural logarithm of the sum of weights of each row and head, `(tokens, heads)` in f32.
+pub(crate) fn attend_with_lse(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Tensor, Tensor)> {
+    let (out, mut lse) = attend_with_lse_of(layer, q, call)?;
+    lse.iter_mut().for_each(|lse| *lse *= std::f32::consts::LN_2);
+    Ok((out, Tensor::from_vec(lse, (q.dim(0)?, call.heads), q.device())?))
+}
+
+fn attend_with_lse_of(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Tensor, Vec<f32>)> {
     let q = &q.contiguous()?;
+    let shape = (q.dim(0)?, call.heads, call.layout.value_dim);
     match q.dtype() {
-        DType::F32 => Tensor::from_vec(attend_as::<f32>(layer, q, call)?.0, q.shape(), q.device()),
-        DType::F16 => Tensor::from_vec(attend_as::<f16>(layer, q, call)?.0, q.shape(), q.device()),
-        DType::BF16 => Tensor::from_vec(attend_as::<bf16>(layer, q, call)?.0, q.shape(), q.device()),
+        DType::F32 => {
+            let (out, lse) = attend_as::<f32>(layer, q, call)?;
+            Ok((Tensor::from_vec(out, shape, q.device())?, lse))
+        }
+        DType::F16 => {
+            let (out, lse) = attend_as::<f16>(layer, q, call)?;
+            Ok((Tensor::from_vec(out, shape, q.device())?, lse))
+        }
+        DType::BF16 => {
+            let (out, lse) = attend_as::<bf16>(layer, q, call)?;
+            Ok((Tensor::from_vec(out, shape, q.device())?, lse))
+        }
         _ => unsupported(),
     }
 }
 
 /// Computes attention of q over the tokens of a plan, which may be only some of the sequence's tokens. Returns the
-/// output `(tokens, heads, head_dim)`, and the log-sum-exp of each row and head, to base two, by which outputs over
+/// output `(tokens, heads, value_dim)`, and the log-sum-exp of each row and head, to base two, by which outputs over
 /// different tokens are merged.
 pub(crate) fn attend_part(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
     let q = &q.contiguous()?;
@@ -111,8 +153,9 @@ pub(crate) fn attend_part(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result
 
 /// Computes attention of contiguous queries of type S. Returns the output and the log-sum-exps.
 fn attend_as<S: Number + WithDType>(layer: &Tensor, q: &Tensor, call: &Call<'_>) -> Result<(Vec<S>, Vec<f32>)> {
-    let mut out = vec![S::default(); q.elem_count()];
-    let mut lse = vec![f32::NEG_INFINITY; q.elem_count() / call.layout.head_dim];
+    let rows = q.elem_count() / call.layout.head_dim;
+    let mut out = vec![S::default(); rows * call.layout.value_dim];
+    let mut lse = vec![f32::NEG_INFINITY; rows];
     let job = Job::new(call, &mut out, &mut lse);
     // Lock in the order of addresses: q may be a view of another layer, while another call has a view of this layer as
     // its queries and reads that layer.
@@ -152,12 +195,14 @@ fn widened<S: Number + WithDType>(q: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(to, q.shape(), q.device())
 }
 
-/// Converts `out` to a tensor of q's shape and type.
+/// Converts `out` to a tensor of the rows, heads and type of q.
 pub(crate) fn like(out: Vec<f32>, q: &Tensor) -> Result<Tensor> {
+    let (rows, heads, _) = q.dims3()?;
+    let shape = (rows, heads, out.len() / (rows * heads));
     match q.dtype() {
-        DType::F16 => Tensor::from_vec(narrowed::<f16>(&out), q.shape(), q.device()),
-        DType::BF16 => Tensor::from_vec(narrowed::<bf16>(&out), q.shape(), q.device()),
-        _ => Tensor::from_vec(out, q.shape(), q.device()),
+        DType::F16 => Tensor::from_vec(narrowed::<f16>(&out), shape, q.device()),
+        DType::BF16 => Tensor::from_vec(narrowed::<bf16>(&out), shape, q.device()),
+        _ => Tensor::from_vec(out, shape, q.device()),
     }
 }
 
@@ -167,11 +212,10 @@ fn narrowed<S: Number>(from: &[f32]) -> Vec<S> {
     write_as
 }
 
-/// Gathers the first `len` tokens of these blocks: k and v, each `(len, kv_heads, head_dim)`, in the type in which they
-/// are stored, or in f32 if they are stored as bytes.
+/// Gathers the first `len` tokens of these blocks: k `(len, kv_heads, head_dim)` and v `(len, kv_heads, value_dim)`, in
+/// the type in which they are stored, or in f32 if they are stored as bytes.
 pub(crate) fn read(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize) -> Result<(Tensor, Tensor)> {
-    let shape = (len, layout.kv_heads, layout.head_dim);
-    let [k, v] = {
+    let (k, v) = {
         let (guard, tensor_layout) = layer.storage_and_layout();
         let start = tensor_layout.start_offset();
         match layer.dtype() {
@@ -183,20 +227,21 @@ pub(crate) fn read(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize
         }
     };
     let dtype = if layer.dtype() == DType::U8 { DType::F32 } else { layer.dtype() };
-    let tensor = |numbers| Tensor::from_vec(numbers, shape, layer.device())?.to_dtype(dtype);
-    Ok((tensor(k)?, tensor(v)?))
+    let tensor =
+        |numbers, dims| Tensor::from_vec(numbers, (len, layout.kv_heads, dims), layer.device())?.to_dtype(dtype);
+    Ok((tensor(k, layout.head_dim)?, tensor(v, layout.value_dim)?))
 }
 
-fn read_slots<F: Format>(layer: &[F::Number], layout: &KvLayout, blocks: &[u32], len: usize) -> [Vec<f32>; 2] {
-    let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
-    let [mut k, mut v] = [(); 2].map(|()| vec![0f32; len * kv_heads * head_dim]);
-    let rows = k.chunks_exact_mut(head_dim).zip(v.chunks_exact_mut(head_dim));
+fn read_slots<F: Format>(layer: &[F::Number], layout: &KvLayout, blocks: &[u32], len: usize) -> (Vec<f32>, Vec<f32>) {
+    let KvLayout { block_size, kv_heads, head_dim, value_dim, .. } = *layout;
+    let [mut k, mut v] = [head_dim, value_dim].map(|dims| vec![0f32; len * kv_heads * dims]);
+    let rows = k.chunks_exact_mut(head_dim).zip(v.chunks_exact_mut(value_dim));
     for (row, (k, v)) in rows.enumerate() {
         let (token, head) = (row / kv_heads, row % kv_heads);
         let block = &layer[blocks[token / block_size] as usize * layout.block_elements()..];
         F::load(layout, &block[..layout.block_elements()], token % block_size, head, k, v);
     }
-    [k, v]
+    (k, v)
 }
 
 fn slice<T: WithDType>(storage: &Storage) -> Result<&[T]> {

@@ -22,6 +22,9 @@ use crate::plan::Planned;
 /// cache.
 const TASK_ROWS: usize = 32;
 
+/// The same if the values are in the keys: every task transposes the keys that it reads.
+const TASK_ROWS_OF_KEYS: usize = 128;
+
 /// The fewest tasks per thread, if heads can be split: some threads start late.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -75,17 +78,17 @@ struct Results<'a, S> {
 }
 
 impl<'a, S: Number> Job<'a, S> {
-    /// Attention of `q (tokens, heads, head_dim)`. The result is written to `out`, which has the same shape, and the
+    /// Attention of `q (tokens, heads, head_dim)`. The result is written to `out (tokens, heads, value_dim)`, and the
     /// log-sum-exp of each row, to base two, to `lse (tokens, heads)`.
     pub(super) fn new(call: &'a Call<'a>, mut out: &'a mut [S], mut lse: &'a mut [f32]) -> Self {
-        let KvLayout { kv_heads, head_dim, .. } = *call.layout;
+        let KvLayout { kv_heads, head_dim, value_dim, .. } = *call.layout;
         let mut query_tiles = split_queries(call);
         let tasks = split_tasks(&mut query_tiles, kv_heads);
         let work = total_work(&tasks).saturating_mul(call.heads / kv_heads * head_dim);
         let threads = (work / WORK_PER_THREAD).min(tasks.len()).clamp(1, rayon::current_num_threads());
         let results = query_tiles.iter().map(|tile| {
             let rows = tile.tokens.len() * call.heads;
-            let tile_out = out.split_off_mut(..rows * head_dim).unwrap_or_default();
+            let tile_out = out.split_off_mut(..rows * value_dim).unwrap_or_default();
             let tile_lse = lse.split_off_mut(..rows).unwrap_or_default();
             let missing = tile.tasks.len();
             let states = (0..missing).map(|_| None).collect();
@@ -177,9 +180,9 @@ impl<'a, S: Number> Job<'a, S> {
         inputs: &Inputs<'_, F, S>,
         scratch: &mut Scratch<F>,
     ) {
-        let head_dim = self.call.layout.head_dim;
+        let value_dim = self.call.layout.value_dim;
         let (heads, group) = (self.call.heads, inputs.group());
-        let mut output = vec![0f32; head_dim];
+        let mut output = vec![0f32; value_dim];
         let mut states = self.tasks[tile.tasks.clone()].iter().zip(states).peekable();
         while let Some((spec, mut total)) = states.next() {
             while let Some((_, state)) = states.next_if(|(other, _)| other.heads == spec.heads) {
@@ -191,13 +194,16 @@ impl<'a, S: Number> Job<'a, S> {
                     let mut recomputed = None;
                     for member in 0..group {
                         let at = i * heads + head * group + member;
+                        if let Some(logit) = self.call.attention.sink_logit(head * group + member) {
+                            total.add_sink_logit(row, logit);
+                        }
                         total.write_output(row, &mut output);
                         lse[at] = total.lse(row);
                         if !total.is_finite(row, &output) {
                             let rows = TokenHead { planned: tile.planned, token, head };
                             lse[at] = inputs.recompute(&rows, member, &mut output, &mut recomputed, scratch);
                         }
-                        S::narrow(&output, &mut out[at * head_dim..][..head_dim]);
+                        S::narrow(&output, &mut out[at * value_dim..][..value_dim]);
                         row += 1;
                     }
                 }
@@ -227,7 +233,8 @@ fn total_work(tasks: &[TaskSpec]) -> usize {
 
 /// Splits the new tokens of a step into query tiles, in the order of their rows.
 fn split_queries<'a>(call: &Call<'a>) -> Vec<QueryTile<'a>> {
-    let tokens_per_task = (TASK_ROWS * call.layout.kv_heads / call.heads).max(1);
+    let task_rows = if call.layout.values_in_keys { TASK_ROWS_OF_KEYS } else { TASK_ROWS };
+    let tokens_per_task = (task_rows * call.layout.kv_heads / call.heads).max(1);
     let mut query_tiles = Vec::new();
     for planned in &call.plan.sequences {
         let by_chunk = planned.rows.len() <= tokens_per_task;

@@ -6,7 +6,7 @@
 //! - `queries`: packs the query rows of new tokens for the kernels.
 //! - `algorithm`: online softmax over tiles of tokens, written once for all formats and instruction sets; `state` has
 //!   the running maximum, running sum and accumulators of each row, `tile` finds the keys and values of a
-//!   tile, whose shape is in `panels`.
+//!   tile, whose shape is in `panels`, and `transposed` makes values of keys.
 //! - `format`: f32, f16, bf16 and int8 storage, and the products over it.
 //! - `wide`: the trait that each instruction set implements, a vector of sixteen lanes; `exp2` is written with it.
 //! - `arch`: the instruction sets; `kernel` chooses one.
@@ -24,18 +24,26 @@ mod queries;
 mod recompute;
 mod state;
 mod tile;
+mod transposed;
 mod wide;
 
-use block_pool::KvLayout;
+use block_pool::{KvDtype, KvLayout};
 
-pub(crate) use boundary::{attend, attend_part, like, read, write};
+pub(crate) use boundary::{attend, attend_part, attend_with_lse, like, read, write};
 pub use kernel::Kernel;
 
-use crate::Attention;
 use crate::plan::Plan;
+use crate::{Attention, CacheError};
 
-/// The largest `head_dim` of 8-bit storage.
-pub(crate) use format::MOST_INT8_DIMS;
+/// Checks that keys of this many dimensions can be stored in this type.
+pub(crate) fn check_dims(dtype: KvDtype, head_dim: usize) -> Result<(), CacheError> {
+    match dtype {
+        KvDtype::Int8 if head_dim > format::MOST_INT8_DIMS => {
+            Err(CacheError::TooManyDimensions { head_dim, most: format::MOST_INT8_DIMS })
+        }
+        _ => Ok(()),
+    }
+}
 
 /// The parameters of one call.
 pub(crate) struct Call<'a> {

@@ -53,11 +53,14 @@ impl<'a, F: Format, S: Number> Inputs<'a, F, S> {
         let attention = self.call.attention;
         let seen = planned.visible(token, attention);
         let query_head = head * self.group() + member;
-        let mut q = vec![0f32; output.len()];
+        let mut q = vec![0f32; self.call.layout.head_dim];
         self.queries.widen(planned.rows.start + token, query_head, &mut q);
         // A query that is not finite affects every score, so the second pass of the kernel would not help.
         if q.iter().all(|x| x.is_finite()) {
             let state = state.get_or_insert_with(|| self.visible_only_state(rows, scratch));
+            if let Some(logit) = attention.sink_logit(query_head) {
+                state.add_sink_logit(member, logit);
+            }
             state.write_output(member, output);
             if state.is_finite(member, output) {
                 return state.lse(member);

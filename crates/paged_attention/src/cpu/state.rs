@@ -74,6 +74,23 @@ impl State {
         }
     }
 
+    /// Adds the weight of a sink logit to a row's sum. It has no value, so only the running maximum and sum change, and
+    /// the accumulators where they are relative to another maximum.
+    pub(super) fn add_sink_logit(&mut self, row: usize, logit: f32) {
+        let score = logit * std::f32::consts::LOG2_E;
+        if score == f32::NEG_INFINITY {
+            return;
+        }
+        let before = self.running_max[row];
+        let max = if score > before { score } else { before };
+        let rescale = exp2(before - max);
+        self.running_max[row] = max;
+        self.running_sum[row] = self.running_sum[row] * rescale + exp2(score - max);
+        for x in self.accumulators[row * self.vectors..][..self.vectors].as_flattened_mut() {
+            *x *= rescale;
+        }
+    }
+
     /// The log-sum-exp of a row's scores, to base two. Outputs over different tokens are merged by it. -inf if all
     /// weights that the row has seen are zero, or if it has seen none.
     pub(super) fn lse(&self, row: usize) -> f32 {

@@ -22,16 +22,18 @@ pub(super) struct Blocks<'a, N> {
 }
 
 impl<'a, N> Blocks<'a, N> {
-    /// Dimensions of a value in the kernels: `head_dim` rounded up to whole vectors.
+    /// Dimensions of a value in the kernels: `value_dim` rounded up to whole vectors.
     pub(super) fn dims(&self) -> usize {
-        self.layout.head_dim.next_multiple_of(LANES)
+        self.layout.value_dim.next_multiple_of(LANES)
     }
 
     /// Whether panels can be read in place. Tiles are gathered instead if the block size is not a multiple of a panel,
-    /// if `head_dim` is not a multiple of a vector, or if only visible tokens may be read.
+    /// if the dimensions of a value are no whole vectors, or if only visible tokens may be read. (Values in keys are
+    /// transposed in any case.)
     fn in_place(&self) -> bool {
         debug_assert_ne!(self.layout.order, Order::Nhd);
-        !self.visible_only && self.layout.block_size.is_multiple_of(PANEL) && self.layout.head_dim.is_multiple_of(LANES)
+        let whole = self.layout.values_in_keys || self.layout.value_dim.is_multiple_of(LANES);
+        !self.visible_only && self.layout.block_size.is_multiple_of(PANEL) && whole
     }
 
     /// Finds the tile of these positions in consecutive heads, one entry of `tiles` per head. No entry if there are no
@@ -102,11 +104,17 @@ impl<N: Copy + Default> Copied<N> {
     ) {
         let (layout, dims) = (blocks.layout, blocks.dims());
         self.sizes = F::panel_sizes(layout.head_dim, dims);
+        if layout.values_in_keys {
+            self.sizes[1] = 0;
+        }
         self.keys.resize(TILE_PANELS * self.sizes[0], N::default());
         self.values.resize(TILE_PANELS * self.sizes[1], N::default());
         self.present.fill(false);
         if seen.is_some() {
             self.values.fill(N::default());
+            if layout.values_in_keys {
+                self.keys.fill(N::default());
+            }
         }
         for (i, position) in positions.clone().enumerate() {
             if seen.is_some_and(|seen| i >= seen.sink_tokens && !seen.recent.contains(&i)) {

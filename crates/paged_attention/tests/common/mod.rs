@@ -2,7 +2,7 @@
 #![allow(dead_code, unused_imports, unreachable_pub, clippy::unwrap_used)] // each test binary uses a different part
 
 use candle_core::{DType, Device, Tensor};
-use paged_attention::{Backend, Kernel, KvCache, KvCacheBuilder, KvDtype, TableOptions};
+use paged_attention::{Backend, Kernel, KvCache, KvCacheBuilder, KvDtype, KvShape, TableOptions};
 pub use test_support::{Random, dense, difference};
 
 /// A tensor `(tokens, heads, head_dim)` of these numbers.
@@ -66,17 +66,19 @@ pub fn backends() -> Vec<(&'static str, Configure)> {
     backends
 }
 
-/// Writes NaN into every slot, so that a read of a slot that was not written by the test is detected.
+/// Writes NaN into every slot of every layer, so that a read of a slot that was not written by the test is detected.
 pub fn poison(cache: &KvCache) {
-    let shape = cache.shape();
     // Private, so that these blocks are not cached: a later prefix match finds only what the test has written.
     let mut table = cache.table_with(&TableOptions::default().private());
-    let tokens = cache.pool().available() * cache.pool().block_size();
+    let tokens = cache.pool().available() / cache.groups().len() * cache.pool().block_size();
     let mut step = cache.step();
     step.push(&mut table, &vec![0; tokens]).unwrap();
-    let nan =
-        tensor(&vec![f32::NAN; tokens * shape.kv_heads * shape.head_dim], shape.kv_heads, shape.head_dim, DType::F32);
-    for layer in 0..shape.layers {
-        step.write(layer, &nan, &nan).unwrap();
+    for group in cache.groups() {
+        let KvShape { kv_heads, head_dim, value_dim, values_in_keys, .. } = group.shape();
+        let nan = |dims: usize| tensor(&vec![f32::NAN; tokens * kv_heads * dims], kv_heads, dims, DType::F32);
+        let v = (!values_in_keys).then(|| nan(value_dim));
+        for &layer in group.layers() {
+            step.write(layer, &nan(head_dim), v.as_ref()).unwrap();
+        }
     }
 }

@@ -35,7 +35,7 @@ pub trait LanguageModel {
     /// The maximum number of tokens in a sequence.
     fn context(&self) -> usize;
 
-    /// One forward pass: the logits of each sequence's last token, `(sequences, vocabulary)` of f32.
+    /// One forward pass: the logits of the step's [`logits_rows`](Step::logits_rows), `(rows, vocabulary)` of f32.
     ///
     /// # Errors
     ///

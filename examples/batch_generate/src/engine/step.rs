@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::time::Instant;
 
 use anyhow::Result;
-use paged_attention::PushError;
+use paged_attention::{Logits, PushError, PushOptions};
 
 use super::LanguageModel;
 use super::state::{Engine, Sequence};
@@ -70,8 +70,8 @@ impl Engine<'_> {
         let mut step = self.cache.step();
         let (mut live, mut prompt_tokens) = (0, 0);
         let (mut prefill, mut full) = (false, false);
-        // For each sequence of the step: its index in `running`, and whether its last token is computed.
-        let mut rows = Vec::new();
+        // The sequences whose last token is computed, by their index in `running`: those whose logits are wanted.
+        let mut complete = Vec::new();
         // For each prompt of the step: its tokens up to and including the next block.
         let mut in_progress = HashSet::new();
         for (index, table) in order {
@@ -89,7 +89,9 @@ impl Engine<'_> {
             if n == 0 {
                 continue;
             }
-            match step.push(table, &tokens[computed..computed + n]) {
+            let last = computed + n == tokens.len();
+            let options = PushOptions::default().logits(if last { Logits::Last } else { Logits::None });
+            match step.push_with(table, &tokens[computed..computed + n], &options) {
                 Ok(()) => {}
                 // It is left out of this step; the others are computed.
                 Err(PushError::OutOfBlocks(_)) => {
@@ -105,9 +107,11 @@ impl Engine<'_> {
             }
             live += n;
             prompt_tokens += answer.prompt_tokens.saturating_sub(computed).min(n);
-            rows.push((index, computed + n == tokens.len()));
+            if last {
+                complete.push(index);
+            }
         }
-        if rows.is_empty() {
+        if step.sequences() == 0 {
             return Ok(None);
         }
         let in_use = pool.in_use();
@@ -121,8 +125,7 @@ impl Engine<'_> {
         let tokens = step.tokens();
         step.commit()?;
         self.outcome.computed_prompt_tokens += prompt_tokens;
-        let complete = rows.into_iter().zip(logits).filter(|((_, complete), _)| *complete);
-        let logits = complete.map(|((index, _), logits)| (index, logits)).collect();
+        let logits = complete.into_iter().zip(logits).collect();
         Ok(Some(Pass { tokens, prefill, full, logits }))
     }
 }

@@ -41,7 +41,7 @@ pub(super) trait Format: 'static {
     /// Query rows, packed for the products.
     type Queries: Default + Send + Sync;
 
-    /// Stores one token's key and value in one head of a block.
+    /// Stores one token's key and value in one head of a block. If the values are in the keys, `v` is empty.
     fn store(layout: &KvLayout, block: &mut [Self::Number], offset: usize, head: usize, k: &[f32], v: &[f32]);
 
     /// Reads one token's key and value in one head of a block.
@@ -51,7 +51,7 @@ pub(super) trait Format: 'static {
     fn panel_sizes(head_dim: usize, dims: usize) -> [usize; 2];
 
     /// Copies one token's key and value from a block to token `index` of a gathered panel whose values have `dims`
-    /// dimensions.
+    /// dimensions. If the values are in the keys, only the key.
     fn copy(
         layout: &KvLayout,
         block: &[Self::Number],
@@ -61,6 +61,10 @@ pub(super) trait Format: 'static {
         index: usize,
         dims: usize,
     );
+
+    /// Writes the first `value_dim` dimensions of the keys of a panel as the values of a panel of `dims` dimensions, the
+    /// rest of which are arbitrary.
+    fn transpose(keys: &[Self::Number], value_dim: usize, dims: usize, values: &mut [Self::Number]);
 
     /// Removes all query rows.
     fn clear(queries: &mut Self::Queries);

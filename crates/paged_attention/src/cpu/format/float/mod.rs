@@ -2,7 +2,9 @@
 
 mod scores;
 mod sums;
+mod transpose;
 
+use std::array::from_fn;
 use std::marker::PhantomData;
 
 use block_pool::{KvLayout, PANEL, STRIP};
@@ -96,6 +98,10 @@ impl<T: Number> Format for Float<T> {
             narrow[..k.len()].iter_mut().zip(&mut keys).for_each(|(to, from)| *to = *from);
             T::widen(&narrow[..k.len()], k);
         }
+        if layout.values_in_keys {
+            v.copy_from_slice(&k[..layout.value_dim]);
+            return;
+        }
         for (strip, v) in v.chunks_mut(STRIP).enumerate() {
             T::widen(&block[layout.value(offset, head, strip * STRIP)..][..v.len()], v);
         }
@@ -118,12 +124,32 @@ impl<T: Number> Format for Float<T> {
         let keys = block[layout.key(offset, head, 0)..].iter().step_by(width);
         let (columns, _) = to.0.as_chunks_mut::<PANEL>();
         columns.iter_mut().zip(keys).for_each(|(to, from)| to[index] = *from);
-        let panel_layout = KvLayout { block_size: PANEL, kv_heads: 1, head_dim: dims, ..*layout };
+        if layout.values_in_keys {
+            return;
+        }
+        let panel_layout = KvLayout { block_size: PANEL, kv_heads: 1, value_dim: dims, ..*layout };
         let values = panel_layout.value_panel(0, 0).start;
-        for first in (0..layout.head_dim).step_by(STRIP) {
-            let dims_here = STRIP.min(layout.head_dim - first);
+        for first in (0..layout.value_dim).step_by(STRIP) {
+            let dims_here = STRIP.min(layout.value_dim - first);
             let from = &block[layout.value(offset, head, first)..][..dims_here];
             to.1[panel_layout.value(index, 0, first) - values..][..dims_here].copy_from_slice(from);
+        }
+    }
+
+    #[inline(always)]
+    fn transpose(keys: &[T], _: usize, dims: usize, values: &mut [T]) {
+        let by_dim: &[[T; LANES]] = vectors(keys);
+        for first in (0..dims).step_by(STRIP) {
+            let width = STRIP.min(dims - first);
+            let strip = &mut values[first * PANEL..][..width * PANEL];
+            for at in (0..width).step_by(LANES) {
+                // The last dimensions of `dims` can be beyond those of the keys.
+                let square = |dim: usize| by_dim.get(first + at + dim).copied().unwrap_or([T::default(); LANES]);
+                let square = transpose::square(from_fn(square));
+                for (token, row) in square.iter().enumerate() {
+                    strip[token * width + at..][..LANES].copy_from_slice(row);
+                }
+            }
         }
     }
 
@@ -134,7 +160,7 @@ impl<T: Number> Format for Float<T> {
     fn prepare(queries: &mut Rows, rows: &[f32], head_dim: usize, factor: f32) {
         queries.head_dim = head_dim;
         let mut rows = rows.chunks_exact(head_dim);
-        let [a, b, c, d] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+        let [a, b, c, d] = from_fn(|_| rows.next().unwrap_or_default());
         if d.len() == head_dim {
             let rows = a.iter().zip(b).zip(c.iter().zip(d));
             queries.numbers.extend(rows.map(|((a, b), (c, d))| [a, b, c, d].map(|x| x * factor)));

@@ -20,7 +20,9 @@
 mod scores;
 mod sums;
 
-use block_pool::{KvLayout, PANEL};
+use std::array::from_fn;
+
+use block_pool::{BYTE_STRIP, KvLayout, PANEL};
 
 use super::{Format, ROWS, WeightBuffer};
 use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
@@ -125,14 +127,22 @@ impl Format for Int8 {
             block[layout.value(offset, head, dim)] = v_quantiser.quantise(*x) as u8;
         }
         block[layout.key_scale(offset, head)].copy_from_slice(&k_quantiser.scale.to_ne_bytes());
-        block[layout.value_scale(offset, head)].copy_from_slice(&v_quantiser.scale.to_ne_bytes());
+        if !layout.values_in_keys {
+            block[layout.value_scale(offset, head)].copy_from_slice(&v_quantiser.scale.to_ne_bytes());
+        }
     }
 
     fn load(layout: &KvLayout, block: &[u8], offset: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
         let k_scale = read_scale(&block[layout.key_scale(offset, head)]);
         let v_scale = read_scale(&block[layout.value_scale(offset, head)]);
-        for (dim, (k, v)) in k.iter_mut().zip(v).enumerate() {
+        for (dim, k) in k.iter_mut().enumerate() {
             *k = (i32::from(block[layout.key(offset, head, dim)]) - OFFSET) as f32 * k_scale;
+        }
+        if layout.values_in_keys {
+            v.copy_from_slice(&k[..layout.value_dim]);
+            return;
+        }
+        for (dim, v) in v.iter_mut().enumerate() {
             *v = f32::from(block[layout.value(offset, head, dim)] as i8) * v_scale;
         }
     }
@@ -151,15 +161,36 @@ impl Format for Int8 {
         dims: usize,
     ) {
         let (keys, values) = to;
-        let panel_layout = KvLayout { block_size: PANEL, kv_heads: 1, ..*layout };
-        let padded_layout = KvLayout { head_dim: dims, ..panel_layout };
-        let first = padded_layout.value_panel(0, 0).start;
+        let panel_layout = KvLayout { block_size: PANEL, kv_heads: 1, value_dim: dims, ..*layout };
         for dim in 0..layout.head_dim {
             keys[panel_layout.key(index, 0, dim)] = block[layout.key(offset, head, dim)];
-            values[padded_layout.value(index, 0, dim) - first] = block[layout.value(offset, head, dim)];
         }
         keys[panel_layout.key_scale(index, 0)].copy_from_slice(&block[layout.key_scale(offset, head)]);
+        if layout.values_in_keys {
+            return;
+        }
+        let first = panel_layout.value_panel(0, 0).start;
+        for dim in 0..layout.value_dim {
+            values[panel_layout.value(index, 0, dim) - first] = block[layout.value(offset, head, dim)];
+        }
         values[PANEL * dims + index * 4..][..4].copy_from_slice(&block[layout.value_scale(offset, head)]);
+    }
+
+    #[inline(always)]
+    fn transpose(keys: &[u8], value_dim: usize, dims: usize, values: &mut [u8]) {
+        let (numbers, scales) = split_scales(keys);
+        let (strips, value_scales) = values.split_at_mut(PANEL * dims);
+        // A vector of keys has four dimensions of sixteen tokens, a strip of values four tokens of sixteen dimensions in
+        // each of its vectors. Both consist of runs of four by four numbers.
+        for (quad, numbers) in numbers.iter().take(value_dim.div_ceil(4)).enumerate() {
+            let strip = &mut strips[quad * 4 / BYTE_STRIP * BYTE_STRIP * PANEL..][..BYTE_STRIP * PANEL];
+            let (runs, _) = numbers.as_chunks::<16>();
+            for (tokens, run) in runs.iter().enumerate() {
+                let to = &mut strip[tokens * 4 * BYTE_STRIP + quad * 4 % BYTE_STRIP * 4..][..16];
+                to.copy_from_slice(&from_fn::<u8, 16, _>(|i| run[i % 4 * 4 + i / 4] ^ OFFSET as u8));
+            }
+        }
+        value_scales.copy_from_slice(scales.as_flattened());
     }
 
     fn clear(queries: &mut Rows) {

@@ -1,77 +1,15 @@
-//! Attention in plain tensor operations, for every device that candle supports.
-//!
-//! The blocks of a sequence are copied into one tensor. The rest is `softmax(q kᵀ) v`, as for a contiguous cache. On a
-//! GPU this is a fallback; it has never been run there. On a CPU it is an independent implementation that the fused
-//! kernels are compared with.
+//! One sequence, with its keys and values in one tensor each.
 
 use std::ops::Range;
 
-use block_pool::KvLayout;
 use candle_core::{D, DType, Result, Tensor};
 
 use crate::Attention;
 use crate::dense::Row;
-use crate::plan::{Plan, Planned, VisibleRange};
-
-/// Writes k and v `(tokens, kv_heads, head_dim)` into the slots of the plan, in place.
-pub(crate) fn write(layer: &Tensor, layout: &KvLayout, plan: &Plan, k: &Tensor, v: &Tensor) -> Result<()> {
-    let width = layout.kv_heads * layout.head_dim;
-    let rows = layer.reshape((layer.elem_count() / width, width))?;
-    let keys: Vec<u32> = plan
-        .slot_mapping
-        .iter()
-        .map(|&slot| layout.token_row(slot as usize / layout.block_size, slot as usize % layout.block_size) as u32)
-        .collect();
-    let values: Vec<u32> = keys.iter().map(|row| row + layout.block_size as u32).collect();
-    for (index, source) in [(keys, k), (values, v)] {
-        let index = Tensor::new(index, layer.device())?.unsqueeze(1)?.broadcast_as((plan.rows(), width))?;
-        let source = source.reshape((plan.rows(), width))?.to_dtype(layer.dtype())?.contiguous()?;
-        rows.scatter_set(&index.contiguous()?, &source, 0)?;
-    }
-    Ok(())
-}
-
-/// Copies the first `len` tokens of `blocks` into contiguous tensors: k and v, each `(len, kv_heads, head_dim)`.
-pub(crate) fn gather(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize) -> Result<(Tensor, Tensor)> {
-    let KvLayout { block_size, kv_heads, head_dim, .. } = *layout;
-    if len == 0 {
-        let empty = Tensor::zeros((0, kv_heads, head_dim), layer.dtype(), layer.device())?;
-        return Ok((empty.clone(), empty));
-    }
-    let index = Tensor::new(blocks, layer.device())?;
-    let blocks = layer.index_select(&index, 0)?;
-    let n = blocks.dim(0)?;
-    let half = blocks.dim(1)? / 2;
-    let (k, v) = (blocks.narrow(1, 0, half)?, blocks.narrow(1, half, half)?);
-    let tokens = (n * block_size, kv_heads, head_dim);
-    Ok((k.reshape(tokens)?.narrow(0, 0, len)?, v.reshape(tokens)?.narrow(0, 0, len)?))
-}
-
-/// Attention of q `(tokens, heads, head_dim)` over all tokens of each sequence.
-pub(crate) fn attend(
-    layer: &Tensor,
-    layout: &KvLayout,
-    plan: &Plan,
-    q: &Tensor,
-    attention: &Attention,
-) -> Result<Tensor> {
-    let each = |compute: fn(&Sequence<'_>) -> Result<Tensor>| {
-        let one = |planned: &Planned| {
-            let positions: Vec<usize> = planned.positions(layout.block_size).collect();
-            let (k, v) = gather(layer, layout, &plan.blocks[planned.blocks.clone()], positions.len())?;
-            let q = q.narrow(0, planned.rows.start, planned.rows.len())?;
-            compute(&Sequence::new(planned.clone(), attention, positions, &q, &k, &v)?)
-        };
-        Tensor::cat(&plan.sequences.iter().map(one).collect::<Result<Vec<_>>>()?, 0)
-    };
-    let out = each(|sequence| sequence.products(&sequence.v))?;
-    // One number is copied from the device, whatever the number of sequences.
-    let out = if is_finite(&out)? { out } else { each(|sequence| sequence.recompute())? };
-    out.to_dtype(q.dtype())
-}
+use crate::plan::{Planned, VisibleRange};
 
 /// Whether all numbers are finite.
-fn is_finite(numbers: &Tensor) -> Result<bool> {
+pub(super) fn is_finite(numbers: &Tensor) -> Result<bool> {
     Ok((numbers * 0.0)?.sum_all()?.to_scalar::<f32>()? == 0.0)
 }
 
@@ -88,12 +26,13 @@ pub(crate) struct Sequence<'a> {
     q: Tensor,
     /// `(kv_heads, len, head_dim)`.
     k: Tensor,
+    /// `(kv_heads, len, value_dim)`.
     v: Tensor,
 }
 
 impl<'a> Sequence<'a> {
-    /// Takes q `(rows, heads, head_dim)` of the new tokens of `planned`, and k and v `(len, kv_heads, head_dim)` of the
-    /// tokens at `positions`.
+    /// Takes q `(rows, heads, head_dim)` of the new tokens of `planned`, and k `(len, kv_heads, head_dim)` and v `(len,
+    /// kv_heads, value_dim)` of the tokens at `positions`.
     pub(crate) fn new(
         planned: Planned,
         attention: &'a Attention,
@@ -107,32 +46,40 @@ impl<'a> Sequence<'a> {
         Ok(Self { planned, attention, positions, q, k, v })
     }
 
-    /// Attention of all rows, `(rows, heads, head_dim)` in f32.
-    pub(crate) fn attend(&self) -> Result<Tensor> {
-        let out = self.products(&self.v)?;
-        if is_finite(&out)? { Ok(out) } else { self.recompute() }
+    /// Attention of all rows, `(rows, heads, value_dim)`, and the logarithms of their sums of weights, `(rows, heads)`.
+    pub(crate) fn attend(&self) -> Result<(Tensor, Tensor)> {
+        let computed = self.in_f32()?;
+        if is_finite(&computed.0)? { Ok(computed) } else { self.recompute() }
+    }
+
+    /// The same, whether the result is finite or not.
+    pub(super) fn in_f32(&self) -> Result<(Tensor, Tensor)> {
+        self.products(&self.v)
     }
 
     /// Attention of all rows over the values `v`. A value that is not finite also changes rows that do not see it.
-    fn products(&self, v: &Tensor) -> Result<Tensor> {
+    fn products(&self, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (rows, heads, _) = self.q.dims3()?;
-        let len = self.positions.len();
+        let (len, device) = (self.positions.len(), self.q.device());
         if len == 0 {
-            return self.q.zeros_like();
+            let out = Tensor::zeros((rows, heads, self.v.dim(2)?), DType::F32, device)?;
+            let sink = (0..rows * heads).map(|i| self.attention.sink_logit(i % heads).unwrap_or(f32::NEG_INFINITY));
+            return Ok((out, Tensor::from_vec(sink.collect::<Vec<_>>(), (rows, heads), device)?));
         }
         let keys = self.positions.iter().map(|&position| position as u32).collect();
-        let keys = Tensor::from_vec(keys, (1, len), self.q.device())?;
+        let keys = Tensor::from_vec(keys, (1, len), device)?;
         let step = (MAX_SCORES / (heads * len)).max(1);
         let pieces = (0..rows).step_by(step).map(|first| self.piece(first..rows.min(first + step), &keys, v));
+        let (outs, lses): (Vec<_>, Vec<_>) = pieces.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         // Adding zero turns -0.0 into 0.0: the sign of a zero sum can come from a value whose weight is zero.
-        Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 0)? + 0.0
+        Ok(((Tensor::cat(&outs, 0)? + 0.0)?, Tensor::cat(&lses, 0)?))
     }
 
     /// Attention of some of the rows. `keys (1, len)` has the positions of the keys.
-    fn piece(&self, rows: Range<usize>, keys: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn piece(&self, rows: Range<usize>, keys: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let Self { attention, .. } = *self;
         let (_, heads, head_dim) = self.q.dims3()?;
-        let (kv_heads, len, _) = self.k.dims3()?;
+        let (kv_heads, len, value_dim) = self.v.dims3()?;
         let (first, n, group) = (rows.start, rows.len(), heads / kv_heads);
         // The query heads of one key head become the rows of one product, so that keys are not repeated.
         let q = (self.q.narrow(0, first, n)? * f64::from(attention.scale))?
@@ -151,14 +98,26 @@ impl<'a> Sequence<'a> {
             let least = Tensor::new(f32::NEG_INFINITY, scores.device())?.broadcast_as(scores.shape())?;
             scores = seen.broadcast_as(scores.shape())?.where_cond(&scores, &least)?;
         }
-        let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-        weights
+        let mut max = scores.max_keepdim(D::Minus1)?;
+        let sink = attention.sink_logits.as_ref().map(|logits| Tensor::new(&**logits, scores.device()));
+        let sink = sink.transpose()?.map(|sink| sink.reshape((heads, 1, 1))?.broadcast_as(max.shape())).transpose()?;
+        if let Some(sink) = &sink {
+            max = max.maximum(sink)?;
+        }
+        let weights = scores.broadcast_sub(&max)?.exp()?;
+        let mut sum = weights.sum_keepdim(D::Minus1)?;
+        if let Some(sink) = &sink {
+            sum = (sum + (sink - &max)?.exp()?)?;
+        }
+        let out = weights
+            .broadcast_div(&sum)?
             .reshape((kv_heads, group * n, len))?
             .matmul(v)?
-            .reshape((kv_heads, group, n, head_dim))?
+            .reshape((kv_heads, group, n, value_dim))?
             .permute((2, 0, 1, 3))?
-            .reshape((n, heads, head_dim))
+            .reshape((n, heads, value_dim))?;
+        let lse = (max + sum.log()?)?.reshape((heads, n))?.t()?.contiguous()?;
+        Ok((out, lse))
     }
 
     /// The ALiBi bias by distance, `(heads, rows, len)`.
@@ -195,14 +154,15 @@ impl<'a> Sequence<'a> {
     /// First all rows are computed in f32 with the non-finite values set to zero. A row that sees none of them gets, to
     /// the last bit, the result that it has without them. Rows that see non-finite values, and rows whose result is
     /// still not finite, are then computed in f64.
-    fn recompute(&self) -> Result<Tensor> {
+    pub(super) fn recompute(&self) -> Result<(Tensor, Tensor)> {
         let finite = self.v.abs()?.le(f32::MAX)?;
-        let mut out = numbers(&self.products(&finite.where_cond(&self.v, &self.v.zeros_like()?)?)?)?;
-        let (_, len, head_dim) = self.v.dims3()?;
+        let (out, lse) = self.products(&finite.where_cond(&self.v, &self.v.zeros_like()?)?)?;
+        let (shape, mut out, mut logs) = (out.shape().clone(), numbers(&out)?, numbers(&lse)?);
+        let (_, len, value_dim) = self.v.dims3()?;
         // For each key head and each index of a token, how many tokens before it have a value that is not finite.
         let v = numbers(&self.v)?;
         let counts: Vec<Vec<usize>> =
-            v.chunks_exact((len * head_dim).max(1)).map(|v| count_non_finite(v, head_dim)).collect();
+            v.chunks_exact((len * value_dim).max(1)).map(|v| count_non_finite(v, value_dim)).collect();
         let index_of = |position: usize| self.positions.partition_point(|&before| before < position);
         let sees_non_finite = |visible: &VisibleRange, key_head: usize| {
             let counts: &[usize] = &counts[key_head];
@@ -210,17 +170,25 @@ impl<'a> Sequence<'a> {
                 .iter()
                 .any(|range| counts[index_of(range.start)] < counts[index_of(range.end)])
         };
-        self.in_f64(&mut out, sees_non_finite)?;
-        Tensor::from_vec(out, self.q.shape(), self.q.device())
+        self.in_f64(&mut out, &mut logs, sees_non_finite)?;
+        let device = self.q.device();
+        Ok((Tensor::from_vec(out, shape, device)?, Tensor::from_vec(logs, lse.shape(), device)?))
     }
 
-    /// Computes rows of `out (rows, heads, head_dim)` in f64: rows that are not finite, and rows for which `also`
-    /// returns true. `also` gets the positions that the row sees and its key head.
-    pub(crate) fn in_f64(&self, out: &mut [f32], also: impl Fn(&VisibleRange, usize) -> bool) -> Result<()> {
+    /// Computes rows of `out (rows, heads, value_dim)` in f64, and the logarithms of their sums of weights, `lse (rows,
+    /// heads)`: rows that are not finite, and rows for which `also` returns true. `also` gets the positions that the row
+    /// sees and its key head.
+    pub(crate) fn in_f64(
+        &self,
+        out: &mut [f32],
+        lse: &mut [f32],
+        also: impl Fn(&VisibleRange, usize) -> bool,
+    ) -> Result<()> {
         let (_, heads, head_dim) = self.q.dims3()?;
-        let (kv_heads, len, _) = self.k.dims3()?;
+        let (kv_heads, len, value_dim) = self.v.dims3()?;
         let (q, k, v) = (numbers(&self.q)?, numbers(&self.k)?, numbers(&self.v)?);
-        for (i, (q, out)) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)).enumerate() {
+        let rows = q.chunks_exact(head_dim).zip(out.chunks_exact_mut(value_dim)).zip(lse);
+        for (i, ((q, out), lse)) in rows.enumerate() {
             let (row, head) = (i / heads, i % heads);
             let key_head = head / (heads / kv_heads);
             let seen = self.planned.visible(row, self.attention);
@@ -229,12 +197,12 @@ impl<'a> Sequence<'a> {
             }
             let load = |position: usize, to_k: &mut [f32], to_v: &mut [f32]| {
                 let Ok(at) = self.positions.binary_search(&position) else { return false };
-                let at = (key_head * len + at) * head_dim;
-                to_k.copy_from_slice(&k[at..][..head_dim]);
-                to_v.copy_from_slice(&v[at..][..head_dim]);
+                to_k.copy_from_slice(&k[(key_head * len + at) * head_dim..][..head_dim]);
+                to_v.copy_from_slice(&v[(key_head * len + at) * value_dim..][..value_dim]);
                 true
             };
-            Row { q, head, position: self.planned.start + row, seen, attention: self.attention }.attend(load, out);
+            let row = Row { q, head, position: self.planned.start + row, seen, attention: self.attention };
+            *lse = row.attend(load, out) * std::f32::consts::LN_2;
         }
         Ok(())
     }
