@@ -25,11 +25,10 @@
 use std::ops::Range;
 
 use super::exp2::{SoftCap, exp2_wide};
-use super::format::{Format, ROWS, WeightBuffer};
+use super::format::{Buffers, Format, ROWS};
 use super::panels::{Scores, TILE, TILE_PANELS};
 use super::state::{State, finite};
 use super::tile::{Blocks, Copied, Tile};
-use super::transposed::Transposed;
 use super::wide::{LANES, Run, Wide, reduce_max, reduce_sum};
 use crate::Attention;
 use crate::plan::VisibleRange;
@@ -67,8 +66,7 @@ pub(super) struct Scratch<F: Format> {
     /// The part of each visible range that is in the current tile, relative to the start of the tile.
     seen: Vec<VisibleRange>,
     copied: Copied<F::Number>,
-    transposed: Transposed<F::Number>,
-    weight_buffer: WeightBuffer,
+    buffers: Buffers,
 }
 
 impl<F: Format> Default for Scratch<F> {
@@ -78,8 +76,7 @@ impl<F: Format> Default for Scratch<F> {
             ranges: Vec::new(),
             seen: Vec::new(),
             copied: Copied::default(),
-            transposed: Transposed::default(),
-            weight_buffer: WeightBuffer::default(),
+            buffers: Buffers::default(),
         }
     }
 }
@@ -140,7 +137,7 @@ fn attend_chunk<'a, V: Wide, F: Format>(
     let rows = task.tokens.len() * task.group;
     let layout = task.blocks.layout;
     let end = scratch.end();
-    let Scratch { scores, ranges, seen, copied, transposed, weight_buffer } = scratch;
+    let Scratch { scores, ranges, seen, copied, buffers } = scratch;
     let tile_at = |start: usize| start..end.min(start + TILE);
     let groups = rows.div_ceil(ROWS);
     let soft_cap = task.attention.soft_cap.map(SoftCap::new);
@@ -180,10 +177,6 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                     &gathered
                 }
             };
-            let values = match layout.values_in_keys {
-                true => &transposed.fill::<V, F>(&tile.keys, [layout.head_dim, layout.value_dim, task.blocks.dims()]),
-                false => &tile.values,
-            };
             let next = tiles.get(h + 1).or(next_tiles.first());
             for row in (first..rows).step_by(ROWS) {
                 let scores = &mut scores[row..rows.min(row + ROWS)];
@@ -199,6 +192,20 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                     mask(scores, &seen[token]);
                 }
             }
+            if layout.values_in_keys {
+                for row in (first..rows).step_by(ROWS) {
+                    online_softmax::<V>(&mut scores[row..rows.min(row + ROWS)], h * rows + row, state);
+                }
+                F::accumulate_keys::<V>(
+                    &scores[first..],
+                    within.len(),
+                    &tile.keys,
+                    layout.value_dim,
+                    state.accumulators(h * rows + first..(h + 1) * rows),
+                    buffers,
+                );
+                continue;
+            }
             for row in (first..rows).step_by(ROWS) {
                 let end = rows.min(row + ROWS);
                 let states = h * rows + row..h * rows + end;
@@ -207,10 +214,10 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                 F::accumulate::<V>(
                     &scores[row..end],
                     within.len(),
-                    values,
+                    &tile.values,
                     next,
                     state.accumulators(states),
-                    weight_buffer,
+                    buffers,
                 );
             }
         }

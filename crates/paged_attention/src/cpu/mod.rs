@@ -6,7 +6,7 @@
 //! - `queries`: packs the query rows of new tokens for the kernels.
 //! - `algorithm`: online softmax over tiles of tokens, written once for all formats and instruction sets; `state` has
 //!   the running maximum, running sum and accumulators of each row, `tile` finds the keys and values of a
-//!   tile, whose shape is in `panels`, and `transposed` makes values of keys.
+//!   tile, whose shape is in `panels`.
 //! - `format`: f32, f16, bf16 and int8 storage, and the products over it.
 //! - `wide`: the trait that each instruction set implements, a vector of sixteen lanes; `exp2` is written with it.
 //! - `arch`: the instruction sets; `kernel` chooses one.
@@ -24,7 +24,6 @@ mod queries;
 mod recompute;
 mod state;
 mod tile;
-mod transposed;
 mod wide;
 
 use block_pool::{KvDtype, KvLayout};

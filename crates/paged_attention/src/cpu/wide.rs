@@ -55,6 +55,8 @@ pub(super) trait Wide: Copy {
     fn max_or_nan(self, other: Self) -> Self;
     /// `self < limit ? then : otherwise`.
     fn select_less(self, limit: Self, then: Self, otherwise: Self) -> Self;
+    /// Two vectors that have the lanes of both in turns: `self[0], other[0], self[1], ..`, and the same from lane 8 on.
+    fn interleave(self, other: Self) -> [Self; 2];
     /// `2^n` for a float whose lowest bits are `n + 127`.
     fn power_of_two(self) -> Self;
 

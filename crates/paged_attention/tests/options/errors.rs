@@ -71,11 +71,13 @@ fn sink_logits_that_do_not_fit() {
 #[test]
 fn ranges_that_see_each_other() {
     let cache = KvCache::builder(KvShape::new(1, 1, 8)).blocks(1).build().unwrap();
-    let all = [vec![3..3], vec![3..6], vec![0..2, 1..3], vec![2..4, 0..3], vec![0..1, 0..1], vec![usize::MAX..0]];
+    let all: [&[(usize, usize)]; 6] =
+        [&[(3, 3)], &[(3, 6)], &[(0, 2), (1, 3)], &[(2, 4), (0, 3)], &[(0, 1), (0, 1)], &[(usize::MAX, 0)]];
     for ranges in all {
         let mut table = cache.table();
         let mut step = cache.step();
-        let options = ranges.iter().cloned().fold(PushOptions::default(), PushOptions::bidirectional);
+        let add = |options: PushOptions, &(start, end): &_| options.bidirectional(start..end);
+        let options = ranges.iter().fold(PushOptions::default(), add);
         let error = step.push_with(&mut table, &[1; 5], &options).unwrap_err();
         assert!(matches!(error, PushError::Bidirectional { tokens: 5, .. }), "{ranges:?}: {error}");
         assert_eq!((step.sequences(), cache.pool().in_use()), (0, 0));

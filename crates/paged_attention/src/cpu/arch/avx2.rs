@@ -43,6 +43,17 @@ fn shift_left<const BITS: i32>(x: __m256i) -> __m256 {
     instruction!(_mm256_castsi256_ps(instruction!(_mm256_slli_epi32::<BITS>(x))))
 }
 
+/// The lanes of both registers in turns.
+#[inline(always)]
+fn interleave(a: __m256, b: __m256) -> Avx2 {
+    // Both work on halves of registers.
+    let (low, high) = (instruction!(_mm256_unpacklo_ps(a, b)), instruction!(_mm256_unpackhi_ps(a, b)));
+    Avx2(
+        instruction!(_mm256_permute2f128_ps::<0x20>(low, high)),
+        instruction!(_mm256_permute2f128_ps::<0x31>(low, high)),
+    )
+}
+
 /// Adds to each sum the products of four unsigned bytes with four signed ones.
 ///
 /// Two products are added in a signed 16-bit integer first: 255 * 64 * 2 and 127 * 127 * 2 fit.
@@ -147,6 +158,11 @@ impl Wide for Avx2 {
             instruction!(_mm256_cmp_ps::<_CMP_LT_OQ>(self.1, limit.1)),
         );
         both!(_mm256_blendv_ps, otherwise, then, mask)
+    }
+
+    #[inline(always)]
+    fn interleave(self, other: Self) -> [Self; 2] {
+        [interleave(self.0, other.0), interleave(self.1, other.1)]
     }
 
     #[inline(always)]

@@ -30,6 +30,11 @@ pub(in crate::cpu) fn run<R: Run>(run: R) -> R::Output {
     run.run::<Avx512>()
 }
 
+/// Of two vectors, the first halves of both in turns: lanes from 16 on are those of the second vector.
+const LOW_LANES: [i32; LANES] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
+/// The second halves.
+const HIGH_LANES: [i32; LANES] = [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31];
+
 #[inline(always)]
 fn splat_int(x: i32) -> __m512i {
     instruction!(_mm512_set1_epi32(x))
@@ -116,6 +121,13 @@ impl Wide for Avx512 {
     fn select_less(self, limit: Self, then: Self, otherwise: Self) -> Self {
         let mask = instruction!(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, limit.0));
         Self(instruction!(_mm512_mask_blend_ps(mask, otherwise.0, then.0)))
+    }
+
+    #[inline(always)]
+    fn interleave(self, other: Self) -> [Self; 2] {
+        let low = instruction!(_mm512_loadu_si512(LOW_LANES.as_ptr().cast()));
+        let high = instruction!(_mm512_loadu_si512(HIGH_LANES.as_ptr().cast()));
+        [low, high].map(|lanes| Self(instruction!(_mm512_permutex2var_ps(self.0, lanes, other.0))))
     }
 
     #[inline(always)]

@@ -158,6 +158,17 @@ impl Wide for Neon {
     }
 
     #[inline(always)]
+    fn interleave(self, other: Self) -> [Self; 2] {
+        let (a, b) = (self.0, other.0);
+        let zip = |i: usize| [instruction!(vzip1q_f32(a[i], b[i])), instruction!(vzip2q_f32(a[i], b[i]))];
+        let halves = |i| {
+            let ([x, y], [z, w]) = (zip(i), zip(i + 1));
+            Self([x, y, z, w])
+        };
+        [halves(0), halves(2)]
+    }
+
+    #[inline(always)]
     fn power_of_two(self) -> Self {
         Self([
             shift_to_exponent(self.0[0]),

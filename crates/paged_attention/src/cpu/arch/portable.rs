@@ -106,6 +106,12 @@ impl Wide for Portable {
     }
 
     #[inline(always)]
+    fn interleave(self, other: Self) -> [Self; 2] {
+        let lane = |i: usize| if i.is_multiple_of(2) { self.0[i / 2] } else { other.0[i / 2] };
+        [0, LANES].map(|first| Self(std::array::from_fn(|i| lane(first + i))))
+    }
+
+    #[inline(always)]
     fn power_of_two(self) -> Self {
         Self(self.0.map(|x| f32::from_bits(x.to_bits() << 23)))
     }

@@ -62,10 +62,6 @@ pub(super) trait Format: 'static {
         dims: usize,
     );
 
-    /// Writes the first `value_dim` dimensions of the keys of a panel as the values of a panel of `dims` dimensions, the
-    /// rest of which are arbitrary.
-    fn transpose(keys: &[Self::Number], value_dim: usize, dims: usize, values: &mut [Self::Number]);
-
     /// Removes all query rows.
     fn clear(queries: &mut Self::Queries);
 
@@ -90,12 +86,28 @@ pub(super) trait Format: 'static {
         values: &Panels<'_, Self::Number>,
         next: Option<&Panels<'_, Self::Number>>,
         sums: &mut [[f32; LANES]],
-        weight_buffer: &mut WeightBuffer,
+        buffers: &mut Buffers,
+    );
+
+    /// The same for values that are the first `value_dim` dimensions of the keys, and for any number of rows: keys lie by
+    /// dimension, so they are transposed, once for all rows.
+    fn accumulate_keys<V: Wide>(
+        weights: &[Scores],
+        tokens: usize,
+        keys: &Panels<'_, Self::Number>,
+        value_dim: usize,
+        sums: &mut [[f32; LANES]],
+        buffers: &mut Buffers,
     );
 }
 
-/// A buffer for weights that a format has quantised.
+/// Buffers that formats need for a tile.
 #[derive(Default)]
-pub(super) struct WeightBuffer {
+pub(super) struct Buffers {
+    /// Quantised weights.
     weights: Vec<int8::Weights>,
+    /// A strip of transposed keys.
+    strip: Vec<[f32; LANES]>,
+    /// Transposed keys.
+    bytes: Vec<u8>,
 }

@@ -1,8 +1,8 @@
 //! Keys and values as f32, f16 or bf16. Arithmetic is in f32: numbers are converted when they are loaded.
 
+mod keys;
 mod scores;
 mod sums;
-mod transpose;
 
 use std::array::from_fn;
 use std::marker::PhantomData;
@@ -11,7 +11,7 @@ use block_pool::{KvLayout, PANEL, STRIP};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::{Format, ROWS, WeightBuffer};
+use super::{Buffers, Format, ROWS};
 use crate::cpu::arch::prefetch::prefetch;
 use crate::cpu::panels::{Panels, Scores};
 use crate::cpu::wide::{LANES, Wide};
@@ -136,23 +136,6 @@ impl<T: Number> Format for Float<T> {
         }
     }
 
-    #[inline(always)]
-    fn transpose(keys: &[T], _: usize, dims: usize, values: &mut [T]) {
-        let by_dim: &[[T; LANES]] = vectors(keys);
-        for first in (0..dims).step_by(STRIP) {
-            let width = STRIP.min(dims - first);
-            let strip = &mut values[first * PANEL..][..width * PANEL];
-            for at in (0..width).step_by(LANES) {
-                // The last dimensions of `dims` can be beyond those of the keys.
-                let square = |dim: usize| by_dim.get(first + at + dim).copied().unwrap_or([T::default(); LANES]);
-                let square = transpose::square(from_fn(square));
-                for (token, row) in square.iter().enumerate() {
-                    strip[token * width + at..][..LANES].copy_from_slice(row);
-                }
-            }
-        }
-    }
-
     fn clear(queries: &mut Rows) {
         queries.numbers.clear();
     }
@@ -189,9 +172,21 @@ impl<T: Number> Format for Float<T> {
         values: &Panels<'_, T>,
         next: Option<&Panels<'_, T>>,
         sums: &mut [[f32; LANES]],
-        _: &mut WeightBuffer,
+        _: &mut Buffers,
     ) {
         by_rows!(weights.len(), N => sums::tile::<V, T, N>(weights, tokens, values, next, sums))
+    }
+
+    #[inline(always)]
+    fn accumulate_keys<V: Wide>(
+        weights: &[Scores],
+        tokens: usize,
+        keys: &Panels<'_, T>,
+        _: usize,
+        sums: &mut [[f32; LANES]],
+        buffers: &mut Buffers,
+    ) {
+        keys::accumulate::<V, T>(weights, tokens, keys, sums, &mut buffers.strip);
     }
 }
 

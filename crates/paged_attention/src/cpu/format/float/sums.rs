@@ -12,7 +12,7 @@ use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
 use crate::cpu::wide::{LANES, Run, Wide};
 
 /// Vectors per full strip.
-const STRIP_VECTORS: usize = STRIP / LANES;
+pub(super) const STRIP_VECTORS: usize = STRIP / LANES;
 
 /// `sums (R, dims) += weights (R, tokens) values (tokens, dims)` for the first `tokens` of a tile, one strip after
 /// another.
@@ -26,21 +26,39 @@ pub(super) fn tile<V: Wide, T: Number, const R: usize>(
 ) {
     let Some(weights) = weights.first_chunk::<R>() else { return };
     let stride = sums.len() / R;
-    // Slots after the last token can contain anything, NaN included, so they are not read. Nor are blocks that were
-    // freed.
-    let count = |panel: usize| PANEL.min(tokens.saturating_sub(panel * PANEL));
-    let tokens: [_; TILE_PANELS] = from_fn(|panel| if values[panel].is_empty() { 0 } else { count(panel) });
-    let tile = Inputs { weights, values, tokens, next: next.unwrap_or(values), stride };
-    let full = tokens.iter().all(|&tokens| tokens == PANEL);
+    let tile = Inputs::new(weights, tokens, values, next, stride);
     for first in (0..stride).step_by(STRIP_VECTORS) {
-        let width = STRIP_VECTORS.min(stride - first);
-        let strip = Strip { first, width, column: 0 };
-        if V::COLUMNS == STRIP_VECTORS && width == STRIP_VECTORS {
-            sum::<V, T, R, STRIP_VECTORS>(&tile, strip, full, next.is_some(), sums);
-        } else {
-            (0..width)
-                .for_each(|column| sum::<V, T, R, 1>(&tile, Strip { column, ..strip }, full, next.is_some(), sums));
-        }
+        let strip = Strip { first, stored: first, width: STRIP_VECTORS.min(stride - first), column: 0 };
+        strip_of::<V, T, R>(&tile, strip, next.is_some(), sums);
+    }
+}
+
+/// The same for one strip: `width` vectors of each value, from vector `first` on. `values` has that strip only.
+#[inline(always)]
+pub(super) fn strip<V: Wide, const R: usize>(
+    weights: &[Scores],
+    tokens: usize,
+    values: &Panels<'_, f32>,
+    first: usize,
+    width: usize,
+    sums: &mut [[f32; LANES]],
+) {
+    let Some(weights) = weights.first_chunk::<R>() else { return };
+    let tile = Inputs::new(weights, tokens, values, None, sums.len() / R);
+    strip_of::<V, f32, R>(&tile, Strip { first, stored: 0, width, column: 0 }, false, sums);
+}
+
+#[inline(always)]
+fn strip_of<V: Wide, T: Number, const R: usize>(
+    tile: &Inputs<'_, T, R>,
+    strip: Strip,
+    prefetch: bool,
+    sums: &mut [[f32; LANES]],
+) {
+    if V::COLUMNS == STRIP_VECTORS && strip.width == STRIP_VECTORS {
+        sum::<V, T, R, STRIP_VECTORS>(tile, strip, prefetch, sums);
+    } else {
+        (0..strip.width).for_each(|column| sum::<V, T, R, 1>(tile, Strip { column, ..strip }, prefetch, sums));
     }
 }
 
@@ -50,15 +68,37 @@ struct Inputs<'a, T, const R: usize> {
     values: &'a Panels<'a, T>,
     /// How many tokens of each panel are read.
     tokens: [usize; TILE_PANELS],
+    /// Whether these are all.
+    full: bool,
     next: &'a Panels<'a, T>,
     /// Vectors per row of `sums`.
     stride: usize,
 }
 
-/// A strip: `width` vectors of each value, from vector `first` on. `column` is the vector of the strip to begin with.
+impl<'a, T, const R: usize> Inputs<'a, T, R> {
+    #[inline(always)]
+    fn new(
+        weights: &'a [Scores; R],
+        tokens: usize,
+        values: &'a Panels<'a, T>,
+        next: Option<&'a Panels<'a, T>>,
+        stride: usize,
+    ) -> Self {
+        // Slots after the last token can contain anything, NaN included, so they are not read. Nor are blocks that were
+        // freed.
+        let count = |panel: usize| PANEL.min(tokens.saturating_sub(panel * PANEL));
+        let tokens: [_; TILE_PANELS] = from_fn(|panel| if values[panel].is_empty() { 0 } else { count(panel) });
+        let full = tokens.iter().all(|&tokens| tokens == PANEL);
+        Self { weights, values, tokens, full, next: next.unwrap_or(values), stride }
+    }
+}
+
+/// A strip: `width` vectors of each value, from vector `first` of the value on, which is vector `stored` of what the panels
+/// have. `column` is the vector of the strip to begin with.
 #[derive(Clone, Copy)]
 struct Strip {
     first: usize,
+    stored: usize,
     width: usize,
     column: usize,
 }
@@ -67,7 +107,7 @@ impl Strip {
     /// This strip of a panel; empty if the panel is empty.
     #[inline(always)]
     fn of<'a, T>(&self, panel: &'a [T]) -> &'a [[T; LANES]] {
-        vectors(panel).get(self.first * PANEL..(self.first + self.width) * PANEL).unwrap_or_default()
+        vectors(panel).get(self.stored * PANEL..(self.stored + self.width) * PANEL).unwrap_or_default()
     }
 }
 
@@ -75,11 +115,10 @@ impl Strip {
 fn sum<V: Wide, T: Number, const R: usize, const C: usize>(
     tile: &Inputs<'_, T, R>,
     strip: Strip,
-    full: bool,
-    prefetch_vector: bool,
+    prefetch: bool,
     sums: &mut [[f32; LANES]],
 ) {
-    match (full, prefetch_vector) {
+    match (tile.full, prefetch) {
         (true, true) => V::outlined(Sum::<T, R, C, true, true> { tile, strip, sums }),
         (true, false) => V::outlined(Sum::<T, R, C, true, false> { tile, strip, sums }),
         (false, _) => V::outlined(Sum::<T, R, C, false, false> { tile, strip, sums }),
@@ -103,12 +142,12 @@ impl<T: Number, const R: usize, const C: usize, const FULL: bool, const PREFETCH
     /// several streams keep more memory reads in flight than one.
     #[inline(always)]
     fn run<V: Wide>(self) {
-        let Self { tile: &Inputs { weights, values, ref tokens, next, stride }, mut strip, sums: rows } = self;
+        let Self { tile: &Inputs { weights, values, ref tokens, next, stride, .. }, mut strip, sums: rows } = self;
         if C == STRIP_VECTORS {
             // These are constants if a full strip is accumulated at once.
             (strip.width, strip.column) = (C, 0);
         }
-        let Strip { first, width, column } = strip;
+        let Strip { first, width, column, .. } = strip;
         let (mut strips, mut ahead) = ([&[][..]; TILE_PANELS], [&[][..]; TILE_PANELS]);
         for panel in 0..TILE_PANELS {
             strips[panel] = strip.of(values[panel]);

@@ -17,14 +17,13 @@
 //! The ranges are chosen so that AVX2, which adds two products in 16 bits, does not overflow. Sums of integers are
 //! exact: they are the same with every instruction set.
 
+mod keys;
 mod scores;
 mod sums;
 
-use std::array::from_fn;
+use block_pool::{KvLayout, PANEL};
 
-use block_pool::{BYTE_STRIP, KvLayout, PANEL};
-
-use super::{Format, ROWS, WeightBuffer};
+use super::{Buffers, Format, ROWS};
 use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
 use crate::cpu::wide::{LANES, Wide};
 
@@ -176,23 +175,6 @@ impl Format for Int8 {
         values[PANEL * dims + index * 4..][..4].copy_from_slice(&block[layout.value_scale(offset, head)]);
     }
 
-    #[inline(always)]
-    fn transpose(keys: &[u8], value_dim: usize, dims: usize, values: &mut [u8]) {
-        let (numbers, scales) = split_scales(keys);
-        let (strips, value_scales) = values.split_at_mut(PANEL * dims);
-        // A vector of keys has four dimensions of sixteen tokens, a strip of values four tokens of sixteen dimensions in
-        // each of its vectors. Both consist of runs of four by four numbers.
-        for (quad, numbers) in numbers.iter().take(value_dim.div_ceil(4)).enumerate() {
-            let strip = &mut strips[quad * 4 / BYTE_STRIP * BYTE_STRIP * PANEL..][..BYTE_STRIP * PANEL];
-            let (runs, _) = numbers.as_chunks::<16>();
-            for (tokens, run) in runs.iter().enumerate() {
-                let to = &mut strip[tokens * 4 * BYTE_STRIP + quad * 4 % BYTE_STRIP * 4..][..16];
-                to.copy_from_slice(&from_fn::<u8, 16, _>(|i| run[i % 4 * 4 + i / 4] ^ OFFSET as u8));
-            }
-        }
-        value_scales.copy_from_slice(scales.as_flattened());
-    }
-
     fn clear(queries: &mut Rows) {
         queries.quads.clear();
         queries.scales.clear();
@@ -244,16 +226,33 @@ impl Format for Int8 {
         values: &Panels<'_, u8>,
         next: Option<&Panels<'_, u8>>,
         sums: &mut [[f32; LANES]],
-        weight_buffer: &mut WeightBuffer,
+        buffers: &mut Buffers,
     ) {
         let stride = sums.len() / weights.len();
-        V::outlined(sums::QuantiseWeights { weights, tokens, values, weight_buffer });
+        V::outlined(sums::QuantiseWeights { weights, tokens, values, to: &mut buffers.weights });
         let mut next = next;
         for (i, sums) in sums.chunks_mut(V::INT_ROWS * stride).enumerate() {
-            let rows = &weight_buffer.weights[i * V::INT_ROWS..];
+            let rows = &buffers.weights[i * V::INT_ROWS..];
             by_rows!(sums.len() / stride, N => sums::tile::<V, N>(rows, tokens, values, next, sums));
             next = None;
         }
+    }
+    #[inline(always)]
+    fn accumulate_keys<V: Wide>(
+        weights: &[Scores],
+        tokens: usize,
+        keys: &Panels<'_, u8>,
+        value_dim: usize,
+        sums: &mut [[f32; LANES]],
+        buffers: &mut Buffers,
+    ) {
+        let stride = sums.len() / weights.len();
+        let mut bytes = std::mem::take(&mut buffers.bytes);
+        let values = keys::transposed::<V>(keys, value_dim, stride * LANES, &mut bytes);
+        for (weights, sums) in weights.chunks(ROWS).zip(sums.chunks_mut(ROWS * stride)) {
+            Self::accumulate::<V>(weights, tokens, &values, None, sums, buffers);
+        }
+        buffers.bytes = bytes;
     }
 }
 

@@ -6,7 +6,6 @@ use block_pool::PANEL;
 
 use super::{P_LARGEST, P_SHIFT, SCALE_UP, Weights, lines_to_prefetch, scales_of, split_scales};
 use crate::cpu::arch::prefetch::prefetch;
-use crate::cpu::format::WeightBuffer;
 use crate::cpu::panels::{Panels, Scores, TILE, TILE_PANELS};
 use crate::cpu::wide::{LANES, Run, Wide, reduce_max_or_nan};
 
@@ -22,7 +21,7 @@ pub(super) struct QuantiseWeights<'a, 'v> {
     /// How many tokens of the tile exist.
     pub(super) tokens: usize,
     pub(super) values: &'a Panels<'v, u8>,
-    pub(super) weight_buffer: &'a mut WeightBuffer,
+    pub(super) to: &'a mut Vec<Weights>,
 }
 
 impl Run for QuantiseWeights<'_, '_> {
@@ -34,8 +33,8 @@ impl Run for QuantiseWeights<'_, '_> {
         for panel in 0..TILE_PANELS {
             scales[panel] = scales_of(split_scales(self.values[panel]).1);
         }
-        self.weight_buffer.weights.resize(self.weights.len(), Weights::default());
-        for (weights, to) in self.weights.iter().zip(&mut self.weight_buffer.weights) {
+        self.to.resize(self.weights.len(), Weights::default());
+        for (weights, to) in self.weights.iter().zip(self.to) {
             let mut scaled = [[0f32; LANES]; TILE_PANELS];
             let mut largest = V::splat(0.0);
             for panel in 0..TILE_PANELS {
