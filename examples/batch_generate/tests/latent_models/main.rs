@@ -32,8 +32,8 @@ impl Reference<'_> {
             Some((model, logits)) => (model, logits, known),
             None => (self.decoder.candle(), Vec::new(), 0),
         };
-        for position in known..tokens.len() {
-            let id = Tensor::new(&[[tokens[position]]], &Device::Cpu).unwrap();
+        for (position, &token) in tokens.iter().enumerate().skip(known) {
+            let id = Tensor::new(&[[token]], &Device::Cpu).unwrap();
             logits = model.forward(&id, position).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         }
         self.models.insert(tokens.to_vec(), (model, logits.clone()));
