@@ -213,7 +213,7 @@ mod tests {
             blocks: 0..0,
             tokens: 14,
             span: Span::all().narrowed_by(window),
-            bidirectional: vec![11..13],
+            bidirectional: std::iter::once(11..13).collect(),
             freed: 0..0,
         };
         let planned = |window| Planned { bidirectional: Vec::new(), ..with_image(window) };

@@ -47,7 +47,7 @@ impl Step<'_> {
     }
 
     /// The rows whose logits are wanted, sequence after sequence: `(rows)` of u32, by which a model selects what its head
-    /// computes. They are the last row of each sequence, or what its [`PushOptions`] ask for. There can be none.
+    /// computes. They are the last row of each sequence, or what its [options](crate::PushOptions) ask for. There can be none.
     ///
     /// # Errors
     ///
