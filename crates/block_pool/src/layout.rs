@@ -52,8 +52,8 @@ pub const BYTE_STRIP: usize = 16;
 /// Bytes of a scale in [`Order::QuadPanels`]: an f32.
 const SCALE: usize = 4;
 
-/// Numbers in a group in [`Order::QuadPanels`].
-const QUAD: usize = 4;
+/// Numbers in a group in [`Order::QuadPanels`]: dimensions of a key, tokens of a value.
+pub const QUAD: usize = 4;
 
 /// The layout of one block in one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -132,10 +132,7 @@ impl KvLayout {
     pub fn key(&self, offset: usize, head: usize, dim: usize) -> usize {
         let (panel, at) = (offset / PANEL, offset % PANEL);
         match self.order {
-            Order::Nhd => {
-                let apart = if self.planes() == 2 { 0 } else { self.value_elements() };
-                (offset * self.kv_heads + head) * (self.head_dim + apart) + dim
-            }
+            Order::Nhd => (offset * self.kv_heads + head) * self.token_elements() + dim,
             Order::Panels => self.key_panel(head, panel).start + dim * self.width(panel) + at,
             Order::QuadPanels => {
                 self.key_panel(head, panel).start + (dim / QUAD * self.width(panel) + at) * QUAD + dim % QUAD
@@ -144,27 +141,45 @@ impl KvLayout {
     }
 
     /// The index of dimension `dim` of `head`'s value for the token at `offset`, counted from the block's start.
-    #[inline]
+    #[inline(always)]
     pub fn value(&self, offset: usize, head: usize, dim: usize) -> usize {
         let (panel, at) = (offset / PANEL, offset % PANEL);
         // The first dimension of the strip, and how many dimensions the strip has.
         let strip = |most: usize| (dim / most * most, most.min(self.value_dim - dim / most * most));
         match self.order {
-            _ if self.values_in_keys => self.key(offset, head, dim),
-            Order::Nhd if self.planes() == 2 => self.key(offset + self.block_size, head, dim),
-            Order::Nhd => self.key(offset, head, self.head_dim + dim),
+            _ if self.values_in_keys => self.other_value(offset, head, dim),
+            Order::Nhd => self.other_value(offset, head, dim),
             Order::Panels => {
                 let (first, dims) = strip(STRIP);
                 self.value_panel(head, panel).start + first * self.width(panel) + at * dims + dim - first
             }
             Order::QuadPanels => {
                 let (first, dims) = strip(BYTE_STRIP);
-                let before = at / QUAD * QUAD;
-                let tokens = QUAD.min(self.width(panel) - before);
                 let strip = self.value_panel(head, panel).start + first * self.width(panel);
-                strip + before * dims + (dim - first) * tokens + at % QUAD
+                strip + at / QUAD * QUAD * dims + (dim - first) * self.value_step(offset) + at % QUAD
             }
         }
+    }
+
+    /// [`value`](Self::value) where it is the key's, or in [`Order::Nhd`]. Apart, so that the kernels' cases stay small enough
+    /// to be compiled into their loops.
+    #[inline(never)]
+    fn other_value(&self, offset: usize, head: usize, dim: usize) -> usize {
+        if self.values_in_keys {
+            self.key(offset, head, dim)
+        } else if self.planes() == 2 {
+            self.key(offset + self.block_size, head, dim)
+        } else {
+            self.key(offset, head, self.head_dim + dim)
+        }
+    }
+
+    /// In [`Order::QuadPanels`]: how far apart the dimensions of a value are inside a strip. (Those of a key are neighbours
+    /// inside a group of four.)
+    #[inline]
+    pub fn value_step(&self, offset: usize) -> usize {
+        let (panel, at) = (offset / PANEL, offset % PANEL);
+        QUAD.min(self.width(panel) - at / QUAD * QUAD)
     }
 
     /// In [`Order::QuadPanels`]: the range of the scale of `head`'s key for the token at `offset`.
@@ -187,6 +202,12 @@ impl KvLayout {
         debug_assert_eq!(self.order, Order::QuadPanels);
         let start = panel.end - (self.width(offset / PANEL) - offset % PANEL) * SCALE;
         start..start + SCALE
+    }
+
+    /// In [`Order::Nhd`]: the numbers of a token in one head that lie together.
+    #[inline(never)]
+    fn token_elements(&self) -> usize {
+        if self.planes() == 2 { self.head_dim } else { self.head_dim + self.value_elements() }
     }
 
     /// In [`Order::Nhd`]: 2 if a block has first the keys of all its tokens and then the values of all, 1 if each token

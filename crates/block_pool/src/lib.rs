@@ -37,7 +37,7 @@ pub use events::{KvEvent, KvEvents};
 pub use group::{GroupBlock, GroupBlocks, PoolGroup};
 pub use id::BlockId;
 pub use key::PrefixKey;
-pub use layout::{BYTE_STRIP, KvLayout, Order, PANEL, STRIP};
+pub use layout::{BYTE_STRIP, KvLayout, Order, PANEL, QUAD, STRIP};
 pub use observe::PoolMetrics;
 pub use pool::BlockPool;
 pub use salt::{Salt, SaltFrom};

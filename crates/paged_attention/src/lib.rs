@@ -40,8 +40,8 @@ pub use wrap::{find_error, wrap_error};
 
 pub use block_pool::{
     BYTE_STRIP, BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, Inconsistent, KvDtype, KvEvent, KvEvents,
-    KvLayout, KvShape, Order, OutOfBlocks, PANEL, PoolError, PoolGroup, PrefixKey, PrefixMatch, ReserveError, STRIP,
-    Salt, SaltFrom, Snapshot, Span, Stats, StorageError,
+    KvLayout, KvShape, Order, OutOfBlocks, PANEL, PoolError, PoolGroup, PrefixKey, PrefixMatch, QUAD, ReserveError,
+    STRIP, Salt, SaltFrom, Snapshot, Span, Stats, StorageError,
 };
 pub use block_table::{
     Admission, Admitted, BlockTable, CheckedOut, Need, NotReserved, OutOfWindow, Room, SaltTooLate, SequenceError,

@@ -26,7 +26,7 @@ use std::ops::Range;
 
 use super::exp2::{SoftCap, exp2_wide};
 use super::format::{Buffers, Format, ROWS};
-use super::panels::{Scores, TILE, TILE_PANELS};
+use super::panels::{Panels, Scores, TILE, TILE_PANELS};
 use super::state::{State, finite};
 use super::tile::{Blocks, Copied, Tile};
 use super::wide::{LANES, Run, Wide, reduce_max, reduce_sum};
@@ -193,17 +193,15 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                 }
             }
             if layout.values_in_keys {
-                for row in (first..rows).step_by(ROWS) {
-                    online_softmax::<V>(&mut scores[row..rows.min(row + ROWS)], h * rows + row, state);
-                }
-                F::accumulate_keys::<V>(
-                    &scores[first..],
-                    within.len(),
-                    &tile.keys,
-                    layout.value_dim,
-                    state.accumulators(h * rows + first..(h + 1) * rows),
+                V::outlined(AttendKeys::<F> {
+                    scores: &mut scores[first..],
+                    tokens: within.len(),
+                    keys: &tile.keys,
+                    value_dim: layout.value_dim,
+                    states: h * rows + first..(h + 1) * rows,
+                    state,
                     buffers,
-                );
+                });
                 continue;
             }
             for row in (first..rows).step_by(ROWS) {
@@ -221,6 +219,34 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                 );
             }
         }
+    }
+}
+
+/// The weights of a tile and their sums of values, where the values are in the keys. A function of its own, so that the
+/// loop over other tiles stays small.
+struct AttendKeys<'a, 'n, F: Format> {
+    /// The scores of all rows that see the tile.
+    scores: &'a mut [Scores],
+    /// How many tokens the tile has.
+    tokens: usize,
+    keys: &'a Panels<'n, F::Number>,
+    value_dim: usize,
+    /// The indices of these rows in `state`.
+    states: Range<usize>,
+    state: &'a mut State,
+    buffers: &'a mut Buffers,
+}
+
+impl<F: Format> Run for AttendKeys<'_, '_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Wide>(self) {
+        let Self { scores, tokens, keys, value_dim, states, state, buffers } = self;
+        for (i, rows) in scores.chunks_mut(ROWS).enumerate() {
+            online_softmax::<V>(rows, states.start + i * ROWS, state);
+        }
+        F::accumulate_keys::<V>(scores, tokens, keys, value_dim, state.accumulators(states), buffers);
     }
 }
 

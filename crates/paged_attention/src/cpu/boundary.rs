@@ -89,17 +89,25 @@ impl WriteSlots<'_> {
     fn write_slots<F: Format, S: Number>(&self, layer: &mut [F::Number], k: &[S], v: &[S]) {
         let Self { layout, plan } = *self;
         let KvLayout { block_size, kv_heads, head_dim, value_dim, values_in_keys, .. } = *layout;
+        // A value that is in its key is not written: no dimensions of one head after another.
         let own_value_dim = if values_in_keys { 0 } else { value_dim };
         let (k_width, v_width) = (kv_heads * head_dim, kv_heads * own_value_dim);
         let block_elements = layout.block_elements();
         let (mut wide_k, mut wide_v) = (vec![0f32; k_width], vec![0f32; v_width]);
-        for (row, (&slot, k)) in plan.slot_mapping.iter().zip(k.chunks_exact(k_width)).enumerate() {
+        let (mut k, mut v) = (k, v);
+        for &slot in &plan.slot_mapping {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             let block = &mut layer[block * block_elements..][..block_elements];
-            S::widen(k, &mut wide_k);
-            S::widen(&v[row * v_width..][..v_width], &mut wide_v);
+            let (k_row, v_row);
+            (k_row, k) = k.split_at(k_width);
+            (v_row, v) = v.split_at(v_width);
+            S::widen(k_row, &mut wide_k);
+            S::widen(v_row, &mut wide_v);
+            let mut values = &wide_v[..];
             for (head, k) in wide_k.chunks_exact(head_dim).enumerate() {
-                F::store(layout, block, offset, head, k, &wide_v[head * own_value_dim..][..own_value_dim]);
+                let v;
+                (v, values) = values.split_at(own_value_dim);
+                F::store(layout, block, offset, head, k, v);
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::array::from_fn;
 
-use block_pool::{BYTE_STRIP, PANEL};
+use block_pool::{BYTE_STRIP, PANEL, QUAD};
 
 use super::{Int8, OFFSET, split_scales};
 use crate::cpu::format::Format;
@@ -43,12 +43,12 @@ impl Run for Transpose<'_> {
         let (strips, value_scales) = self.values.split_at_mut(PANEL * self.dims);
         // A vector of keys has four dimensions of sixteen tokens; a strip of values has, in each of its vectors, four tokens
         // of sixteen dimensions. Both consist of runs of four by four numbers.
-        for (quad, numbers) in numbers.iter().take(self.value_dim.div_ceil(4)).enumerate() {
-            let strip = &mut strips[quad * 4 / BYTE_STRIP * BYTE_STRIP * PANEL..][..BYTE_STRIP * PANEL];
+        for (quad, numbers) in numbers.iter().take(self.value_dim.div_ceil(QUAD)).enumerate() {
+            let strip = &mut strips[quad * QUAD / BYTE_STRIP * BYTE_STRIP * PANEL..][..BYTE_STRIP * PANEL];
             let (runs, _) = numbers.as_chunks::<16>();
             for (tokens, run) in runs.iter().enumerate() {
-                let to = &mut strip[tokens * 4 * BYTE_STRIP + quad * 4 % BYTE_STRIP * 4..][..16];
-                to.copy_from_slice(&from_fn::<u8, 16, _>(|i| run[i % 4 * 4 + i / 4] ^ OFFSET as u8));
+                let to = &mut strip[tokens * QUAD * BYTE_STRIP + quad * QUAD % BYTE_STRIP * QUAD..][..16];
+                to.copy_from_slice(&from_fn::<u8, 16, _>(|i| run[i % QUAD * QUAD + i / QUAD] ^ OFFSET as u8));
             }
         }
         value_scales.copy_from_slice(scales.as_flattened());

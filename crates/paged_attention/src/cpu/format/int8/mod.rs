@@ -21,7 +21,7 @@ mod keys;
 mod scores;
 mod sums;
 
-use block_pool::{KvLayout, PANEL};
+use block_pool::{BYTE_STRIP, KvLayout, PANEL, QUAD};
 
 use super::{Buffers, Format, ROWS};
 use crate::cpu::panels::{Panels, Scores, TILE_PANELS};
@@ -119,11 +119,13 @@ impl Format for Int8 {
 
     fn store(layout: &KvLayout, block: &mut [u8], offset: usize, head: usize, k: &[f32], v: &[f32]) {
         let (k_quantiser, v_quantiser) = (Quantiser::of(k, 127.0), Quantiser::of(v, 127.0));
-        for (dim, x) in k.iter().enumerate() {
-            block[layout.key(offset, head, dim)] = (k_quantiser.quantise(*x) + OFFSET) as u8;
+        for (quad, k) in k.chunks(QUAD).enumerate() {
+            let to = &mut block[layout.key(offset, head, quad * QUAD)..];
+            to.iter_mut().zip(k).for_each(|(to, x)| *to = (k_quantiser.quantise(*x) + OFFSET) as u8);
         }
-        for (dim, x) in v.iter().enumerate() {
-            block[layout.value(offset, head, dim)] = v_quantiser.quantise(*x) as u8;
+        for (strip, v) in v.chunks(BYTE_STRIP).enumerate() {
+            let to = block[layout.value(offset, head, strip * BYTE_STRIP)..].iter_mut();
+            to.step_by(layout.value_step(offset)).zip(v).for_each(|(to, x)| *to = v_quantiser.quantise(*x) as u8);
         }
         block[layout.key_scale(offset, head)].copy_from_slice(&k_quantiser.scale.to_ne_bytes());
         if !layout.values_in_keys {
@@ -134,15 +136,18 @@ impl Format for Int8 {
     fn load(layout: &KvLayout, block: &[u8], offset: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
         let k_scale = read_scale(&block[layout.key_scale(offset, head)]);
         let v_scale = read_scale(&block[layout.value_scale(offset, head)]);
-        for (dim, k) in k.iter_mut().enumerate() {
-            *k = (i32::from(block[layout.key(offset, head, dim)]) - OFFSET) as f32 * k_scale;
+        for (quad, k) in k.chunks_mut(QUAD).enumerate() {
+            let from = &block[layout.key(offset, head, quad * QUAD)..];
+            k.iter_mut().zip(from).for_each(|(k, x)| *k = (i32::from(*x) - OFFSET) as f32 * k_scale);
         }
         if layout.values_in_keys {
             v.copy_from_slice(&k[..layout.value_dim]);
             return;
         }
-        for (dim, v) in v.iter_mut().enumerate() {
-            *v = f32::from(block[layout.value(offset, head, dim)] as i8) * v_scale;
+        for (strip, v) in v.chunks_mut(BYTE_STRIP).enumerate() {
+            let from = block[layout.value(offset, head, strip * BYTE_STRIP)..].iter();
+            let from = from.step_by(layout.value_step(offset));
+            v.iter_mut().zip(from).for_each(|(v, x)| *v = f32::from(*x as i8) * v_scale);
         }
     }
 
@@ -161,16 +166,21 @@ impl Format for Int8 {
     ) {
         let (keys, values) = to;
         let panel_layout = KvLayout { block_size: PANEL, kv_heads: 1, value_dim: dims, ..*layout };
-        for dim in 0..layout.head_dim {
-            keys[panel_layout.key(index, 0, dim)] = block[layout.key(offset, head, dim)];
+        for first in (0..layout.head_dim).step_by(QUAD) {
+            let from = &block[layout.key(offset, head, first)..][..QUAD];
+            keys[panel_layout.key(index, 0, first)..][..QUAD].copy_from_slice(from);
         }
         keys[panel_layout.key_scale(index, 0)].copy_from_slice(&block[layout.key_scale(offset, head)]);
         if layout.values_in_keys {
             return;
         }
         let first = panel_layout.value_panel(0, 0).start;
-        for dim in 0..layout.value_dim {
-            values[panel_layout.value(index, 0, dim) - first] = block[layout.value(offset, head, dim)];
+        for strip in (0..layout.value_dim).step_by(BYTE_STRIP) {
+            let dims = BYTE_STRIP.min(layout.value_dim - strip);
+            let from = block[layout.value(offset, head, strip)..].iter().step_by(layout.value_step(offset));
+            let to = values[panel_layout.value(index, 0, strip) - first..].iter_mut();
+            let to = to.step_by(panel_layout.value_step(index));
+            to.zip(from).take(dims).for_each(|(to, from)| *to = *from);
         }
         values[PANEL * dims + index * 4..][..4].copy_from_slice(&block[layout.value_scale(offset, head)]);
     }
