@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use paged_attention::{
-    AttendError, Attention, CacheError, KvCache, KvDtype, KvLayer, KvShape, PoolError, PushError, PushOptions,
-    find_error, paged_attention, reshape_and_cache,
+    AttendError, Attention, CacheError, KvCache, KvDtype, KvLayer, KvShape, LayerGroup, PoolError, PushError,
+    PushOptions, Window, find_error, paged_attention, reshape_and_cache,
 };
 
 fn zeros(rows: usize, heads: usize, dims: usize) -> Tensor {
@@ -184,6 +184,26 @@ fn cross_attention_that_does_not_fit() {
     assert_eq!(call(&[(&foreign, 1)], 1, &cross), "the table belongs to another pool");
     assert!(cache.attend_cached(0, &[(&table, 3)], &zeros(3, 2, 8), &cross).is_ok());
     assert!(cache.attend_cached(1, &[(&table, 3)], &zeros(3, 2, 8), &cross).is_err());
+}
+
+/// A window frees what it has passed; a row that would see it is refused, one that does not is computed.
+#[test]
+fn cross_attention_to_what_a_window_has_freed() {
+    let group = LayerGroup::new([0], 1, 8).window(Window::new(5));
+    let cache = KvCache::builder_of([group]).blocks(8).block_size(4).build().unwrap();
+    let mut table = cache.table();
+    let mut step = cache.step();
+    step.push(&mut table, &[1; 19]).unwrap();
+    step.write(0, &zeros(19, 1, 8), &zeros(19, 1, 8)).unwrap();
+    step.commit().unwrap();
+    assert_eq!(table.freed_blocks_of_group(0), 0..3);
+    let call =
+        |rows: usize, attention: &Attention| cache.attend_cached(0, &[(&table, rows)], &zeros(rows, 2, 8), attention);
+    // The fourth row from the end is at position 15 and sees 11..=15, which begins in a freed block.
+    assert!(call(3, &Attention::new(1.0)).is_ok());
+    let error = refused(call(4, &Attention::new(1.0))).to_string();
+    assert_eq!(error, "sequence 0 sees position 11, which its window has freed");
+    assert!(call(4, &Attention::new(1.0).window(Window::new(4))).is_ok());
 }
 
 #[test]

@@ -2,11 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use paged_attention::{
-    Backend, BlockTable, KvCache, KvDtype, KvLayer, KvShape, Step, paged_attention, paged_attention_with_lse,
-    reshape_and_cache,
+    Backend, BlockTable, KvCache, KvDtype, KvLayer, KvShape, LayerGroup, Step, paged_attention,
+    paged_attention_with_lse, reshape_and_cache,
 };
 
-use crate::case::{Case, Results, cases, stores};
+use crate::case::{Case, Results, bound, cases, stores};
 use crate::common::{Configure, Random, difference};
 use crate::numbers_of;
 
@@ -170,6 +170,44 @@ fn tables_of_a_window_keep_their_positions() {
     assert_eq!(tables[..3], [0, 0, 0]);
     assert_eq!(tables[3..], held[held.len() - 2..]);
     assert_eq!(slots, [i64::from(tables[4]) * 4 + 2]);
+}
+
+/// Layers of several groups: latents, layers with a window and values of another dimension, and a model layer that reads the
+/// first of them.
+#[test]
+fn groups_have_metadata_and_values_of_their_own() {
+    for (name, configure, dtype) in stores() {
+        let of = |case: &str| cases().into_iter().find(|of| of.name == case).unwrap();
+        let latent = of("latent");
+        let windowed = Case { window: Some(paged_attention::Window::new(20)), ..of("smaller values") };
+        let groups = [
+            LayerGroup::new([1], 1, 80).values_in_keys(64),
+            LayerGroup::new([0], 2, 32).value_dim(16).window(paged_attention::Window::new(20)),
+        ];
+        let cache =
+            configure(KvCache::builder_of(groups).blocks(40).block_size(4).dtype(dtype).poison(true)).build().unwrap();
+        let numbers = [windowed.numbers(60, 1), latent.numbers(60, 2)];
+        let mut table = cache.table();
+        for rows in [0..50, 50..51, 51..60] {
+            let mut step = cache.step();
+            step.push(&mut table, &numbers[0].ids(&rows)).unwrap();
+            for (layer, case) in [&windowed, &latent].into_iter().enumerate() {
+                let (q, k, v) = case.tensors(&numbers[layer], &rows);
+                let y = step.attend(layer, &q, &k, v.as_ref(), &case.attention()).unwrap();
+                let expected = case.dense(&numbers[layer], dtype, rows.clone(), rows.end).out;
+                assert!(difference(&numbers_of(&y), &expected) < bound(dtype), "{name}, layer {layer}");
+                let again = step.attend_cached(layer, &q, &case.attention()).unwrap();
+                assert_eq!(numbers_of(&again), numbers_of(&y), "{name}, layer {layer}");
+            }
+            let tables = |layer| step.metadata(layer).unwrap().block_tables().unwrap().to_vec2::<u32>().unwrap();
+            let [windowed, full] = [tables(0), tables(1)];
+            let freed = rows.start.saturating_sub(19) / 4;
+            assert_eq!((windowed[0].len(), full[0].len()), (rows.end.div_ceil(4), rows.end.div_ceil(4)));
+            assert!(windowed[0][..freed].iter().all(|block| *block == 0), "{windowed:?}");
+            assert!(step.metadata(2).is_err());
+            step.commit().unwrap();
+        }
+    }
 }
 
 fn tables_len(metadata: &paged_attention::StepMetadata<'_>) -> usize {

@@ -230,6 +230,39 @@ fn parts_merge_to_the_whole() {
     }
 }
 
+/// Segments in two caches: a sink logit counts once, and values have their own dimension or are in the keys.
+#[test]
+fn segments_are_merged_with_one_sink_logit() {
+    for (name, configure, dtype) in stores() {
+        let of = |name: &str| cases().into_iter().find(|case| case.name == name).unwrap();
+        for case in ["plain", "odd values", "latent", "small odd latent"].map(of) {
+            let case = Case { sinks: true, ..case };
+            let numbers = case.numbers(TOKENS, 11);
+            let caches = [0..70, 70..TOKENS].map(|part| {
+                let cache = case.cache(&configure, dtype, 16, TOKENS);
+                let mut tables = [cache.table()];
+                tables[0].append(part.len()).unwrap();
+                let (_, k, v) = case.tensors(&numbers, &part);
+                cache.write(0, &mut tables, 0, &k, v.as_ref()).unwrap();
+                (cache, tables, part)
+            });
+            let segments = caches.each_ref().map(|(cache, tables, part)| paged_attention::Segment {
+                cache,
+                tables,
+                start: part.start,
+                end: part.end,
+            });
+            let rows = 90..TOKENS;
+            let (q, ..) = case.tensors(&numbers, &rows);
+            let got = paged_attention::attend_segments(&segments, 0, rows.start, &q, &case.attention()).unwrap();
+            assert_eq!(got.dims(), [rows.len(), case.heads, case.shape.value_dim]);
+            let expected = case.dense(&numbers, dtype, rows, TOKENS).out;
+            let worst = difference(&numbers_of(&got), &expected);
+            assert!(worst < bound(dtype), "{}: {name}: {worst:e}", case.name);
+        }
+    }
+}
+
 #[test]
 fn merged_states_of_rows_that_see_nothing() {
     let device = &candle_core::Device::Cpu;
