@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 
 use crate::backend::Queries;
 use crate::plan::Plan;
-use crate::{AttendError, Attention, KvCache, validate, wrap_error};
+use crate::{Attention, KvCache, validate};
 
 impl KvCache {
     /// Attends to the tokens of some tables in one layer, without writing: for cross attention, where the sequences of a
@@ -38,7 +38,7 @@ impl KvCache {
     ///
     /// # Errors
     ///
-    /// [`AttendError`], wrapped, when the layer does not exist, a shape, dtype or device is wrong, a table belongs to
+    /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist, a shape, dtype or device is wrong, a table belongs to
     /// another pool, the rows of all sequences are not as many as those of `q`, a sequence has more rows than tokens
     /// although their positions matter (attention is causal, has a window, or weighs by distance), or a row sees a
     /// position that a window has freed. Otherwise the error of the device.
@@ -58,7 +58,7 @@ impl KvCache {
             let len = table.len();
             let position_matters = attention.depends_on_position() || !table.span_of_group(source.group).is_all();
             if position_matters && rows > len {
-                return tables_error(format!("sequence {i} has {rows} rows, but only {len} tokens"));
+                return validate::tables_error(format!("sequence {i} has {rows} rows, but only {len} tokens"));
             }
             plan.push_queries(table, rows, len.saturating_sub(rows), len);
             let block_size = source.layout.block_size;
@@ -67,17 +67,15 @@ impl KvCache {
                 .last()
                 .and_then(|planned| (0..rows).find_map(|row| planned.freed_but_seen(row, attention, block_size)));
             if let Some(seen) = freed {
-                return tables_error(format!("sequence {i} sees position {seen}, which its window has freed"));
+                return validate::tables_error(format!(
+                    "sequence {i} sees position {seen}, which its window has freed"
+                ));
             }
         }
         let planned = plan.sequences.last().map_or(0, |planned| planned.rows.end);
         if planned != all {
-            return tables_error(format!("the sequences have {planned} rows, but q has {all}"));
+            return validate::tables_error(format!("the sequences have {planned} rows, but q has {all}"));
         }
         source.attend(Queries { plan: &plan, q, heads, attention })
     }
-}
-
-fn tables_error<T>(what: String) -> Result<T> {
-    Err(wrap_error(AttendError::Tables(what)))
 }

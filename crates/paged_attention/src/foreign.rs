@@ -32,7 +32,7 @@ pub fn reshape_and_cache<'v>(
     let slots = integers(slot_mapping, "slot_mapping", &[rows])?;
     let all = kv.blocks() * kv.layout().block_size;
     if let Some(slot) = slots.iter().find(|slot| **slot >= all as i64) {
-        return tables_error(format!("slot_mapping has slot {slot}, but the layer has {all} slots"));
+        return validate::tables_error(format!("slot_mapping has slot {slot}, but the layer has {all} slots"));
     }
     let written: Vec<u32> = (0..).zip(&slots).filter_map(|(row, slot)| (*slot >= 0).then_some(row)).collect();
     let plan = Plan::of_slots(slots.iter().filter(|slot| **slot >= 0).map(|slot| *slot as u32).collect());
@@ -136,19 +136,25 @@ fn plan(
     let mut planned = 0;
     for (sequence, (&context, &query)) in contexts.iter().zip(&queries).enumerate() {
         let (Ok(context), Ok(query)) = (usize::try_from(context), usize::try_from(query)) else {
-            return tables_error(format!("sequence {sequence} has a context of {context} and {query} queries"));
+            return validate::tables_error(format!(
+                "sequence {sequence} has a context of {context} and {query} queries"
+            ));
         };
         if query > context {
-            return tables_error(format!("sequence {sequence} has {query} queries, but a context of {context} tokens"));
+            return validate::tables_error(format!(
+                "sequence {sequence} has {query} queries, but a context of {context} tokens"
+            ));
         }
         let needed = context.div_ceil(block_size);
         if needed > width {
             let has = format!("its table has room for {width} blocks of {block_size}");
-            return tables_error(format!("sequence {sequence} has a context of {context} tokens, but {has}"));
+            return validate::tables_error(format!("sequence {sequence} has a context of {context} tokens, but {has}"));
         }
         let blocks = &tables[sequence * width..][..needed];
         if let Some(block) = blocks.iter().find(|block| !(0..all as i64).contains(*block)) {
-            return tables_error(format!("sequence {sequence} has block {block}, but the layer has {all} blocks"));
+            return validate::tables_error(format!(
+                "sequence {sequence} has block {block}, but the layer has {all} blocks"
+            ));
         }
         planned += query;
         // A sequence that is not computed has no rows, so it needs no plan.
@@ -157,7 +163,7 @@ fn plan(
         }
     }
     if planned != rows {
-        return tables_error(format!("the sequences have {planned} queries, but q has {rows} rows"));
+        return validate::tables_error(format!("the sequences have {planned} queries, but q has {rows} rows"));
     }
     Ok((plan, heads))
 }
@@ -173,8 +179,4 @@ fn integers(tensor: &Tensor, name: &'static str, shape: &[usize]) -> Result<Vec<
         return Err(wrap_error(AttendError::DType { tensor: name, got, expected: "u32, i32 or i64" }));
     }
     tensor.flatten_all()?.to_dtype(DType::I64)?.to_vec1()
-}
-
-fn tables_error<T>(what: String) -> Result<T> {
-    Err(wrap_error(AttendError::Tables(what)))
 }
