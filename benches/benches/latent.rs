@@ -1,6 +1,6 @@
 //! Multi-head latent attention (DeepSeek-V2, section 2.1) in its absorbed form: 16 or 128 query heads of 576 dimensions
-//! over one latent vector per token, whose first 512 dimensions are the values. Compared with plain candle products over a
-//! contiguous tensor, with a cache that stores padded values beside the keys, and with the machine's limit of
+//! over one latent vector per token, whose first 512 dimensions are the values. Compared with plain candle products
+//! over a contiguous tensor, with a cache that stores padded values beside the keys, and with the machine's limit of
 //! multiply-adds.
 
 use std::hint::black_box;

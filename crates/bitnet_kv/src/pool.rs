@@ -229,6 +229,12 @@ impl PagedKVPoolBuilder {
         if self.max_seq_len == 0 {
             return Err(KvError::Zero("max_seq_len"));
         }
+        let KvShape { head_dim, value_dim, values_in_keys, .. } = self.shape;
+        if values_in_keys || value_dim != head_dim {
+            return Err(KvError::Options(
+                "the host's values have as many dimensions as its keys, and are no part of them".into(),
+            ));
+        }
         if let Overflow::Circular { sink_tokens } = self.overflow {
             if sink_tokens >= self.max_seq_len {
                 let max_seq_len = self.max_seq_len;

@@ -32,6 +32,15 @@ fn random(tokens: usize) -> Tensor {
 }
 
 #[test]
+fn values_are_as_wide_as_keys() {
+    let shape = bitnet_kv::KvShape::new(1, 1, 8);
+    for shape in [shape.value_dim(4), shape.values_in_keys(8)] {
+        let error = bitnet_kv::PagedKVPool::builder(shape).blocks(4).build().unwrap_err();
+        assert!(matches!(error, bitnet_kv::KvError::Options(_)), "{error}");
+    }
+}
+
+#[test]
 fn extreme_lengths_of_a_paged_cache() {
     for overflow in overflows() {
         for n in EXTREMES {

@@ -14,8 +14,8 @@ use crate::{KvDtype, KvShape};
 /// itself. A block of several panels has the same numbers in the same order as that many blocks of one panel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Order {
-    /// K, then V, `(block_size, kv_heads, head_dim)` each, as FlashInfer's and vLLM's kernels read them: the numbers of a
-    /// token are contiguous, so that plain tensor operations can write and gather them. If values have a dimension of
+    /// K, then V, `(block_size, kv_heads, head_dim)` each, as FlashInfer's and vLLM's kernels read them: the numbers of
+    /// a token are contiguous, so that plain tensor operations can write and gather them. If values have a dimension of
     /// their own, a block is `(block_size, kv_heads, head_dim + value_dim)`, each key with its value after it; if they
     /// are in the keys, it is `(block_size, kv_heads, head_dim)`. It has been used on CPUs only, never on a GPU (CUDA,
     /// Metal).
@@ -161,8 +161,8 @@ impl KvLayout {
         }
     }
 
-    /// [`value`](Self::value) where it is the key's, or in [`Order::Nhd`]. Apart, so that the kernels' cases stay small enough
-    /// to be compiled into their loops.
+    /// [`value`](Self::value) where it is the key's, or in [`Order::Nhd`]. Apart, so that the kernels' cases stay small
+    /// enough to be compiled into their loops.
     #[inline(never)]
     fn other_value(&self, offset: usize, head: usize, dim: usize) -> usize {
         if self.values_in_keys {
@@ -174,8 +174,8 @@ impl KvLayout {
         }
     }
 
-    /// In [`Order::QuadPanels`]: how far apart the dimensions of a value are inside a strip. (Those of a key are neighbours
-    /// inside a group of four.)
+    /// In [`Order::QuadPanels`]: how far apart the dimensions of a value are inside a strip. (Those of a key are
+    /// neighbours inside a group of four.)
     #[inline]
     pub fn value_step(&self, offset: usize) -> usize {
         let (panel, at) = (offset / PANEL, offset % PANEL);

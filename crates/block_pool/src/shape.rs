@@ -11,7 +11,7 @@ use crate::{KvDtype, KvLayout, Order};
 ///
 /// let llama = KvShape::new(32, 8, 128); // values have as many dimensions as keys
 /// let mimo = KvShape::new(9, 4, 192).value_dim(128); // they have fewer
-/// // Multi-head latent attention keeps one vector for all heads. A value is its first 512 dimensions: DeepSeek-V2-Lite.
+/// // DeepSeek-V2-Lite keeps one latent vector for all heads. Its first 512 dimensions are the values.
 /// let latent = KvShape::new(27, 1, 576).values_in_keys(512);
 /// assert_eq!(llama.bytes_per_block(1, KvDtype::Bf16), Some(32 * 8 * (128 + 128) * 2));
 /// assert_eq!(mimo.bytes_per_block(1, KvDtype::Bf16), Some(9 * 4 * (192 + 128) * 2));

@@ -94,9 +94,9 @@ impl KvTensors {
         self.layers.get(layer)
     }
 
-    /// The keys and the values of one layer whose blocks are in the order [`Nhd`](Order::Nhd), as views:
-    /// `(blocks, block_size, kv_heads, head_dim)` and `(blocks, block_size, kv_heads, value_dim)`, for kernels of others.
-    /// The last dimension is contiguous; the strides have the rest.
+    /// The keys and the values of one layer whose blocks are in the order [`Nhd`](Order::Nhd), as views: `(blocks,
+    /// block_size, kv_heads, head_dim)` and `(blocks, block_size, kv_heads, value_dim)`, for kernels of others. The
+    /// last dimension is contiguous; the strides have the rest.
     ///
     /// # Errors
     ///

@@ -43,8 +43,8 @@ impl Attention {
     ///
     /// If the layer always has this window, put it into a group of layers with the window instead
     /// ([`LayerGroup::window`](crate::LayerGroup::window)), or give the window to the table if all layers have it
-    /// ([`TableOptions::window`](crate::TableOptions::window)): then the blocks outside the window are freed. Of several
-    /// windows the smallest applies, and the smallest number of sink tokens.
+    /// ([`TableOptions::window`](crate::TableOptions::window)): then the blocks outside the window are freed. Of
+    /// several windows the smallest applies, and the smallest number of sink tokens.
     #[must_use]
     pub fn window(self, window: Window) -> Self {
         Self { window: Some(window), ..self }
@@ -65,9 +65,9 @@ impl Attention {
         Self { slopes: Some(slopes.into()), ..self }
     }
 
-    /// Adds one learned logit for each query head to the scores that the weights are normalised over (gpt-oss). No value
-    /// belongs to it: it takes its share of the weight, and the weights of the tokens add up to less than one. It is not
-    /// scaled, capped or biased. A logit of -inf changes nothing.
+    /// Adds one learned logit for each query head to the scores that the weights are normalised over (gpt-oss). No
+    /// value belongs to it: it takes its share of the weight, and the weights of the tokens add up to less than one. It
+    /// is not scaled, capped or biased. A logit of -inf changes nothing.
     ///
     /// *Sink tokens* are something else: the first tokens of a sequence, which a window keeps
     /// ([`Window::with_sink_tokens`]). A layer can have both.

@@ -30,8 +30,8 @@ pub(crate) struct Queries<'a> {
 
 /// A way to compute.
 trait Compute {
-    /// Writes k `(tokens, kv_heads, head_dim)` and v `(tokens, kv_heads, value_dim)` to the slots of the plan. There is no
-    /// v if the values are in the keys.
+    /// Writes k `(tokens, kv_heads, head_dim)` and v `(tokens, kv_heads, value_dim)` to the slots of the plan. There is
+    /// no v if the values are in the keys.
     fn write(&self, layer: Layer<'_>, plan: &Plan, k: &Tensor, v: Option<&Tensor>) -> Result<()>;
 
     /// Copies the first `len` tokens of these blocks: k `(len, kv_heads, head_dim)` and v `(len, kv_heads, value_dim)`.

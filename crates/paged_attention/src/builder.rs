@@ -65,8 +65,8 @@ impl KvCacheBuilder {
         Self { size: Size::Blocks(blocks), ..self }
     }
 
-    /// Sets the number of blocks to as many as fit into `bytes`, over all layers together. If there are several groups of
-    /// layers, they share this memory: at any time it can be used for blocks of any of them.
+    /// Sets the number of blocks to as many as fit into `bytes`, over all layers together. If there are several groups
+    /// of layers, they share this memory: at any time it can be used for blocks of any of them.
     pub fn memory(self, bytes: usize) -> Self {
         Self { size: Size::Bytes(bytes), ..self }
     }
@@ -163,8 +163,8 @@ impl KvCacheBuilder {
         group.own_dtype().unwrap_or(self.dtype)
     }
 
-    /// The size of a unit in bytes, and how many units a block of each group takes. In a cache with one group, a unit is
-    /// a block.
+    /// The size of a unit in bytes, and how many units a block of each group takes. In a cache with one group, a unit
+    /// is a block.
     fn units(&self) -> (usize, Vec<usize>) {
         let bytes = |group: &LayerGroup| {
             let bytes = group.shape().bytes_per_block(self.block_size, self.dtype_of(group));

@@ -46,8 +46,8 @@ impl KvCache {
     /// together.
     ///
     /// Each group reserves addresses for all of the memory, and the system provides the memory itself when blocks are
-    /// written. What a group does not need any more goes back to the system when another one needs it: on Linux, in whole
-    /// pages, and not while blocks are [poisoned](KvCacheBuilder::poison).
+    /// written. What a group does not need any more goes back to the system when another one needs it: on Linux, in
+    /// whole pages, and not while blocks are [poisoned](KvCacheBuilder::poison).
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -150,9 +150,10 @@ impl KvCache {
         Ok(self.layer(layer)?.tensor)
     }
 
-    /// The keys and the values of one layer as views for kernels of others: `(blocks, block_size, kv_heads, head_dim)` and
-    /// `(blocks, block_size, kv_heads, value_dim)`, in the order NHD ([`Order::Nhd`]). A cache has it on every device but
-    /// a CPU, and on a CPU with [`Backend::Gather`](crate::Backend::Gather). [`Step::metadata`] has the tables.
+    /// The keys and the values of one layer as views for kernels of others: `(blocks, block_size, kv_heads, head_dim)`
+    /// and `(blocks, block_size, kv_heads, value_dim)`, in the order NHD ([`Order::Nhd`]). A cache has it on every
+    /// device but a CPU, and on a CPU with [`Backend::Gather`](crate::Backend::Gather). [`Step::metadata`] has the
+    /// tables.
     ///
     /// # Errors
     ///

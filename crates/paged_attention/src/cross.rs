@@ -8,13 +8,13 @@ use crate::plan::Plan;
 use crate::{Attention, KvCache, validate};
 
 impl KvCache {
-    /// Attends to the tokens of some tables in one layer, without writing: for cross attention, where the sequences of a
-    /// decoder read what an encoder has written. `sequences` has a table and a number of rows for each sequence; the rows
-    /// lie one sequence after the other in `q (rows, heads, head_dim)`. The tables can have different lengths. Several
-    /// sequences can read the same table, and one can have no rows. Returns `(rows, heads, value_dim)`.
+    /// Attends to the tokens of some tables in one layer, without writing: for cross attention, where the sequences of
+    /// a decoder read what an encoder has written. `sequences` has a table and a number of rows for each sequence; the
+    /// rows lie one sequence after the other in `q (rows, heads, head_dim)`. The tables can have different lengths.
+    /// Several sequences can read the same table, and one can have no rows. Returns `(rows, heads, value_dim)`.
     ///
-    /// Cross attention is not causal ([`Attention::causal`]`(false)`): each row sees all tokens of its table. Otherwise the
-    /// rows are the last tokens of their table.
+    /// Cross attention is not causal ([`Attention::causal`]`(false)`): each row sees all tokens of its table. Otherwise
+    /// the rows are the last tokens of their table.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -38,10 +38,10 @@ impl KvCache {
     ///
     /// # Errors
     ///
-    /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist, a shape, dtype or device is wrong, a table belongs to
-    /// another pool, the rows of all sequences are not as many as those of `q`, a sequence has more rows than tokens
-    /// although their positions matter (attention is causal, has a window, or weighs by distance), or a row sees a
-    /// position that a window has freed. Otherwise the error of the device.
+    /// [`AttendError`](crate::AttendError), wrapped, when the layer does not exist, a shape, dtype or device is wrong,
+    /// a table belongs to another pool, the rows of all sequences are not as many as those of `q`, a sequence has more
+    /// rows than tokens although their positions matter (attention is causal, has a window, or weighs by distance), or
+    /// a row sees a position that a window has freed. Otherwise the error of the device.
     pub fn attend_cached(
         &self,
         layer: usize,

@@ -67,7 +67,7 @@ pub enum PushError {
     #[error("the table belongs to another pool")]
     ForeignTable,
     /// A range of tokens that see each other is empty, goes beyond the tokens, or overlaps another one.
-    #[error("the {tokens} tokens have no range {}..{} of their own whose tokens can see each other", range.start, range.end)]
+    #[error("{}..{} is empty, beyond the {tokens} tokens, or overlaps another such range", range.start, range.end)]
     Bidirectional {
         /// The range.
         range: Range<usize>,

@@ -18,8 +18,8 @@ use crate::{AttendError, Attention, KvLayer, validate, wrap_error};
 ///
 /// # Errors
 ///
-/// [`AttendError`], wrapped, when a shape, dtype or device is wrong, or a slot does not exist; nothing was written then.
-/// Otherwise the error of the device.
+/// [`AttendError`], wrapped, when a shape, dtype or device is wrong, or a slot does not exist; nothing was written
+/// then. Otherwise the error of the device.
 pub fn reshape_and_cache<'v>(
     k: &Tensor,
     v: impl Into<Option<&'v Tensor>>,
@@ -47,20 +47,20 @@ pub fn reshape_and_cache<'v>(
     layer.write(&plan, &select(k)?, v.map(select).transpose()?.as_ref())
 }
 
-/// Attention over blocks that another block manager hands out: `q (tokens, heads, head_dim)` are the last tokens of some
-/// sequences, packed one sequence after the other, each attending to its tokens in the blocks of `kv`. Returns `(tokens,
-/// heads, value_dim)`.
+/// Attention over blocks that another block manager hands out: `q (tokens, heads, head_dim)` are the last tokens of
+/// some sequences, packed one sequence after the other, each attending to its tokens in the blocks of `kv`. Returns
+/// `(tokens, heads, value_dim)`.
 ///
 /// | tensor | shape |
 /// |---|---|
 /// | `q` | `(tokens, heads, head_dim)`: f32, f16 or bf16 |
-/// | `block_tables` | `(sequences, most blocks)` of u32, i32 or i64: the blocks of each sequence in the order of its positions; what a sequence does not need is not read |
+/// | `block_tables` | `(sequences, most blocks)` of u32, i32 or i64: the blocks of each, by position; the rest is not read |
 /// | `context_lens` | `(sequences)`: how many tokens each has, those of `q` included |
 /// | `query_lens` | `(sequences)`: how many of them are in `q` |
 ///
-/// With one row for each sequence it is decode, with more prefill or its chunks; both can be mixed. Keys and values of the
-/// tokens in `q` have to be written before ([`reshape_and_cache`]). Attention over the same tokens is the same as in
-/// [`Step::attend`](crate::Step::attend), to the last bit.
+/// With one row for each sequence it is decode, with more prefill or its chunks; both can be mixed. Keys and values of
+/// the tokens in `q` have to be written before ([`reshape_and_cache`]). Attention over the same tokens is the same as
+/// in [`Step::attend`](crate::Step::attend), to the last bit.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -82,9 +82,9 @@ pub fn reshape_and_cache<'v>(
 ///
 /// # Errors
 ///
-/// [`AttendError`], wrapped, when a shape, dtype or device is wrong, a block does not exist, a table is too short for its
-/// context, a sequence has more queries than tokens, or the queries are not as many as the rows of `q`. Otherwise the
-/// error of the device.
+/// [`AttendError`], wrapped, when a shape, dtype or device is wrong, a block does not exist, a table is too short for
+/// its context, a sequence has more queries than tokens, or the queries are not as many as the rows of `q`. Otherwise
+/// the error of the device.
 pub fn paged_attention(
     q: &Tensor,
     kv: &KvLayer,

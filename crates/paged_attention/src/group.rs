@@ -56,8 +56,8 @@ impl LayerGroup {
         Self { span: Span::window(window), ..self }
     }
 
-    /// Cuts a sequence into chunks of `n` tokens: a token sees only its own chunk (Llama 4). A sequence frees the blocks
-    /// of earlier chunks.
+    /// Cuts a sequence into chunks of `n` tokens: a token sees only its own chunk (Llama 4). A sequence frees the
+    /// blocks of earlier chunks.
     #[must_use]
     pub fn chunks(self, n: usize) -> Self {
         Self { span: Span::chunks(n), ..self }

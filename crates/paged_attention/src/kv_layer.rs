@@ -6,9 +6,9 @@ use candle_core::{Device, Result, Tensor};
 use crate::backend::Layer;
 use crate::{CacheError, Kernel, KvCache, cpu};
 
-/// The blocks of one layer, without a pool that says which are free: for engines that have a block manager of their own.
-/// [`paged_attention`](crate::paged_attention) reads them, [`reshape_and_cache`](crate::reshape_and_cache) writes them.
-/// A clone shares the blocks.
+/// The blocks of one layer, without a pool that says which are free: for engines that have a block manager of their
+/// own. [`paged_attention`](crate::paged_attention) reads them, [`reshape_and_cache`](crate::reshape_and_cache) writes
+/// them. A clone shares the blocks.
 #[derive(Debug, Clone)]
 pub struct KvLayer {
     /// `(blocks, elements of a block)`
@@ -18,13 +18,13 @@ pub struct KvLayer {
 }
 
 impl KvLayer {
-    /// Allocates the layers of a model: each has `blocks` zeroed blocks of `block_size` tokens. On a CPU the fastest kernel
-    /// that this machine can run reads them in place; on other devices tensor operations do (never run there).
+    /// Allocates the layers of a model: each has `blocks` zeroed blocks of `block_size` tokens. On a CPU the fastest
+    /// kernel that this machine can run reads them in place; on other devices tensor operations do (never run there).
     ///
     /// # Errors
     ///
-    /// [`CacheError`] when a number is zero or too large, the memory cannot be allocated, or `dtype` cannot be stored on
-    /// this device.
+    /// [`CacheError`] when a number is zero or too large, the memory cannot be allocated, or `dtype` cannot be stored
+    /// on this device.
     pub fn zeros(
         shape: KvShape,
         blocks: usize,
@@ -61,8 +61,8 @@ impl KvLayer {
 }
 
 impl KvCache {
-    /// The blocks of one layer of this cache, for tables that are kept elsewhere. The pool knows nothing of what is done
-    /// with them: write only to blocks that tables of yours use.
+    /// The blocks of one layer of this cache, for tables that are kept elsewhere. The pool knows nothing of what is
+    /// done with them: write only to blocks that tables of yours use.
     ///
     /// # Errors
     ///

@@ -7,10 +7,10 @@ use crate::{AttendError, wrap_error};
 /// Merges the results of attention of the same queries over different tokens, for example over a prefix that sequences
 /// share and over the rest of each, or over the tokens of several machines.
 ///
-/// Each part is a result `(tokens, heads, value_dim)` and the natural logarithm of its sum of weights, `(tokens, heads)` in
-/// f32, as [`Step::attend_with_lse`](crate::Step::attend_with_lse) returns them, or kernels of others (FlashInfer's are to
-/// base two: multiply them by ln 2). The merged result, in the type of the first part, and its logarithm are returned. A
-/// row that sees no token in any part is zero, and its logarithm -inf.
+/// Each part is a result `(tokens, heads, value_dim)` and the natural logarithm of its sum of weights, `(tokens,
+/// heads)` in f32, as [`Step::attend_with_lse`](crate::Step::attend_with_lse) returns them, or kernels of others
+/// (FlashInfer's are to base two: multiply them by ln 2). The merged result, in the type of the first part, and its
+/// logarithm are returned. A row that sees no token in any part is zero, and its logarithm -inf.
 ///
 /// A sink logit counts once: give it to one of the parts only ([`Attention::without_sink_logits`]).
 ///
@@ -18,7 +18,8 @@ use crate::{AttendError, wrap_error};
 ///
 /// # Errors
 ///
-/// [`AttendError::Shape`], wrapped, when there are no parts, or their shapes do not fit. Otherwise the error of the device.
+/// [`AttendError::Shape`], wrapped, when there are no parts, or their shapes do not fit. Otherwise the error of the
+/// device.
 pub fn merge_states(parts: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
     let wrong = |tensor, got: &Tensor, expected: String| {
         Err(wrap_error(AttendError::Shape { tensor, got: got.dims().to_vec(), expected }))

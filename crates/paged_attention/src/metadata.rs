@@ -5,13 +5,13 @@ use candle_core::{Device, Result, Tensor};
 use crate::plan::{Plan, Planned};
 
 /// The metadata of one step in the layers of one group, for kernels of others: where to write new keys and values, and
-/// where each sequence's blocks are. Each is a tensor on the cache's device; `docs/kernels.md` has a table of which kernel
-/// takes which. Together with the views of the blocks ([`KvCache::nhd_views`](crate::KvCache::nhd_views)) they are all
-/// that a kernel needs.
+/// where each sequence's blocks are. Each is a tensor on the cache's device; `docs/kernels.md` has a table of which
+/// kernel takes which. Together with the views of the blocks ([`KvCache::nhd_views`](crate::KvCache::nhd_views)) they
+/// are all that a kernel needs.
 ///
-/// Numbers are u32, which have the same bits as the i32 that most kernels declare (candle has no i32 before 0.10); slots
-/// are i64, as in vLLM. In a group with a window, the entry of a block that the window has passed is 0. A kernel with the
-/// same window does not read it.
+/// Numbers are u32, which have the same bits as the i32 that most kernels declare (candle has no i32 before 0.10);
+/// slots are i64, as in vLLM. In a group with a window, the entry of a block that the window has passed is 0. A kernel
+/// with the same window does not read it.
 #[derive(Debug, Clone, Copy)]
 pub struct StepMetadata<'s> {
     plan: &'s Plan,
@@ -34,8 +34,8 @@ impl<'s> StepMetadata<'s> {
         Tensor::new(slots, self.device)
     }
 
-    /// The blocks of each sequence, in the order of its positions, filled up with zeros: `(sequences, most blocks)` of u32
-    /// (vLLM's and candle-flash-attn's block table).
+    /// The blocks of each sequence, in the order of its positions, filled up with zeros: `(sequences, most blocks)` of
+    /// u32 (vLLM's and candle-flash-attn's block table).
     ///
     /// # Errors
     ///
@@ -57,8 +57,8 @@ impl<'s> StepMetadata<'s> {
         Tensor::new(blocks, self.device)
     }
 
-    /// Where each sequence's blocks begin in [`kv_indices`](Self::kv_indices), and where the last one's end: `(sequences +
-    /// 1)` of u32 (FlashInfer's `paged_kv_indptr`).
+    /// Where each sequence's blocks begin in [`kv_indices`](Self::kv_indices), and where the last one's end:
+    /// `(sequences + 1)` of u32 (FlashInfer's `paged_kv_indptr`).
     ///
     /// # Errors
     ///
@@ -104,8 +104,8 @@ impl<'s> StepMetadata<'s> {
         self.of_each(|planned| planned.rows.len())
     }
 
-    /// Where each sequence's rows begin, and where the last one's end: `(sequences + 1)` of u32 (vLLM's `query_start_loc`,
-    /// FlashInfer's `qo_indptr`, candle-flash-attn's `seqlens_q`).
+    /// Where each sequence's rows begin, and where the last one's end: `(sequences + 1)` of u32 (vLLM's
+    /// `query_start_loc`, FlashInfer's `qo_indptr`, candle-flash-attn's `seqlens_q`).
     ///
     /// # Errors
     ///

@@ -42,9 +42,9 @@ pub enum Logits {
 }
 
 impl PushOptions {
-    /// Lets the tokens at these indices of `tokens` see each other, later ones included, as the tokens of an image do in
-    /// Gemma 3: in every layer they see all of the range, also what a window or the start of a chunk would hide, and before
-    /// it what they see as causal tokens. It can be called several times, for several images.
+    /// Lets the tokens at these indices of `tokens` see each other, later ones included, as the tokens of an image do
+    /// in Gemma 3: in every layer they see all of the range, also what a window or the start of a chunk would hide, and
+    /// before it what they see as causal tokens. It can be called several times, for several images.
     ///
     /// All of an image has to be in one step, because its first token sees its last. Give it a
     /// [salt](crate::BlockTable::salt_from), which identifies the image.
@@ -54,8 +54,8 @@ impl PushOptions {
         self
     }
 
-    /// Sets of which tokens the logits are wanted: of the last one by default. The step does not compute logits. It tells
-    /// the model which rows its head has to compute ([`Step::logits_rows`](crate::Step::logits_rows)).
+    /// Sets of which tokens the logits are wanted: of the last one by default. The step does not compute logits. It
+    /// tells the model which rows its head has to compute ([`Step::logits_rows`](crate::Step::logits_rows)).
     #[must_use]
     pub fn logits(self, logits: Logits) -> Self {
         Self { logits, ..self }

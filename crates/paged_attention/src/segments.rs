@@ -29,9 +29,9 @@ pub struct Segment<'a> {
 }
 
 impl KvCache {
-    /// Writes keys and values to one layer, at the positions from `start` on of each table: `k` `(tables * tokens, kv_heads,
-    /// head_dim)` and `v` `(tables * tokens, kv_heads, value_dim)`, table after table. `v` is `None` if the [values are in
-    /// the keys](block_pool::KvShape::values_in_keys). The slots must have been
+    /// Writes keys and values to one layer, at the positions from `start` on of each table: `k` `(tables * tokens,
+    /// kv_heads, head_dim)` and `v` `(tables * tokens, kv_heads, value_dim)`, table after table. `v` is `None` if the
+    /// [values are in the keys](block_pool::KvShape::values_in_keys). The slots must have been
     /// [reserved](BlockTable::reserve). Blocks that are shared or cached are copied first
     /// ([`BlockTable::make_writable`]).
     ///
@@ -85,8 +85,8 @@ impl KvCache {
         target.write(&Plan::of_slots(slot_mapping), k, v)
     }
 
-    /// Copies the keys and values at `positions` of a table out of one layer: `(tokens, kv_heads, head_dim)` and `(tokens,
-    /// kv_heads, value_dim)`.
+    /// Copies the keys and values at `positions` of a table out of one layer: `(tokens, kv_heads, head_dim)` and
+    /// `(tokens, kv_heads, value_dim)`.
     ///
     /// The result has the type in which they are stored, or f32 if that is 8-bit. Positions that were reserved and not
     /// written have arbitrary content. An empty range returns no tokens, whatever its start.
@@ -118,8 +118,8 @@ impl KvCache {
     }
 }
 
-/// Computes the attention of `q (sequences * tokens, heads, head_dim)` over several segments in one layer. The result is
-/// `(sequences * tokens, heads, value_dim)`, in the type of `q`.
+/// Computes the attention of `q (sequences * tokens, heads, head_dim)` over several segments in one layer. The result
+/// is `(sequences * tokens, heads, value_dim)`, in the type of `q`.
 ///
 /// Each segment begins where the previous one ends. The queries are the tokens of each sequence from position `at` on.
 ///
@@ -201,8 +201,8 @@ impl Segment<'_> {
             if let Some((row, seen)) = (0..rows).find_map(sees_freed) {
                 let (query, seen) = (at + row, self.start + seen);
                 return segments_error(format!(
-                    "the query at position {query} sees position {seen}, which was freed: the window has kept the positions \
-                     from {kept} on"
+                    "the query at position {query} sees position {seen}, which was freed: the window has kept the \
+                     positions from {kept} on"
                 ));
             }
         }

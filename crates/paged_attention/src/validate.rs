@@ -99,9 +99,9 @@ pub enum AttendError {
     /// The table's blocks belong to another cache's pool.
     #[error("the table belongs to another pool")]
     ForeignTable,
-    /// A block table, a slot mapping, or the lengths of sequences, given to [`paged_attention`](crate::paged_attention),
-    /// [`reshape_and_cache`](crate::reshape_and_cache) or [`KvCache::attend_cached`](crate::KvCache::attend_cached), are
-    /// invalid. The text says why.
+    /// A block table, a slot mapping, or the lengths of sequences, given to
+    /// [`paged_attention`](crate::paged_attention), [`reshape_and_cache`](crate::reshape_and_cache) or
+    /// [`KvCache::attend_cached`](crate::KvCache::attend_cached), are invalid. The text says why.
     #[error("{0}")]
     Tables(String),
     /// The segments of [`attend_segments`](crate::attend_segments), or the positions of

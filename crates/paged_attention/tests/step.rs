@@ -215,7 +215,8 @@ fn impossible_caches_are_refused_with_the_numbers() {
     ));
     assert_eq!(
         message(build(KvShape::new(2, 0, 4), 4, 4, KvDtype::F32)),
-        "keys and values need at least one layer, head and dimension: 2 layers, 0 heads, keys of 4 and values of 4 dimensions"
+        "keys and values need at least one layer, head and dimension: 2 layers, 0 heads, keys of 4 and values of 4 \
+         dimensions"
     );
     let error = KvDtype::try_from(DType::U8).unwrap_err();
     assert_eq!(error.to_string(), "keys and values cannot be stored as u8; use f32, f16 or bf16");

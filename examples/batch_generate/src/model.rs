@@ -98,8 +98,8 @@ impl Model {
     }
 
     /// The logits of the rows `wanted`, `(rows, vocabulary)`, with any attention: `attend` gets the layer, q, k and v,
-    /// each `(tokens, heads, head_dim)`, and returns a tensor of the shape of q. The model's head is applied to the wanted
-    /// rows only, which can be none.
+    /// each `(tokens, heads, head_dim)`, and returns a tensor of the shape of q. The model's head is applied to the
+    /// wanted rows only, which can be none.
     pub(crate) fn logits(
         &self,
         token_ids: &Tensor,

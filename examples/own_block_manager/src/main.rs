@@ -1,5 +1,5 @@
-//! An engine that has a block manager of its own, and takes only the kernels: `reshape_and_cache` writes keys and values to
-//! its slots, `paged_attention` reads its block tables. No `KvCache`, `BlockTable` or `Step` is involved.
+//! An engine that has a block manager of its own, and takes only the kernels: `reshape_and_cache` writes keys and
+//! values to its slots, `paged_attention` reads its block tables. No `KvCache`, `BlockTable` or `Step` is involved.
 //!
 //! `cargo run --release -p own_block_manager`
 

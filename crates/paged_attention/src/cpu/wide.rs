@@ -19,8 +19,8 @@ pub(super) trait Run {
 /// Every kernel computes the same sums in the same order. Their results differ only because a multiply-add is rounded
 /// once in some and twice in others.
 ///
-/// The methods are safe, although an instruction set has to be enabled for them: each implementation is private to its file,
-/// where only `run`, which enables the instruction set, names it. So no other code can call them without.
+/// The methods are safe, although an instruction set has to be enabled for them: each implementation is private to its
+/// file, where only `run`, which enables the instruction set, names it. So no other code can call them without.
 pub(super) trait Wide: Copy {
     /// Register blocking of a product of floats: how many vectors of accumulators it keeps for each of up to four rows.
     /// As many as fit into the registers.

@@ -41,8 +41,8 @@ pub(crate) fn write(layer: &Tensor, layout: &KvLayout, plan: &Plan, k: &Tensor, 
     }
 }
 
-/// Copies the first `len` tokens of `blocks` into contiguous tensors: k `(len, kv_heads, head_dim)` and v `(len, kv_heads,
-/// value_dim)`.
+/// Copies the first `len` tokens of `blocks` into contiguous tensors: k `(len, kv_heads, head_dim)` and v `(len,
+/// kv_heads, value_dim)`.
 pub(crate) fn gather(layer: &Tensor, layout: &KvLayout, blocks: &[u32], len: usize) -> Result<(Tensor, Tensor)> {
     let KvLayout { block_size, kv_heads, head_dim, value_dim, values_in_keys, .. } = *layout;
     if len == 0 {

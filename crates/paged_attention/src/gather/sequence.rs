@@ -176,8 +176,8 @@ impl<'a> Sequence<'a> {
     }
 
     /// Computes rows of `out (rows, heads, value_dim)` in f64, and the logarithms of their sums of weights, `lse (rows,
-    /// heads)`: rows that are not finite, and rows for which `also` returns true. `also` gets the positions that the row
-    /// sees and its key head.
+    /// heads)`: rows that are not finite, and rows for which `also` returns true. `also` gets the positions that the
+    /// row sees and its key head.
     pub(crate) fn in_f64(
         &self,
         out: &mut [f32],

@@ -16,7 +16,7 @@ impl Step<'_> {
     /// |---|---|
     /// | `q` | `(tokens, heads, head_dim)` |
     /// | `k` | `(tokens, kv_heads, head_dim)` |
-    /// | `v` | `(tokens, kv_heads, value_dim)`, or `None` if the [values are in the keys](crate::KvShape::values_in_keys) |
+    /// | `v` | `(tokens, kv_heads, value_dim)`, or `None` if the values are in the keys ([`KvShape`](crate::KvShape)) |
     /// | the result | `(tokens, heads, value_dim)` |
     ///
     /// `heads` is a multiple of `kv_heads`: query head `h` reads key head `h / (heads / kv_heads)` (grouped-query
@@ -44,9 +44,10 @@ impl Step<'_> {
         self.write_and(layer, q, k, v.into(), attention, |layer, queries| layer.attend(queries))
     }
 
-    /// As [`attend`](Self::attend). Returns also the natural logarithm of the sum of weights of each row and head (log-sum-
-    /// exp), `(tokens, heads)` in f32, a sink logit included: with it, [`merge_states`](crate::merge_states) merges the
-    /// result with attention over other tokens that was computed elsewhere. It is -inf if a row sees no token.
+    /// As [`attend`](Self::attend). Returns also the natural logarithm of the sum of weights of each row and head
+    /// (log-sum-exp), `(tokens, heads)` in f32, a sink logit included: with it, [`merge_states`](crate::merge_states)
+    /// merges the result with attention over other tokens that was computed elsewhere. It is -inf if a row sees no
+    /// token.
     ///
     /// # Errors
     ///
@@ -62,17 +63,17 @@ impl Step<'_> {
         self.write_and(layer, q, k, v.into(), attention, |layer, queries| layer.attend_with_lse(queries))
     }
 
-    /// Attends without writing, to a layer that this step has written: for a model layer that reads the keys and values of
-    /// another one (Gemma 3n, Gemma 4, YOCO). `layer` is the one that was written; a layer without keys and values of its
-    /// own is none of the cache's layers.
+    /// Attends without writing, to a layer that this step has written: for a model layer that reads the keys and values
+    /// of another one (Gemma 3n, Gemma 4, YOCO). `layer` is the one that was written; a layer without keys and values
+    /// of its own is none of the cache's layers.
     ///
     /// `q` is `(tokens, heads, head_dim)`, the result `(tokens, heads, value_dim)`. Queries see what they would see in
     /// [`attend`](Self::attend), which may have been called with another number of heads and another [`Attention`].
     ///
     /// # Errors
     ///
-    /// As [`attend`](Self::attend), and [`AttendError::NotWritten`], wrapped, when the layer has not been written in this
-    /// step.
+    /// As [`attend`](Self::attend), and [`AttendError::NotWritten`], wrapped, when the layer has not been written in
+    /// this step.
     pub fn attend_cached(&self, layer: usize, q: &Tensor, attention: &Attention) -> Result<Tensor> {
         self.read_and(layer, q, attention, |layer, queries| layer.attend(queries))
     }
@@ -87,8 +88,8 @@ impl Step<'_> {
         self.read_and(layer, q, attention, |layer, queries| layer.attend_with_lse(queries))
     }
 
-    /// Writes the keys and values of the new tokens to one layer, k `(tokens, kv_heads, head_dim)` and v `(tokens, kv_heads,
-    /// value_dim)`, without attention: for layers whose attention is computed elsewhere.
+    /// Writes the keys and values of the new tokens to one layer, k `(tokens, kv_heads, head_dim)` and v `(tokens,
+    /// kv_heads, value_dim)`, without attention: for layers whose attention is computed elsewhere.
     ///
     /// # Errors
     ///

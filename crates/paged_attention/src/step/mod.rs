@@ -95,8 +95,8 @@ impl<'t> Step<'t> {
     ///
     /// # Errors
     ///
-    /// As [`push`](Self::push), and [`PushError::Bidirectional`] when a range of tokens that see each other is empty, goes
-    /// beyond the tokens, or overlaps another one.
+    /// As [`push`](Self::push), and [`PushError::Bidirectional`] when a range of tokens that see each other is empty,
+    /// goes beyond the tokens, or overlaps another one.
     pub fn push_with(
         &mut self,
         table: &'t mut BlockTable,

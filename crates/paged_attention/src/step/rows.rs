@@ -40,14 +40,15 @@ impl Step<'_> {
         Tensor::new(positions, self.cache.device())
     }
 
-    /// The rows of a sequence in the step's tensors, by the order in which the sequences were pushed; `None` if there are
-    /// fewer.
+    /// The rows of a sequence in the step's tensors, by the order in which the sequences were pushed; `None` if there
+    /// are fewer.
     pub fn rows_of(&self, sequence: usize) -> Option<Range<usize>> {
         self.plans[0].sequences.get(sequence).map(|planned| planned.rows.clone())
     }
 
-    /// The rows whose logits are wanted, sequence after sequence: `(rows)` of u32, by which a model selects what its head
-    /// computes. They are the last row of each sequence, or what its [options](crate::PushOptions) ask for. There can be none.
+    /// The rows whose logits are wanted, sequence after sequence: `(rows)` of u32, by which a model selects what its
+    /// head computes. They are the last row of each sequence, or what its [options](crate::PushOptions) ask for. There
+    /// can be none.
     ///
     /// # Errors
     ///
@@ -59,8 +60,8 @@ impl Step<'_> {
         Tensor::new(rows.collect::<Vec<_>>(), self.cache.device())
     }
 
-    /// Where the logits of a sequence are among those of all [`logits_rows`](Self::logits_rows); `None` if there are fewer
-    /// sequences.
+    /// Where the logits of a sequence are among those of all [`logits_rows`](Self::logits_rows); `None` if there are
+    /// fewer sequences.
     pub fn logits_of(&self, sequence: usize) -> Option<Range<usize>> {
         let wanted = |pushed: &[Pushed<'_>]| pushed.iter().map(|pushed| pushed.logits).sum();
         let first: usize = wanted(self.pushed.get(..sequence)?);

@@ -66,7 +66,8 @@ pub fn backends() -> Vec<(&'static str, Configure)> {
     backends
 }
 
-/// Writes NaN into every slot of a cache with one group of layers, so that a read of a slot that was not written by the test is detected.
+/// Writes NaN into every slot of a cache with one group of layers, so that a read of a slot that was not written by the
+/// test is detected.
 pub fn poison(cache: &KvCache) {
     // Private, so that these blocks are not cached: a later prefix match finds only what the test has written.
     let mut table = cache.table_with(&TableOptions::default().private());

@@ -172,8 +172,8 @@ fn tables_of_a_window_keep_their_positions() {
     assert_eq!(slots, [i64::from(tables[4]) * 4 + 2]);
 }
 
-/// Layers of several groups: latents, layers with a window and values of another dimension, and a model layer that reads the
-/// first of them.
+/// Layers of several groups: latents, layers with a window and values of another dimension, and a model layer that
+/// reads the first of them.
 #[test]
 fn groups_have_metadata_and_values_of_their_own() {
     for (name, configure, dtype) in stores() {

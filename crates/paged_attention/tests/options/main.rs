@@ -1,6 +1,7 @@
 //! What layers of today's models ask for: sink logits, values of another dimension or in the keys, tokens that see each
 //! other, logarithms of sums of weights, attention without writing. Every option with every backend, kernel, type and
-//! block size equals dense attention in f64, and for the fused backend is the same to the last bit however it is computed.
+//! block size equals dense attention in f64, and for the fused backend is the same to the last bit however it is
+//! computed.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 

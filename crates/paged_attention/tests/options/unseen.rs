@@ -1,5 +1,5 @@
-//! A token that a row does not see cannot change the row by a bit, whatever its numbers are. A row that sees it is what it
-//! is in dense attention in f64.
+//! A token that a row does not see cannot change the row by a bit, whatever its numbers are. A row that sees it is what
+//! it is in dense attention in f64.
 
 use paged_attention::KvDtype;
 
@@ -86,7 +86,8 @@ fn check(
     }
 }
 
-/// With 8-bit storage, by how much a score changes because a query is rounded to 13 bits, if a key has the largest poison.
+/// With 8-bit storage, by how much a score changes because a query is rounded to 13 bits, if a key has the largest
+/// poison.
 fn rounded_scores(dtype: KvDtype) -> f64 {
     if dtype == KvDtype::Int8 { 0.3 * 3e38 / 4095.0 } else { 0.0 }
 }

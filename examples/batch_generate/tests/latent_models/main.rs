@@ -1,6 +1,7 @@
-//! DeepSeek-V2's attention over a latent cache (27 layers of the Lite model take 31,104 bytes a token in bf16, where keys
-//! and padded values would take 62,208): in batches whose sequences join, fork, share prefixes and are computed in chunks,
-//! every logit and every greedy token is that of candle's own model, which keeps whole keys and values of each head.
+//! DeepSeek-V2's attention over a latent cache (27 layers of the Lite model take 31,104 bytes a token in bf16, where
+//! keys and padded values would take 62,208): in batches whose sequences join, fork, share prefixes and are computed in
+//! chunks, every logit and every greedy token is that of candle's own model, which keeps whole keys and values of each
+//! head.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 

@@ -89,8 +89,8 @@ pub(super) trait Format: 'static {
         buffers: &mut Buffers,
     );
 
-    /// The same for values that are the first `value_dim` dimensions of the keys, and for any number of rows: keys lie by
-    /// dimension, so they are transposed, once for all rows.
+    /// The same for values that are the first `value_dim` dimensions of the keys, and for any number of rows: keys lie
+    /// by dimension, so they are transposed, once for all rows.
     fn accumulate_keys<V: Wide>(
         weights: &[Scores],
         tokens: usize,

@@ -1,7 +1,7 @@
 //! Accumulates a tile whose values are in its keys.
 //!
-//! A strip of the keys at a time is transposed, as f32, into a buffer that fits the processor's first cache. There all rows
-//! read it.
+//! A strip of the keys at a time is transposed, as f32, into a buffer that fits the processor's first cache. There all
+//! rows read it.
 
 use std::array::from_fn;
 
@@ -16,8 +16,8 @@ use crate::cpu::wide::{LANES, Run, Wide};
 /// Vectors of a panel's strip.
 const STRIP_PANEL: usize = PANEL * STRIP_VECTORS;
 
-/// `sums (rows, dims) += weights (rows, tokens) values (tokens, dims)` for the first `tokens` of a tile, where the values
-/// are the first dimensions of `keys`.
+/// `sums (rows, dims) += weights (rows, tokens) values (tokens, dims)` for the first `tokens` of a tile, where the
+/// values are the first dimensions of `keys`.
 #[inline(always)]
 pub(super) fn accumulate<V: Wide, T: Number>(
     weights: &[Scores],

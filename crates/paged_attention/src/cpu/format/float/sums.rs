@@ -93,8 +93,8 @@ impl<'a, T, const R: usize> Inputs<'a, T, R> {
     }
 }
 
-/// A strip: `width` vectors of each value, from vector `first` of the value on, which is vector `stored` of what the panels
-/// have. `column` is the vector of the strip to begin with.
+/// A strip: `width` vectors of each value, from vector `first` of the value on, which is vector `stored` of what the
+/// panels have. `column` is the vector of the strip to begin with.
 #[derive(Clone, Copy)]
 struct Strip {
     first: usize,

@@ -41,8 +41,8 @@ impl Run for Transpose<'_> {
     fn run<V: Wide>(self) {
         let (numbers, scales) = split_scales(self.keys);
         let (strips, value_scales) = self.values.split_at_mut(PANEL * self.dims);
-        // A vector of keys has four dimensions of sixteen tokens; a strip of values has, in each of its vectors, four tokens
-        // of sixteen dimensions. Both consist of runs of four by four numbers.
+        // A vector of keys has four dimensions of sixteen tokens; a strip of values has, in each of its vectors, four
+        // tokens of sixteen dimensions. Both consist of runs of four by four numbers.
         for (quad, numbers) in numbers.iter().take(self.value_dim.div_ceil(QUAD)).enumerate() {
             let strip = &mut strips[quad * QUAD / BYTE_STRIP * BYTE_STRIP * PANEL..][..BYTE_STRIP * PANEL];
             let (runs, _) = numbers.as_chunks::<16>();
