@@ -46,8 +46,10 @@ impl PushOptions {
     /// in Gemma 3: in every layer they see all of the range, also what a window or the start of a chunk would hide, and
     /// before it what they see as causal tokens. It can be called several times, for several images.
     ///
-    /// All of an image has to be in one step, because its first token sees its last. Give it a
-    /// [salt](crate::BlockTable::salt_from), which identifies the image.
+    /// All of an image has to be in one step, because its first token sees its last. And the keys and values of its
+    /// first token depend on its last: sequences must not share a part of a range unless they have the same range. So
+    /// give the table a [salt](crate::BlockTable::salt_from) from the start of the range on that identifies all of it,
+    /// such as the hash of the image, or make it [private](crate::TableOptions::private).
     #[must_use]
     pub fn bidirectional(mut self, tokens: Range<usize>) -> Self {
         self.bidirectional.push(tokens);
