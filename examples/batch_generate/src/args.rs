@@ -5,18 +5,19 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 
 use crate::prompts::Format;
-use crate::weights::Weights;
+use crate::weights;
 
 /// Answers many prompts at once with a real language model, from one paged KV cache.
 #[derive(Debug, Parser)]
 #[command(version, allow_negative_numbers = true)]
 pub struct Args {
-    /// A GGUF file of the llama architecture [default: SmolLM2-135M-Instruct, downloaded once]
+    /// A GGUF file: llama, mistral, qwen2, qwen3, qwen3moe, gemma2, gemma3 or phi3 [default: SmolLM2-135M-Instruct,
+    /// downloaded once]
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
 
-    /// How the model's weights are stored in memory
-    #[arg(long, value_name = "HOW", value_enum, default_value_t = Weights::F32)]
+    /// How the model's weights are kept in memory
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = Weights::Auto)]
     pub weights: Weights,
 
     /// A file with one prompt per line, or JSON lines like {"prompt": "..", "max_tokens": 32}, or a JSON array of such
@@ -101,6 +102,32 @@ pub struct Args {
     #[cfg(feature = "verify")]
     #[arg(long, conflicts_with_all = ["verify", "measure", "prompts", "json"])]
     pub compare: bool,
+}
+
+/// How the weights of a quantized file can be kept in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Weights {
+    /// The fastest of the others on this processor: it is measured; exact with --verify
+    Auto,
+    /// Converted to 32-bit floating point: four to eight times the memory
+    #[value(alias = "f32")]
+    Exact,
+    /// Converted to 8 bits, with activations rounded to 8 bits for each product
+    Int8,
+    /// As in the file, with activations rounded to 8 bits for each product
+    Stored,
+}
+
+impl Weights {
+    /// The kind of weights, unless it is to be measured.
+    pub fn fixed(self) -> Option<weights::Weights> {
+        match self {
+            Self::Auto => None,
+            Self::Exact => Some(weights::Weights::F32),
+            Self::Int8 => Some(weights::Weights::Int8),
+            Self::Stored => Some(weights::Weights::Stored),
+        }
+    }
 }
 
 /// The types in which keys and values can be stored.

@@ -1,32 +1,68 @@
-//! The dimensions and constants of a model, as read from its file and checked.
+//! What a model's file says of the model: its dimensions and constants, checked.
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::quantized::gguf_file::Content;
-use paged_attention::KvShape;
+use candle_core::quantized::gguf_file::{Content, Value};
+use paged_attention::{Attention, LayerGroup, Window};
 
+use crate::architecture::Architecture;
 use crate::metadata::Metadata;
-use crate::used;
+use crate::rope::Rope;
+use crate::shown::line;
+use crate::{tensors, used};
 
 /// f32 represents every whole number up to this one, so positions below it are exact.
 const MOST_POSITIONS: usize = 1 << 24;
 
-/// The dimensions and constants of a model.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// A model's dimensions and constants.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    pub(crate) layers: usize,
+    pub(crate) architecture: &'static Architecture,
     pub(crate) width: usize,
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
+    /// Of one expert, if there are experts.
     pub(crate) feed_forward: usize,
+    pub(crate) experts: Option<Experts>,
     pub(crate) vocabulary: usize,
     pub(crate) context: usize,
     /// Added to the mean square in every norm.
     pub(crate) eps: f32,
-    /// The base of the rotary embedding's frequencies.
-    pub(crate) base: f32,
+    pub(crate) rope: Rope,
+    /// Of the layers with a window.
+    pub(crate) local_rope: Rope,
+    /// Which tensor, if any, divides the frequencies of the rotary embedding.
+    pub(crate) rope_factors: RopeFactors,
+    /// Each layer's window, the newest token included; `None`: all tokens before it.
+    pub(crate) windows: Vec<Option<usize>>,
+    pub(crate) score_scale: f32,
+    pub(crate) score_cap: Option<f32>,
+    pub(crate) logit_cap: Option<f32>,
     /// Whether the embedding matrix is also the output matrix.
     pub(crate) tied: bool,
+    /// The matrices of a layer that have a bias.
+    pub(crate) biases: Vec<&'static str>,
+}
+
+/// The feed-forwards of a layer, of which a token uses a few.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Experts {
+    pub(crate) count: usize,
+    pub(crate) used: usize,
+}
+
+/// Tensors with a factor for each frequency of the rotary embedding.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum RopeFactors {
+    None,
+    /// One tensor (Llama 3.1).
+    Always,
+    /// One for sequences within the context of training, one for runs with longer ones (Phi-3; LongRoPE, Ding et al.
+    /// 2024).
+    ByLength {
+        /// The context of training.
+        original: usize,
+    },
 }
 
 impl Config {
@@ -37,49 +73,59 @@ impl Config {
     /// If something is missing, contradictory, impossible or not supported.
     pub fn of(content: &Content) -> Result<Self> {
         let metadata = Metadata::of(content);
+        let architecture = architecture(&metadata)?;
+        let name = architecture.name;
         let count = |key: &str| -> Result<usize> {
-            let n = metadata.required(key, Metadata::count)?;
+            let key = format!("{name}.{key}");
+            let n = metadata.required(&key, Metadata::count)?;
             ensure!(n > 0, "`{key}` in the model file is 0");
             Ok(n)
         };
-        let width = count("llama.embedding_length")?;
-        let heads = count("llama.attention.head_count")?;
-        let kv_heads = metadata.count("llama.attention.head_count_kv")?.unwrap_or(heads);
+        let width = count("embedding_length")?;
+        let heads = count("attention.head_count")?;
+        let kv_heads = metadata.count(&format!("{name}.attention.head_count_kv"))?.unwrap_or(heads);
+        let own_head_dim = metadata.count(&format!("{name}.attention.key_length"))?;
         ensure!(
-            kv_heads > 0 && heads.is_multiple_of(kv_heads) && width.is_multiple_of(heads),
+            kv_heads > 0 && heads.is_multiple_of(kv_heads) && (own_head_dim.is_some() || width.is_multiple_of(heads)),
             "the model file contradicts itself: width {width}, {heads} heads, {kv_heads} key heads"
         );
-        let head_dim = width / heads;
+        let head_dim = own_head_dim.unwrap_or(width / heads);
         ensure!(
-            head_dim.is_multiple_of(2),
+            head_dim > 0 && head_dim.is_multiple_of(2),
             "each of the model's {heads} heads has a width of {head_dim}, which cannot be rotated in pairs"
         );
-        let context = count("llama.context_length")?;
+        let context = count("context_length")?;
         ensure!(
             context <= MOST_POSITIONS,
-            "`llama.context_length` in the model file is {context}, more than {MOST_POSITIONS}: positions would not be \
-             exact"
+            "`{name}.context_length` in the model file is {context}, more than {MOST_POSITIONS}: positions would not \
+             be exact"
         );
-        let eps = metadata.required("llama.attention.layer_norm_rms_epsilon", Metadata::float)?;
-        ensure!(
-            eps >= 0.0 && eps.is_finite(),
-            "`llama.attention.layer_norm_rms_epsilon` in the model file is {eps}, not 0 or more"
-        );
-        let base = metadata.float("llama.rope.freq_base")?.unwrap_or(10_000.0);
-        ensure!(base > 0.0 && base.is_finite(), "`llama.rope.freq_base` in the model file is {base}, not above 0");
+        let layers = count("block_count")?;
+        let rope = Rope::of(&metadata, name, head_dim, context)?;
+        let windows = windows(&metadata, architecture, layers, context)?;
+        let has = |tensor: &str| content.tensor_infos.contains_key(tensor);
+        let experts = experts(&metadata, architecture)?;
 
         let config = Self {
-            layers: count("llama.block_count")?,
+            architecture,
             width,
             heads,
             kv_heads,
             head_dim,
-            feed_forward: rows(content, "blk.0.ffn_gate.weight")?,
+            feed_forward: feed_forward(content, architecture)?,
+            experts,
             vocabulary: rows(content, "token_embd.weight")?,
             context,
-            eps,
-            base,
-            tied: !content.tensor_infos.contains_key("output.weight"),
+            eps: eps(&metadata, name)?,
+            local_rope: local_rope(&metadata, architecture, &rope)?,
+            rope,
+            rope_factors: rope_factors(content, &metadata, name, context)?,
+            windows,
+            score_scale: score_scale(&metadata, architecture, layers, [width, heads, head_dim])?,
+            score_cap: cap(&metadata, &format!("{name}.attn_logit_softcapping"), architecture.caps[0])?,
+            logit_cap: cap(&metadata, &format!("{name}.final_logit_softcapping"), architecture.caps[1])?,
+            tied: !has("output.weight"),
+            biases: tensors::biases(content, architecture),
         };
         let tokens = metadata.texts("tokenizer.ggml.tokens")?.map_or(config.vocabulary, |tokens| tokens.len());
         ensure!(
@@ -88,19 +134,187 @@ impl Config {
             config.vocabulary
         );
         used::check_keys(&metadata, &config)?;
-        used::check_tensors(content, &config)?;
+        tensors::check(content, &config)?;
         Ok(config)
     }
 
-    /// What the cache stores for each token: the number of layers and heads, and the size of a head.
-    pub fn shape(&self) -> KvShape {
-        KvShape::new(self.layers, self.kv_heads, self.head_dim)
+    /// What the cache stores: one group for the layers that see all tokens, and one for those with a window.
+    pub fn groups(&self) -> Vec<LayerGroup> {
+        let mut kinds: Vec<Option<usize>> = self.windows.clone();
+        kinds.sort_unstable();
+        kinds.dedup();
+        let group = |kind: Option<usize>| {
+            let layers = self.windows.iter().enumerate().filter(|(_, window)| **window == kind).map(|(i, _)| i);
+            let group = LayerGroup::new(layers, self.kv_heads, self.head_dim);
+            match kind {
+                Some(tokens) => group.window(Window::new(tokens)),
+                None => group,
+            }
+        };
+        kinds.into_iter().map(group).collect()
+    }
+
+    /// The options of the attention of all layers.
+    pub(crate) fn attention(&self) -> Attention {
+        let attention = Attention::new(self.score_scale);
+        match self.score_cap {
+            Some(cap) => attention.soft_cap(cap),
+            None => attention,
+        }
+    }
+
+    /// The number of layers.
+    pub(crate) fn layers(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// A matrix of a layer with which products are measured.
+    pub(crate) fn measured_matrix(&self, layer: usize) -> String {
+        let part = if self.experts.is_some() { "attn_output" } else { "ffn_down" };
+        format!("blk.{layer}.{part}.weight")
     }
 
     /// The maximum number of tokens in a sequence.
     pub fn context(&self) -> usize {
         self.context
     }
+}
+
+fn architecture(metadata: &Metadata<'_>) -> Result<&'static Architecture> {
+    let name = metadata.required("general.architecture", Metadata::text)?;
+    Architecture::of(name).with_context(|| {
+        format!("the model's architecture is `{}`, only {} are supported", line(name), Architecture::names())
+    })
+}
+
+fn eps(metadata: &Metadata<'_>, name: &str) -> Result<f32> {
+    let key = format!("{name}.attention.layer_norm_rms_epsilon");
+    let eps = metadata.required(&key, Metadata::float)?;
+    ensure!(eps >= 0.0 && eps.is_finite(), "`{key}` in the model file is {eps}, not 0 or more");
+    Ok(eps)
+}
+
+fn experts(metadata: &Metadata<'_>, architecture: &Architecture) -> Result<Option<Experts>> {
+    if !architecture.experts {
+        return Ok(None);
+    }
+    let [count, used] = ["expert_count", "expert_used_count"].map(|key| format!("{}.{key}", architecture.name));
+    let experts = Experts {
+        count: metadata.required(&count, Metadata::count)?,
+        used: metadata.required(&used, Metadata::count)?,
+    };
+    ensure!(
+        (1..=experts.count).contains(&experts.used),
+        "each token uses {} of the model's {} experts: the model file contradicts itself",
+        experts.used,
+        experts.count
+    );
+    Ok(Some(experts))
+}
+
+/// Each layer's window.
+fn windows(
+    metadata: &Metadata<'_>,
+    architecture: &Architecture,
+    layers: usize,
+    context: usize,
+) -> Result<Vec<Option<usize>>> {
+    let name = architecture.name;
+    let window = metadata.count(&format!("{name}.attention.sliding_window"))?.or(architecture.window);
+    // A window that no sequence fills changes nothing.
+    let window = window.filter(|window| (1..context).contains(window));
+    let pattern = format!("{name}.attention.sliding_window_pattern");
+    let full_every = match metadata.value(&pattern) {
+        Some(Value::Array(flags)) => {
+            let flags = flags.iter().map(|flag| flag.to_bool().ok()).collect::<Option<Vec<_>>>();
+            let flags = flags.filter(|flags| flags.len() == layers);
+            let flags =
+                flags.with_context(|| format!("`{pattern}` in the model file is not a list of {layers} flags"))?;
+            return Ok(flags.into_iter().map(|windowed| window.filter(|_| windowed)).collect());
+        }
+        Some(_) => metadata.required(&pattern, Metadata::count)?,
+        None => architecture.full_every,
+    };
+    let is_full = |layer: usize| full_every > 0 && layer % full_every == full_every - 1;
+    Ok((0..layers).map(|layer| window.filter(|_| !is_full(layer))).collect())
+}
+
+/// The rotary embedding of layers with a window.
+fn local_rope(metadata: &Metadata<'_>, architecture: &Architecture, rope: &Rope) -> Result<Rope> {
+    // Converters have given the key three names.
+    let mut base = None;
+    for key in ["freq_base_swa", "local.freq_base", "local_freq_base"] {
+        let key = format!("{}.rope.{key}", architecture.name);
+        if let Some(found) = metadata.float(&key)? {
+            ensure!(found > 0.0 && found.is_finite(), "`{key}` in the model file is {found}, not above 0");
+            base = Some(found);
+        }
+    }
+    Ok(match architecture.local_base {
+        // Such models scale only the layers without a window: the others never see far.
+        Some(own) => Rope::plain(base.unwrap_or(own), rope.dims),
+        None => Rope { base: base.unwrap_or(rope.base), ..rope.clone() },
+    })
+}
+
+fn rope_factors(content: &Content, metadata: &Metadata<'_>, name: &str, context: usize) -> Result<RopeFactors> {
+    let [freqs, long, short] = tensors::ROPE_FACTORS.map(|name| content.tensor_infos.contains_key(name));
+    let long_rope = metadata.text(&format!("{name}.rope.scaling.type"))? == Some("longrope");
+    ensure!(
+        long == short && (long || !long_rope) && !(long && freqs),
+        "the model file contradicts itself: it scales positions by length, which needs `{}` and `{}`, and nothing else",
+        tensors::ROPE_FACTORS[1],
+        tensors::ROPE_FACTORS[2]
+    );
+    if long {
+        // Every converter writes it; without it, the scores of all sequences would be wrong.
+        metadata.required(&format!("{name}.rope.scaling.attn_factor"), Metadata::float)?;
+        let original = metadata.count(&format!("{name}.rope.scaling.original_context_length"))?.unwrap_or(context);
+        return Ok(RopeFactors::ByLength { original });
+    }
+    Ok(if freqs { RopeFactors::Always } else { RopeFactors::None })
+}
+
+fn score_scale(
+    metadata: &Metadata<'_>,
+    architecture: &Architecture,
+    layers: usize,
+    [width, heads, head_dim]: [usize; 3],
+) -> Result<f32> {
+    let key = format!("{}.attention.scale", architecture.name);
+    if let Some(scale) = metadata.float(&key)?.filter(|scale| *scale != 0.0) {
+        ensure!(scale.is_finite(), "`{key}` in the model file is {scale}, not a number");
+        return Ok(scale);
+    }
+    let dims = if architecture.scaled_by_width == Some(layers) { width / heads } else { head_dim };
+    Ok(1.0 / (dims as f32).sqrt())
+}
+
+/// A cap of scores or logits; 0 is none.
+fn cap(metadata: &Metadata<'_>, key: &str, default: Option<f32>) -> Result<Option<f32>> {
+    let cap = metadata.float(key)?.or(default);
+    ensure!(
+        cap.is_none_or(|cap| cap >= 0.0 && cap.is_finite()),
+        "`{key}` in the model file is {}, not 0 or more",
+        cap.unwrap_or_default()
+    );
+    Ok(cap.filter(|cap| *cap > 0.0))
+}
+
+fn feed_forward(content: &Content, architecture: &Architecture) -> Result<usize> {
+    if architecture.experts {
+        let name = "blk.0.ffn_gate_exps.weight";
+        let info = content.tensor_infos.get(name).with_context(|| format!("the model file has no tensor `{name}`"))?;
+        return match *info.shape.dims() {
+            [_, rows, _] if rows > 0 => Ok(rows),
+            ref dims => bail!("the tensor `{name}` of the model file has the shape {dims:?}, the model needs matrices"),
+        };
+    }
+    if architecture.fused {
+        // Gate and up.
+        return Ok(rows(content, "blk.0.ffn_up.weight")? / 2);
+    }
+    rows(content, "blk.0.ffn_gate.weight")
 }
 
 fn rows(content: &Content, matrix: &str) -> Result<usize> {
@@ -119,23 +333,36 @@ pub(crate) mod tests {
     use super::*;
     use crate::metadata::tests::content;
 
-    pub(crate) const SMALL: Config = Config {
-        layers: 2,
-        width: 32,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 8,
-        feed_forward: 64,
-        vocabulary: 96,
-        context: 256,
-        eps: 1e-5,
-        base: 10_000.0,
-        tied: true,
-    };
+    /// A llama with two layers.
+    pub(crate) fn small_config() -> Config {
+        let rope = Rope::plain(10_000.0, 8);
+        Config {
+            architecture: Architecture::of("llama").unwrap(),
+            width: 32,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            feed_forward: 64,
+            experts: None,
+            vocabulary: 96,
+            context: 256,
+            eps: 1e-5,
+            local_rope: rope.clone(),
+            rope,
+            rope_factors: RopeFactors::None,
+            windows: vec![None; 2],
+            score_scale: 1.0 / 8f32.sqrt(),
+            score_cap: None,
+            logit_cap: None,
+            tied: true,
+            biases: vec![],
+        }
+    }
 
     /// The header of a file with the small model.
     pub(crate) fn small() -> Content {
         let mut content = content([
+            ("general.architecture", Value::String("llama".into())),
             ("llama.embedding_length", Value::U32(32)),
             ("llama.attention.head_count", Value::U32(4)),
             ("llama.attention.head_count_kv", Value::U32(2)),
@@ -143,7 +370,7 @@ pub(crate) mod tests {
             ("llama.context_length", Value::U32(256)),
             ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
         ]);
-        used::tensors(&SMALL).for_each(|(name, shape)| add(&mut content, &name, &shape));
+        tensors::all(&small_config()).iter().for_each(|(name, shape)| add(&mut content, name, shape));
         content
     }
 
@@ -162,7 +389,7 @@ pub(crate) mod tests {
     #[test]
     fn a_model_s_numbers_are_read_from_every_type() -> Result<()> {
         let mut content = small();
-        assert_eq!(Config::of(&content)?, SMALL);
+        assert_eq!(Config::of(&content)?, small_config());
         for (key, value) in [
             ("llama.embedding_length", Value::U64(32)),
             ("llama.attention.head_count", Value::I32(4)),
@@ -173,7 +400,7 @@ pub(crate) mod tests {
             content.metadata.insert(key.to_owned(), value);
         }
         add(&mut content, "output.weight", &[96, 32]);
-        assert_eq!(Config::of(&content)?, Config { tied: false, ..SMALL });
+        assert_eq!(Config::of(&content)?, Config { tied: false, ..small_config() });
         content.metadata.remove("llama.attention.head_count_kv");
         for i in 0..2 {
             add(&mut content, &format!("blk.{i}.attn_k.weight"), &[32, 32]);

@@ -1,29 +1,28 @@
 //! An open model file.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::Device;
-use candle_core::quantized::QTensor;
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::Content;
+use candle_core::quantized::{QStorage, QTensor};
+use candle_core::{Device, Tensor};
 
 use crate::config::Config;
 use crate::header;
 use crate::memory::{gib, memory};
-use crate::shown::line;
-use crate::used;
-use crate::weights::Weights;
+use crate::tensors;
+use crate::weights::{Part, Weights};
 
-/// An open GGUF file of the llama architecture.
+/// An open GGUF file of an architecture that is computed.
 #[derive(Debug)]
 pub struct Gguf {
     /// Its metadata.
     pub content: Content,
-    pub(crate) config: Config,
-    pub(crate) weights: Weights,
+    config: Config,
     reader: BufReader<File>,
     /// The names of the tensors that were read.
     read: BTreeSet<String>,
@@ -36,26 +35,29 @@ impl Gguf {
     /// # Errors
     ///
     /// If it is not a GGUF file, or one of another architecture; if something in it is missing, contradictory or not
-    /// supported; if the model does not fit into this machine.
-    pub fn open(path: &Path, weights: Weights) -> Result<Self> {
+    /// supported.
+    pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let mut reader = BufReader::new(file);
         header::check(&mut reader)?;
         let content = Content::read(&mut reader)
             .with_context(|| format!("{} is not a GGUF file, or is damaged", path.display()))?;
-        match content.metadata.get("general.architecture") {
-            Some(Value::String(name)) if name == "llama" => {}
-            Some(Value::String(name)) => bail!("{} is a {} model, only llama is supported", path.display(), line(name)),
-            _ => bail!("{} does not say what architecture it is", path.display()),
-        }
         let config = Config::of(&content)?;
-        fits(&config, weights, memory())?;
-        Ok(Self { content, config, weights, reader, read: BTreeSet::new() })
+        Ok(Self { content, config, reader, read: BTreeSet::new() })
     }
 
-    /// The model's numbers.
+    /// What the file says of the model.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Checks that the model, for sequences of at most `longest` tokens, fits into this machine.
+    ///
+    /// # Errors
+    ///
+    /// If it does not.
+    pub fn check_memory(&self, weights: Weights, longest: usize) -> Result<()> {
+        fits(&self.config, weights, longest.min(self.config.context), memory())
     }
 
     pub(crate) fn tensor(&mut self, name: &str) -> Result<QTensor> {
@@ -65,18 +67,55 @@ impl Gguf {
             .with_context(|| format!("cannot read `{name}` of the model file: it is truncated or damaged"))
     }
 
-    /// Checks that all tensors that count as used were read.
+    /// A tensor in f32.
+    pub(crate) fn f32(&mut self, name: &str) -> Result<Tensor> {
+        Ok(self.tensor(name)?.dequantize(&Device::Cpu)?)
+    }
+
+    /// All numbers of a tensor.
+    pub(crate) fn numbers(&mut self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.f32(name)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// The matrix `{part}.weight`, and `{part}.bias` if the model has it.
+    pub(crate) fn part(&mut self, part: &str) -> Result<Part> {
+        let matrix = self.tensor(&format!("{part}.weight"))?;
+        let bias = format!("{part}.bias");
+        let bias = self.content.tensor_infos.contains_key(&bias).then(|| self.f32(&bias)).transpose()?;
+        Ok((matrix, bias))
+    }
+
+    /// The `n` matrices of a tensor of three dimensions, byte for byte.
+    pub(crate) fn slices(&mut self, name: &str, n: usize) -> Result<Vec<QTensor>> {
+        let tensor = self.tensor(name)?;
+        let (_, rows, columns) = tensor.shape().dims3()?;
+        let bytes = tensor.data()?;
+        let block = tensor.dtype().block_size();
+        ensure!(
+            columns.is_multiple_of(block) && bytes.len().is_multiple_of(n),
+            "the tensor `{name}` of the model file has rows of {columns} numbers, stored in blocks of {block}"
+        );
+        let slice = |slice: &[u8]| {
+            let storage = QStorage::from_data(Cow::Borrowed(slice), &Device::Cpu, tensor.dtype())?;
+            Ok(QTensor::new(storage, (rows, columns))?)
+        };
+        bytes.chunks(bytes.len() / n).map(slice).collect()
+    }
+
+    /// Checks that all tensors that count as used were read, apart from factors for sequences of another length.
     pub(crate) fn all_read(&self) -> Result<()> {
-        match used::tensors(&self.config).find(|(name, _)| !self.read.contains(name)) {
-            Some((name, _)) => bail!("the tensor `{name}` of the model file was not used"),
+        let unread = |name: &String| !self.read.contains(name) && !tensors::ROPE_FACTORS.contains(&name.as_str());
+        match tensors::all(&self.config).into_iter().map(|(name, _)| name).find(unread) {
+            Some(name) => bail!("the tensor `{name}` of the model file was not used"),
             None => Ok(()),
         }
     }
 }
 
 /// Checks that the model fits into `memory` bytes: an allocation that fails would end the process.
-fn fits(config: &Config, weights: Weights, memory: usize) -> Result<()> {
-    let numbers: usize = used::tensors(config).map(|(_, shape)| shape.iter().product()).fold(0, usize::saturating_add);
+fn fits(config: &Config, weights: Weights, context: usize, memory: usize) -> Result<()> {
+    let all = tensors::all(config);
+    let numbers: usize = all.iter().map(|(_, shape)| shape.iter().product()).fold(0, usize::saturating_add);
     // Weights as stored are no larger than the file. The embedding is always converted to f32.
     let bytes = match weights {
         Weights::F32 => numbers.saturating_mul(4),
@@ -84,15 +123,14 @@ fn fits(config: &Config, weights: Weights, memory: usize) -> Result<()> {
         Weights::Stored => 0,
     };
     let embedding = config.vocabulary.saturating_mul(config.width).saturating_mul(4);
-    // Cosines and sines, each for half of the head size.
-    let rotations = config.context.saturating_mul(config.head_dim).saturating_mul(4);
+    // Cosines and sines, each for half of the rotated dimensions.
+    let rotations = context.saturating_mul(config.rope.dims).saturating_mul(4);
     let needed = bytes.max(embedding).saturating_add(rotations);
     ensure!(
         needed <= memory,
-        "the model would take {}, {} of them for the rotary tables of {} tokens, this machine has {}",
+        "the model would take {}, {} of them for the rotary tables of {context} tokens, this machine has {}",
         gib(needed),
         gib(rotations),
-        config.context,
         gib(memory)
     );
     Ok(())
@@ -101,24 +139,28 @@ fn fits(config: &Config, weights: Weights, memory: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::tests::SMALL;
+    use crate::config::tests::small_config;
 
     #[test]
     fn a_model_larger_than_the_machine_is_refused_with_the_numbers() {
         let gib = 1 << 30;
         for weights in [Weights::F32, Weights::Int8, Weights::Stored] {
-            assert!(fits(&SMALL, weights, gib).is_ok());
+            assert!(fits(&small_config(), weights, 256, gib).is_ok());
         }
-        let long = Config { context: 1 << 24, head_dim: 32, ..SMALL };
+        let mut long = small_config();
+        long.rope.dims = 32;
         assert_eq!(
-            fits(&long, Weights::F32, gib).unwrap_err().to_string(),
+            fits(&long, Weights::F32, 1 << 24, gib).unwrap_err().to_string(),
             "the model would take 2.0 GiB, 2.0 GiB of them for the rotary tables of 16777216 tokens, this machine has \
              1.0 GiB"
         );
-        let wide = Config { feed_forward: 10_000_000, ..SMALL };
+        let wide = Config { feed_forward: 10_000_000, ..small_config() };
         assert!(
-            fits(&wide, Weights::F32, gib).unwrap_err().to_string().contains("would take 7.2 GiB, 0.0 GiB of them")
+            fits(&wide, Weights::F32, 256, gib)
+                .unwrap_err()
+                .to_string()
+                .contains("would take 7.2 GiB, 0.0 GiB of them")
         );
-        assert!(fits(&wide, Weights::Stored, gib).is_ok());
+        assert!(fits(&wide, Weights::Stored, 256, gib).is_ok());
     }
 }

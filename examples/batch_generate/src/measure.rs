@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use paged_attention::{BlockTable, KvCache, KvDtype, TableOptions};
 
-use crate::engine::{STEP_TOKENS, Work};
+use crate::engine::{LanguageModel, STEP_TOKENS, Work};
 use crate::model::Model;
 use crate::sampling::{Random, Sampling};
 
 /// Measured rounds.
 const ROUNDS: usize = 7;
 /// Tokens that each sequence decodes in a round.
-const TOKENS: usize = 8;
+pub(crate) const TOKENS: usize = 8;
 
 /// Sequences with the same number of tokens each, in a cache of their own. They share no blocks.
 #[derive(Debug)]
@@ -36,11 +36,12 @@ impl<'m> Filled<'m> {
     /// If the batch or the context is 0, `context + room` is more than the model's context, the memory cannot be
     /// allocated, or a step fails.
     pub fn new(model: &'m Model, dtype: KvDtype, batch: usize, context: usize, room: usize) -> Result<Self> {
-        check_one(batch, context, room, model.context())?;
+        check_one(batch, context, room, LanguageModel::context(model))?;
         let total = context + room;
         let block_size = 16;
-        let blocks = batch.saturating_mul(total.div_ceil(block_size));
-        let cache = KvCache::builder(model.shape()).block_size(block_size).blocks(blocks).dtype(dtype).build()?;
+        // One more for each: the last block of a fork, if it is not full, is a copy.
+        let blocks = batch.saturating_mul(total.div_ceil(block_size) + 1);
+        let cache = KvCache::builder_of(model.groups()).block_size(block_size).blocks(blocks).dtype(dtype).build()?;
 
         // Private: otherwise sequences with equal tokens would share blocks, and less memory would be read.
         let mut first = cache.table_with(&TableOptions::default().private());
@@ -62,21 +63,20 @@ impl<'m> Filled<'m> {
         Ok(Self { model, cache, tables, context, next: vec![next; batch], prefill })
     }
 
-    /// Decodes `tokens` tokens of each sequence, one per step, each the most likely one. Then removes them again, so
-    /// that every call starts at the same context.
+    /// Decodes `tokens` tokens of each sequence, one per step, each the most likely one; in forks, so that every call
+    /// starts at the same context. (A window that has moved on cannot be taken back.)
     ///
     /// # Errors
     ///
     /// If there is no room for them, or a step fails.
-    pub fn decode(&mut self, tokens: usize) -> Result<Decoded> {
-        // An earlier call may have failed and left tokens.
-        self.truncate()?;
+    pub fn decode(&self, tokens: usize) -> Result<Decoded> {
+        let mut forks: Vec<_> = self.tables.iter().map(BlockTable::fork).collect();
         let mut next = self.next.clone();
         let mut decoded = Decoded { tokens: vec![Vec::new(); self.batch()], time: Duration::ZERO };
         for _ in 0..tokens {
             let started = Instant::now();
             let mut step = self.cache.step();
-            for (table, token) in self.tables.iter_mut().zip(&next) {
+            for (table, token) in forks.iter_mut().zip(&next) {
                 step.push(table, &[*token])?;
             }
             let logits = self.model.forward(&step)?.to_vec2::<f32>()?;
@@ -89,16 +89,7 @@ impl<'m> Filled<'m> {
                 tokens.push(*token);
             }
         }
-        self.truncate()?;
         Ok(decoded)
-    }
-
-    /// Truncates all sequences to the context.
-    fn truncate(&mut self) -> Result<()> {
-        for table in &mut self.tables {
-            table.truncate(self.context)?;
-        }
-        Ok(())
     }
 
     /// The number of sequences.
@@ -162,7 +153,7 @@ impl Measured {
         let mut all = Vec::new();
         for &batch in batches {
             progress(&format!("batch {batch}: computing the prompts"));
-            let mut filled: Vec<_> = contexts
+            let filled: Vec<_> = contexts
                 .iter()
                 .map(|&context| Filled::new(model, dtype, batch, context, TOKENS))
                 .collect::<Result<_>>()?;
@@ -170,7 +161,7 @@ impl Measured {
             for round in 0..=ROUNDS {
                 progress(&format!("batch {batch}: round {round} of {ROUNDS}"));
                 let rates = filled
-                    .iter_mut()
+                    .iter()
                     .map(|filled| Ok((batch * TOKENS) as f64 / filled.decode(TOKENS)?.time.as_secs_f64()))
                     .collect::<Result<Vec<_>>>()?;
                 // The first round is a warm-up.
@@ -251,7 +242,7 @@ fn likeliest(logits: &[f32]) -> Result<u32> {
     Sampling::greedy().draw(logits, &mut Random::new(0, 0))
 }
 
-fn median(mut xs: Vec<f64>) -> f64 {
+pub(crate) fn median(mut xs: Vec<f64>) -> f64 {
     xs.sort_by(f64::total_cmp);
     xs.get(xs.len() / 2).copied().unwrap_or(f64::NAN)
 }

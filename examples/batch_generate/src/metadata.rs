@@ -59,6 +59,10 @@ impl<'a> Metadata<'a> {
         below
     }
 
+    pub(crate) fn value(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key)
+    }
+
     fn read<T>(&self, key: &str, wanted: &str, convert: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
         self.0
             .get(key)

@@ -6,7 +6,7 @@ use paged_attention::KvCache;
 use serde::Serialize;
 
 use crate::engine::Outcome;
-use crate::shown::{line, lines};
+use crate::shown::line;
 
 /// The results, with the structure of the JSON output.
 #[derive(Debug, Serialize)]
@@ -55,12 +55,14 @@ impl Report {
     pub fn new(outcome: Outcome, cache: &KvCache, context: usize, prompts: &[String], texts: Vec<String>) -> Self {
         let pool = cache.pool();
         let per_token = cache.bytes_per_block() / pool.block_size();
+        // With several groups of layers, a block here is one in each.
+        let blocks = |units: usize| units.div_ceil(pool.units_per_block());
         Self {
-            bytes: [outcome.peak_blocks * cache.bytes_per_block(), outcome.answers.len() * context * per_token],
+            bytes: [outcome.peak_blocks * cache.bytes_per_unit(), outcome.answers.len() * context * per_token],
             pool: PoolReport {
-                blocks: pool.blocks(),
+                blocks: blocks(pool.units()),
                 block_size: pool.block_size(),
-                peak_blocks: outcome.peak_blocks,
+                peak_blocks: blocks(outcome.peak_blocks),
                 mean_utilisation: outcome.mean_utilisation,
             },
             prefix: PrefixReport {
@@ -86,16 +88,6 @@ impl Report {
                 })
                 .collect(),
         }
-    }
-
-    /// The answers, each below its prompt.
-    pub fn answers(&self) -> String {
-        let mut out = String::new();
-        for (i, sequence) in self.sequences.iter().enumerate() {
-            let _ =
-                writeln!(out, "── {} ── {}\n{}\n", i + 1, shortened(&sequence.prompt, 90), lines(sequence.text.trim()));
-        }
-        out
     }
 
     /// The table of numbers.
@@ -133,6 +125,11 @@ impl Report {
     }
 }
 
+/// The title of an answer: its number, and the beginning of its prompt.
+pub(crate) fn title(index: usize, prompt: &str, width: usize) -> String {
+    format!("── {} ── {}", index + 1, shortened(prompt, width))
+}
+
 /// The first line, escaped for a terminal and cut to `width` characters.
 fn shortened(text: &str, width: usize) -> String {
     let line = line(text.lines().next().unwrap_or_default());
@@ -156,7 +153,7 @@ mod tests {
         let cache = KvCache::builder(KvShape::new(1, 1, 2)).blocks(1).build().unwrap();
         let text = "one\t1\n\u{1b}]0;two\u{9b}2J\u{202e}";
         let report = Report::new(outcome, &cache, 8, &["a\u{7}".into()], vec![text.into()]);
-        assert_eq!(report.answers(), "── 1 ── a\\u{7}\none\t1\n\\u{1b}]0;two\\u{9b}2J\\u{202e}\n\n");
+        assert_eq!(title(0, "a\u{7}", 90), "── 1 ── a\\u{7}");
         assert!(report.table().contains("  1 a\\u{7} "));
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((&json["sequences"][0]["text"], &json["sequences"][0]["prompt"]), (&text.into(), &"a\u{7}".into()));

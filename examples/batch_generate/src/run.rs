@@ -4,11 +4,12 @@ use std::io::Write as _;
 
 use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use paged_attention::{KvCache, KvDtype, KvShape};
+use paged_attention::{KvCache, KvDtype, LayerGroup};
 
 use crate::args::Args;
 use crate::chat::ChatTemplate;
 use crate::engine::{self, Outcome, Request, Settings};
+use crate::live::Live;
 use crate::measure::{self, Measured};
 use crate::memory::{gib, memory};
 use crate::model::{Gguf, Model};
@@ -19,7 +20,9 @@ use crate::report::Report;
 use crate::sampling::Sampling;
 use crate::shown::say;
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+#[cfg(feature = "verify")]
+use crate::verify;
+use crate::weights;
 
 /// Does what the arguments ask for. Each check comes as early as possible: first the arguments and the prompts are
 /// checked by themselves, then the model is downloaded if necessary, then the requests are checked against the model,
@@ -38,19 +41,21 @@ pub fn run(args: &Args) -> Result<()> {
 
     let file = model_file::obtain(args.model.as_deref(), &say)?;
     say(&format!("model: {} ({})", file.path.display(), file.origin));
-    let mut gguf = Gguf::open(&file.path, args.weights)?;
+    let mut gguf = Gguf::open(&file.path)?;
     let tokenizer = Tokenizer::from_gguf(&gguf.content)?;
     let template = ChatTemplate::from_gguf(&gguf.content)?;
     let context = gguf.config().context();
 
     if args.measure {
         measure::check(&args.batch, &args.context, context)?;
-        return measure(args, &Model::load(&mut gguf)?);
+        return measure(args, gguf);
     }
     #[cfg(feature = "verify")]
     if args.compare {
-        let model = Model::load(&mut gguf)?;
-        return crate::candle_loop::compare(&file.path, &model, args.kv_dtype.into(), args.weights);
+        verify::compare::check(context)?;
+        let weights = weights(args, &mut gguf, verify::compare::LONGEST)?;
+        let model = load(&mut gguf, weights, verify::compare::LONGEST)?;
+        return verify::compare::compare(&file.path, &model, args.kv_dtype.into(), weights);
     }
 
     let requests = prompts
@@ -60,32 +65,37 @@ pub fn run(args: &Args) -> Result<()> {
             Ok(Request { prompt, max_tokens: max_tokens.unwrap_or(args.max_tokens) })
         })
         .collect::<Result<Vec<_>>>()?;
-    let cache = cache(args, gguf.config().shape())?;
+    let cache = cache(args, gguf.config().groups())?;
     engine::check(context, &cache, &requests, &settings)?;
     #[cfg(feature = "verify")]
     if args.verify {
-        crate::candle_loop::check(&requests)?;
-        crate::scenarios::check(context)?;
+        verify::check(gguf.config(), &requests)?;
+        verify::scenarios::check(context)?;
     }
     if !tokenizer.has_end() {
         say("the model file names no end token, so every answer has its maximum number of tokens");
     }
-    let model = Model::load(&mut gguf)?;
-    let mut outcome = generate(&model, &cache, &requests, &settings, &tokenizer)?;
+    let longest = requests.iter().map(|request| request.prompt.len() + request.max_tokens).max().unwrap_or(1);
+    #[cfg(feature = "verify")]
+    let longest = if args.verify { longest.max(verify::scenarios::LONGEST) } else { longest };
+    let weights = weights(args, &mut gguf, longest)?;
+    let model = load(&mut gguf, weights, longest)?;
+    let titles: Vec<&str> = prompts.iter().map(|prompt| prompt.prompt.as_str()).collect();
+    let mut outcome = generate(&model, &cache, &requests, &settings, &tokenizer, &titles)?;
     let fullest = outcome.fullest.take();
 
     #[cfg(feature = "verify")]
     if args.verify {
-        let mut candle = crate::candle_loop::load(&file.path, args.weights)?;
-        crate::candle_loop::verify(&mut candle, &requests, &outcome, |id| tokenizer.is_end(id))?;
-        crate::scenarios::verify(candle, &model, args.block_size, args.kv_dtype.into())?;
+        let mut reference = verify::Reference::load(&file.path, &model, weights)?;
+        verify::verify(&mut reference, &requests, &outcome, |id| tokenizer.is_end(id))?;
+        verify::scenarios::verify(reference, &model, args.block_size, args.kv_dtype.into())?;
     }
 
     let texts = outcome.answers.iter().map(|answer| tokenizer.decode(&answer.tokens)).collect::<Result<Vec<_>>>()?;
     let prompts: Vec<String> = prompts.into_iter().map(|prompt| prompt.prompt).collect();
-    let report = Report::new(outcome, &cache, model.context(), &prompts, texts);
+    let report = Report::new(outcome, &cache, context, &prompts, texts);
     // A reader that closes the pipe early is not an error.
-    let _ = write!(std::io::stdout(), "{}\n{}", report.answers(), report.table());
+    let _ = write!(std::io::stdout(), "{}", report.table());
     if let (true, Some(fullest)) = (args.show_pool, fullest) {
         let _ = write!(std::io::stdout(), "\nthe pool in the step that used most blocks\n{fullest}");
     }
@@ -112,14 +122,17 @@ fn settings(args: &Args) -> Result<Settings> {
     );
     #[cfg(feature = "verify")]
     ensure!(
-        !args.verify || args.weights != Weights::Int8,
-        "candle's own model rounds activations in other groups, so tokens may differ: use --weights f32"
+        !args.verify || args.weights != crate::args::Weights::Int8,
+        "candle's own model rounds activations in other groups, so tokens may differ: use --weights exact"
     );
     Ok(settings)
 }
 
 /// Measures, and prints the rates.
-fn measure(args: &Args, model: &Model) -> Result<()> {
+fn measure(args: &Args, mut gguf: Gguf) -> Result<()> {
+    let longest = args.context.iter().max().map_or(1, |context| context + measure::TOKENS);
+    let weights = weights(args, &mut gguf, longest)?;
+    let model = &load(&mut gguf, weights, longest)?;
     let bar = ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{elapsed_precise} {msg}")?);
     let progress = |line: &str| {
         bar.set_message(line.to_owned());
@@ -128,15 +141,11 @@ fn measure(args: &Args, model: &Model) -> Result<()> {
     let dtype = KvDtype::from(args.kv_dtype);
     let measured = Measured::take(model, dtype, &args.batch, &args.context, progress);
     bar.finish_and_clear();
-    let weights = match args.weights {
-        Weights::F32 => "f32",
-        Weights::Int8 => "int8",
-        Weights::Stored => "as stored",
-    };
     let threads = candle_core::utils::get_num_threads();
     let measured = measured?;
     // A reader that closes the pipe early is not an error.
-    let _ = write!(std::io::stdout(), "weights {weights}, keys and values {dtype}, {threads} threads\n{measured}");
+    let _ =
+        write!(std::io::stdout(), "weights {}, keys and values {dtype}, {threads} threads\n{measured}", weights.name());
     Ok(())
 }
 
@@ -145,11 +154,12 @@ fn measure(args: &Args, model: &Model) -> Result<()> {
 /// # Errors
 ///
 /// If it needs more memory than this machine has, or cannot be built.
-fn cache(args: &Args, shape: KvShape) -> Result<KvCache> {
+fn cache(args: &Args, groups: Vec<LayerGroup>) -> Result<KvCache> {
     let dtype = args.kv_dtype.into();
-    let bytes_per_block = shape.bytes_per_block(args.block_size, dtype).unwrap_or(usize::MAX);
+    let of_group = |group: &LayerGroup| group.shape().bytes_per_block(args.block_size, dtype).unwrap_or(usize::MAX);
+    let bytes_per_block = groups.iter().map(of_group).fold(0, usize::saturating_add);
     pool_fits(args.memory.unwrap_or_else(|| args.blocks.saturating_mul(bytes_per_block)))?;
-    let builder = KvCache::builder(shape).block_size(args.block_size).dtype(dtype);
+    let builder = KvCache::builder_of(groups).block_size(args.block_size).dtype(dtype);
     let builder = match args.memory {
         Some(bytes) => builder.memory(bytes),
         None => builder.blocks(args.blocks),
@@ -163,26 +173,56 @@ fn pool_fits(bytes: usize) -> Result<()> {
     Ok(())
 }
 
+/// The kind of weights that the arguments ask for, or the fastest one; it is said.
+fn weights(args: &Args, gguf: &mut Gguf, longest: usize) -> Result<weights::Weights> {
+    let fixed = args.weights.fixed();
+    #[cfg(feature = "verify")]
+    let fixed = fixed.or(args.verify.then_some(weights::Weights::F32));
+    if let Some(fixed) = fixed {
+        return Ok(fixed);
+    }
+    let fastest = weights::fastest(gguf, longest)?;
+    say(&fastest.to_string());
+    Ok(fastest.weights)
+}
+
+/// Loads the model, and shows how far that is.
+fn load(gguf: &mut Gguf, weights: weights::Weights, longest: usize) -> Result<Model> {
+    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} layers loaded")?;
+    let bar = ProgressBar::no_length().with_style(style);
+    let model = Model::load_with(gguf, weights, longest, |layers, all| {
+        bar.set_length(all as u64);
+        bar.set_position(layers as u64);
+    });
+    bar.finish_and_clear();
+    model
+}
+
 fn generate(
     model: &Model,
     cache: &KvCache,
     requests: &[Request],
     settings: &Settings,
     tokenizer: &Tokenizer,
+    prompts: &[&str],
 ) -> Result<Outcome> {
     let each = requests.iter().fold(0usize, |sum, request| sum.saturating_add(request.max_tokens));
     let most = each.saturating_mul(settings.samples);
-    let bar = ProgressBar::new(most as u64)
-        .with_style(ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} tokens, {msg}")?);
-    let blocks = cache.pool().blocks();
-    let progress = |p: engine::Progress| {
-        bar.set_position(p.generated as u64);
-        bar.set_message(format!(
-            "{} running, {} waiting, {} done, {}/{blocks} blocks",
-            p.running, p.waiting, p.finished, p.in_use
-        ));
-    };
-    let outcome = engine::generate(model, cache, requests, settings, |id| tokenizer.is_end(id), progress);
-    bar.finish_and_clear();
-    outcome
+    let titles = prompts.iter().flat_map(|prompt| vec![*prompt; settings.samples]).collect();
+    let mut live = Live::new(tokenizer, titles, most, cache.pool().units())?;
+    let mut shown = Ok(());
+    let outcome = engine::generate(
+        model,
+        cache,
+        requests,
+        settings,
+        |id| tokenizer.is_end(id),
+        |progress| {
+            if shown.is_ok() {
+                shown = live.update(&progress);
+            }
+        },
+    );
+    live.finish();
+    shown.and(outcome)
 }

@@ -152,6 +152,48 @@ impl Tokenizer {
     }
 }
 
+/// Decodes the tokens of one text as they come.
+#[derive(Debug)]
+pub struct DecodeStream<'a> {
+    tokenizer: &'a Tokenizer,
+    ids: Vec<u32>,
+    shown: usize,
+}
+
+impl Tokenizer {
+    /// Decodes the tokens of one text as they come.
+    pub fn stream(&self) -> DecodeStream<'_> {
+        DecodeStream { tokenizer: self, ids: Vec::new(), shown: 0 }
+    }
+}
+
+impl DecodeStream<'_> {
+    /// The text that this token makes certain.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let all = self.tokenizer.decode(&self.ids)?;
+        if all.ends_with('\u{fffd}') {
+            return Ok(String::new());
+        }
+        let new = all[self.shown..].to_owned();
+        self.shown = all.len();
+        Ok(new)
+    }
+
+    /// The rest of the text.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokenizer::decode`].
+    pub fn finish(self) -> Result<String> {
+        Ok(self.tokenizer.decode(&self.ids)?[self.shown..].to_owned())
+    }
+}
+
 /// The pre-tokenizer: it splits text into words, and tokens are merged only within a word.
 fn words(pre: &str) -> Result<PreTokenizerWrapper> {
     let gpt2 = ByteLevel::default().add_prefix_space(false);

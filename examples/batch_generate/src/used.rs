@@ -1,11 +1,11 @@
-//! Which keys and tensors of a model's file are used. A file has more keys than are read here, and some of them change
+//! Which keys of a model's file are used. A file has more keys than are read here, and some of them change
 //! the model's numbers or tokens. Each of these is either used, or has the one value that changes nothing, or is
 //! refused by name.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
-use anyhow::{Context, Result, ensure};
-use candle_core::quantized::gguf_file::{Content, Value};
+use anyhow::{Result, ensure};
+use candle_core::quantized::gguf_file::Value;
 
 use crate::config::Config;
 use crate::metadata::{Metadata, integer};
@@ -24,55 +24,70 @@ enum Rule {
     Flag(bool),
     /// Other texts are refused.
     Text(&'static str),
-    /// Other values than this number, which the rest of the file gives, are refused.
-    EqualTo(fn(&Config) -> usize),
+    /// Other values than this number, which the rest of the file gives, are refused. `None`: it changes nothing.
+    EqualTo(fn(&Config) -> Option<usize>),
 }
 
 use Rule::{EqualTo, Flag, Ignored, Number, Text, Used};
 
-/// The keys below `llama.`.
-const LLAMA: &[(&str, Rule)] = &[
+/// The keys below the name of the architecture.
+const MODEL: &[(&str, Rule)] = &[
     ("attention.head_count", Used),
     ("attention.head_count_kv", Used),
+    ("attention.key_length", Used),
     ("attention.layer_norm_rms_epsilon", Used),
+    ("attention.scale", Used),
+    ("attention.sliding_window", Used),
+    ("attention.sliding_window_pattern", Used),
+    ("attn_logit_softcapping", Used),
     ("block_count", Used),
     ("context_length", Used),
     ("embedding_length", Used),
+    ("expert_used_count", Used),
+    ("final_logit_softcapping", Used),
+    ("rope.dimension_count", Used),
     ("rope.freq_base", Used),
+    ("rope.freq_base_swa", Used),
+    ("rope.local.freq_base", Used),
+    ("rope.local_freq_base", Used),
+    ("rope.scale_linear", Used),
+    ("rope.scaling.attn_factor", Used),
+    ("rope.scaling.factor", Used),
+    ("rope.scaling.original_context_length", Used),
+    ("rope.scaling.type", Used),
+    ("rope.scaling.yarn_beta_fast", Used),
+    ("rope.scaling.yarn_beta_slow", Used),
     // The rest of the file gives these numbers, too.
-    ("attention.key_length", EqualTo(|config| config.head_dim)),
-    ("attention.value_length", EqualTo(|config| config.head_dim)),
-    ("feed_forward_length", EqualTo(|config| config.feed_forward)),
-    ("rope.dimension_count", EqualTo(|config| config.head_dim)),
-    ("vocab_size", EqualTo(|config| config.vocabulary)),
+    ("attention.value_length", EqualTo(|config| Some(config.head_dim))),
+    ("expert_count", EqualTo(|config| Some(config.experts.map_or(0, |experts| experts.count)))),
+    ("expert_feed_forward_length", EqualTo(|config| config.experts.map(|_| config.feed_forward))),
+    // With experts, it is that of layers without, and there are none.
+    ("feed_forward_length", EqualTo(|config| config.experts.is_none().then_some(config.feed_forward))),
+    ("vocab_size", EqualTo(|config| Some(config.vocabulary))),
     // Which rows of q and k are rotated together: adjacent pairs.
     ("tensor_data_layout", Text("Meta AI original pth")),
-    // Scaling of the rotary embedding for longer contexts. The ignored keys matter only if there is scaling.
-    ("rope.scale_linear", Number(&[1.0])),
-    ("rope.scaling.attn_factor", Number(&[1.0])),
-    ("rope.scaling.factor", Number(&[1.0])),
+    // More of YaRN.
     ("rope.scaling.finetuned", Ignored),
-    ("rope.scaling.original_context_length", Ignored),
-    ("rope.scaling.type", Text("none")),
-    ("rope.scaling.yarn_log_multiplier", Ignored),
-    // Experts. The ignored keys matter only if there are experts.
-    ("expert_count", Number(&[0.0])),
-    ("expert_feed_forward_length", Ignored),
+    ("rope.scaling.yarn_attn_factor", Number(&[1.0])),
+    ("rope.scaling.yarn_ext_factor", Number(&[-1.0, 1.0])),
+    ("rope.scaling.yarn_log_multiplier", Number(&[0.0])),
+    // More of experts: weights by a softmax over all of them, whose sum over those that are used is made 1.
+    ("expert_gating_func", Number(&[1.0])),
     ("expert_shared_count", Number(&[0.0])),
-    ("expert_used_count", Ignored),
-    ("leading_dense_block_count", Ignored),
+    ("expert_shared_feed_forward_length", Number(&[0.0])),
+    ("expert_weights_norm", Flag(true)),
+    ("expert_weights_scale", Number(&[0.0, 1.0])),
+    ("leading_dense_block_count", Number(&[0.0])),
     // Other kinds of attention.
     ("attention.causal", Flag(true)),
     ("attention.clamp_kqv", Number(&[0.0])),
     ("attention.max_alibi_bias", Number(&[0.0])),
-    ("attention.sliding_window", Number(&[0.0])),
-    ("attn_logit_softcapping", Number(&[0.0])),
-    ("final_logit_softcapping", Number(&[0.0])),
+    ("attention.temperature_scale", Number(&[0.0])),
     // Scale factors.
     ("embedding_scale", Number(&[1.0])),
     ("logit_scale", Number(&[1.0])),
     ("residual_scale", Number(&[1.0])),
-    // For a kind of norm that llama does not have.
+    // For a kind of norm that these models do not have.
     ("attention.layer_norm_epsilon", Ignored),
     // Whether attention and feed-forward read the same input.
     ("use_parallel_residual", Flag(false)),
@@ -123,7 +138,7 @@ const TOKENIZER: &[(&str, Rule)] = &[
     ("huggingface.json", Ignored),
 ];
 
-/// The keys outside `llama.` and `tokenizer.` that are checked. All other keys there only describe the file.
+/// The keys outside these two that are checked. All other keys there only describe the file.
 const OTHERS: &[(&str, Rule)] = &[
     // Not an adapter: that would have to be added to another model.
     ("general.type", Text("model")),
@@ -139,7 +154,7 @@ const OTHERS: &[(&str, Rule)] = &[
 ///
 /// If there is such a key or value. The message names it.
 pub(crate) fn check_keys(metadata: &Metadata<'_>, config: &Config) -> Result<()> {
-    check(metadata, "llama.", LLAMA, Some(config))?;
+    check(metadata, &format!("{}.", config.architecture.name), MODEL, Some(config))?;
     for (key, value) in metadata.below("") {
         if let Some(&(_, rule)) = OTHERS.iter().find(|(known, _)| *known == key) {
             rule.check(key, value, None)?;
@@ -183,7 +198,7 @@ impl Rule {
             Flag(wanted) => (matches!(value, Value::Bool(flag) if *flag == wanted), wanted.to_string()),
             Text(wanted) => (matches!(value, Value::String(text) if text == wanted), format!("`{wanted}`")),
             EqualTo(wanted) => {
-                let Some(wanted) = config.map(wanted) else { return Ok(()) };
+                let Some(wanted) = config.and_then(wanted) else { return Ok(()) };
                 (integer(value).and_then(|n| usize::try_from(n).ok()) == Some(wanted), wanted.to_string())
             }
         };
@@ -209,56 +224,8 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// The names and shapes of a model's tensors. A matrix has a row for each number of the output.
-pub(crate) fn tensors(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> {
-    let Config { layers, width, heads, kv_heads, head_dim, feed_forward, vocabulary, tied, .. } = *config;
-    let layer = [
-        ("attn_norm", vec![width]),
-        ("attn_q", vec![heads * head_dim, width]),
-        ("attn_k", vec![kv_heads * head_dim, width]),
-        ("attn_v", vec![kv_heads * head_dim, width]),
-        ("attn_output", vec![width, heads * head_dim]),
-        ("ffn_norm", vec![width]),
-        ("ffn_gate", vec![feed_forward, width]),
-        ("ffn_up", vec![feed_forward, width]),
-        ("ffn_down", vec![width, feed_forward]),
-    ];
-    let output = (!tied).then(|| ("output".to_owned(), vec![vocabulary, width]));
-    [("token_embd".to_owned(), vec![vocabulary, width]), ("output_norm".to_owned(), vec![width])]
-        .into_iter()
-        .chain(output)
-        .chain((0..layers).flat_map(move |i| layer.clone().map(|(name, shape)| (format!("blk.{i}.{name}"), shape))))
-        .map(|(name, shape)| (format!("{name}.weight"), shape))
-}
-
-/// Checks that the file has the model's tensors with their shapes, and no others.
-///
-/// # Errors
-///
-/// If a tensor is missing, has another shape, has 2^48 numbers or more, or is not used. The message names it.
-pub(crate) fn check_tensors(content: &Content, config: &Config) -> Result<()> {
-    let mut unused: BTreeSet<&str> = content.tensor_infos.keys().map(String::as_str).collect();
-    for (name, shape) in tensors(config) {
-        let info = content.tensor_infos.get(&name).with_context(|| format!("the model file has no tensor `{name}`"))?;
-        ensure!(
-            info.shape.dims() == shape,
-            "the tensor `{name}` of the model file has the shape {:?}, the model needs {shape:?}",
-            info.shape.dims()
-        );
-        let numbers = shape.iter().try_fold(1usize, |product, n| product.checked_mul(*n));
-        ensure!(
-            numbers.is_some_and(|n| n < 1 << 48),
-            "the tensor `{name}` of the model file has the shape {shape:?}: no file holds that"
-        );
-        unused.remove(name.as_str());
-    }
-    let unused: Vec<_> = unused.into_iter().map(str::to_owned).collect();
-    ensure!(unused.is_empty(), "the model file has tensors that are not supported: {}", few(&unused));
-    Ok(())
-}
-
 /// The first few names, and the number of the others.
-fn few(names: &[String]) -> String {
+pub(crate) fn few(names: &[String]) -> String {
     const SHOWN: usize = 3;
     let first: Vec<_> = names.iter().take(SHOWN).map(|name| format!("`{}`", line(name))).collect();
     let more = names.len().saturating_sub(SHOWN);
@@ -267,8 +234,10 @@ fn few(names: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::quantized::gguf_file::Content;
+
     use super::*;
-    use crate::config::tests::{SMALL, add, complaint, small};
+    use crate::config::tests::{complaint, small, small_config};
     use crate::metadata::tests::content;
 
     fn with(values: &[(&str, Value)]) -> Content {
@@ -295,22 +264,19 @@ mod tests {
             ("general.name", Value::String("anything".into())),
             ("split.count", Value::U16(0)),
         ]);
-        assert_eq!(Config::of(&content).unwrap(), SMALL);
+        assert_eq!(Config::of(&content).unwrap(), small_config());
     }
 
     #[test]
     fn keys_that_change_the_numbers_are_refused_by_name() {
         for (key, value, said) in [
-            ("llama.rope.scaling.type", Value::String("yarn".into()), "`yarn`, only `none` is supported"),
-            ("llama.rope.scaling.factor", Value::F32(8.0), "8, only 1 is supported"),
-            ("llama.rope.scale_linear", Value::F32(2.0), "2, only 1 is supported"),
-            ("llama.rope.dimension_count", Value::U32(4), "4, only 8 is supported"),
-            ("llama.attention.key_length", Value::U32(16), "16, only 8 is supported"),
+            ("llama.rope.scaling.yarn_ext_factor", Value::F32(0.5), "0.5, only -1 or 1 is supported"),
+            ("llama.expert_shared_count", Value::U32(1), "1, only 0 is supported"),
             ("llama.attention.value_length", Value::U32(16), "16, only 8 is supported"),
             ("llama.feed_forward_length", Value::Array(vec![Value::U32(64); 2]), "a list of 2, only 64 is supported"),
             ("llama.vocab_size", Value::U32(95), "95, only 96 is supported"),
             ("llama.expert_count", Value::U32(8), "8, only 0 is supported"),
-            ("llama.attention.sliding_window", Value::U32(4096), "4096, only 0 is supported"),
+            ("llama.attention.temperature_scale", Value::F32(0.1), "0.10000000149011612, only 0 is supported"),
             ("llama.attention.causal", Value::Bool(false), "false, only true is supported"),
             ("llama.logit_scale", Value::F32(0.5), "0.5, only 1 is supported"),
             (
@@ -354,58 +320,5 @@ mod tests {
             check("tokenizer.ggml.precompiled_charsmap", Value::Array(vec![])),
             Err("the model file has keys that are not supported: `tokenizer.ggml.precompiled_charsmap`".to_owned())
         );
-    }
-
-    #[test]
-    fn tensors_that_are_not_read_are_refused_by_name() {
-        let mut content = small();
-        add(&mut content, "rope_freqs.weight", &[4]);
-        let error = |content: &Content| Config::of(content).unwrap_err().to_string();
-        assert_eq!(error(&content), "the model file has tensors that are not supported: `rope_freqs.weight`");
-        ["attn_q", "attn_k", "attn_v"].iter().for_each(|part| add(&mut content, &format!("blk.0.{part}.bias"), &[32]));
-        assert_eq!(
-            error(&content),
-            "the model file has tensors that are not supported: `blk.0.attn_k.bias`, `blk.0.attn_q.bias`, \
-             `blk.0.attn_v.bias` and 1 more"
-        );
-    }
-
-    #[test]
-    fn tensors_of_other_shapes_are_refused_by_name() {
-        let no_matrices: [(&str, &[usize]); 4] = [
-            ("token_embd.weight", &[]),
-            ("token_embd.weight", &[3072]),
-            ("token_embd.weight", &[0, 32]),
-            ("blk.0.ffn_gate.weight", &[1]),
-        ];
-        for (name, shape) in no_matrices {
-            let mut content = small();
-            add(&mut content, name, shape);
-            assert_eq!(
-                Config::of(&content).unwrap_err().to_string(),
-                format!("the tensor `{name}` of the model file has the shape {shape:?}, which is not a matrix")
-            );
-        }
-        for (name, expected) in tensors(&SMALL) {
-            let wrong = [vec![], vec![1], [&expected[..], &[1]].concat(), expected.iter().map(|n| n + 1).collect()];
-            for shape in wrong {
-                let mut content = small();
-                add(&mut content, &name, &shape);
-                let error = Config::of(&content).unwrap_err().to_string();
-                assert!(
-                    error.contains(&format!("tensor `{name}` of the model file has the shape {shape:?}, ")),
-                    "{error}"
-                );
-            }
-            let mut content = small();
-            content.tensor_infos.remove(&name);
-            assert_eq!(Config::of(&content).unwrap_err().to_string(), format!("the model file has no tensor `{name}`"));
-        }
-        // The number of its numbers does not fit into 64 bits.
-        let mut content = small();
-        for i in 0..2 {
-            add(&mut content, &format!("blk.{i}.ffn_gate.weight"), &[1 << 60, 32]);
-        }
-        assert!(Config::of(&content).unwrap_err().to_string().contains("no file holds that"));
     }
 }

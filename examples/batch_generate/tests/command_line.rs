@@ -110,7 +110,7 @@ fn each_kind_of_bad_model_file_has_its_message() {
     refused(&world.file("header.gguf", &whole[..600]), &[], "is not a GGUF file, or is damaged");
     let other = world.folder.path().join("other.gguf");
     common::write(&other, "mamba");
-    refused(&other, &[], "is a mamba model, only llama is supported");
+    refused(&other, &[], "the model's architecture is `mamba`, only llama, mistral, qwen2,");
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn keys_and_tensors_that_are_not_supported_are_refused() {
         common::write_changed(&path, |metadata, _| drop(metadata.insert(key.into(), value)));
         refused(&path, &[], message);
     };
-    key("llama.rope.scaling.factor", Value::F32(8.0), "`llama.rope.scaling.factor` of the model file is 8");
+    key("llama.rope.scaling.type", Value::String("ntk".into()), "`llama.rope.scaling.type` of the model file is `ntk`");
     key("tokenizer.ggml.add_eos_token", Value::Bool(true), "`tokenizer.ggml.add_eos_token` of the model file is true");
     key("general.alignment", Value::U32(0), "`general.alignment`");
     key("llama.context_length", Value::U32(u32::MAX), "`llama.context_length` in the model file is 4294967295");
@@ -143,8 +143,8 @@ fn keys_and_tensors_that_are_not_supported_are_refused() {
         common::write_changed(&path, |_, tensors| drop(tensors.insert(name.into(), tensor)));
         refused(&path, &[], message);
     };
-    tensor("rope_freqs.weight", &[4], "tensors that are not supported: `rope_freqs.weight`");
-    tensor("blk.0.attn_q.bias", &[32], "tensors that are not supported: `blk.0.attn_q.bias`");
+    tensor("rope_freqs.weight", &[5], "the tensor `rope_freqs.weight` of the model file has the shape [5]");
+    tensor("blk.0.attn_q.bias", &[32], "the model file has no tensor `blk.1.attn_q.bias`");
     tensor("token_embd.weight", &[32], "the tensor `token_embd.weight` of the model file has the shape [32]");
     tensor("output_norm.weight", &[1, 32], "has the shape [1, 32], the model needs [32]");
     tensor("blk.1.ffn_down.weight", &[64, 32], "has the shape [64, 32], the model needs [32, 64]");
@@ -253,7 +253,7 @@ fn no_character_that_controls_a_terminal_is_printed() {
 
     let other = world.folder.path().join("other.gguf");
     common::write(&other, "\u{1b}]0;x\u{7}\nerror");
-    let said = contains("is a \\u{1b}]0;x\\u{7}\\nerror model");
+    let said = contains("architecture is `\\u{1b}]0;x\\u{7}\\nerror`");
     command(&other, &[]).assert().code(1).stderr(said.and(quiet()));
     let lines = world.file("lines.jsonl", "{\"\\u001b[2J\\n\": 1}");
     let said = contains("unknown field `\\u{1b}[2J\\n`");
@@ -342,5 +342,5 @@ fn answers_equal_candle_s_own() {
     let args = ["--verify", "--prompts", short, "--max-tokens", "1"];
     refused(&brief, &args, "verification needs 128 tokens, the model's context is 64 tokens");
     refused(&world.model, &["--verify", "--temperature", "1"], "use --temperature 0");
-    refused(&world.model, &["--verify", "--weights", "int8"], "use --weights f32");
+    refused(&world.model, &["--verify", "--weights", "int8"], "use --weights exact");
 }

@@ -23,7 +23,7 @@ fn settings(samples: usize, temperature: f32) -> Settings {
 }
 
 fn cache(model: &Model, blocks: usize, block_size: usize) -> KvCache {
-    KvCache::builder(model.shape()).blocks(blocks).block_size(block_size).dtype(KvDtype::F32).build().unwrap()
+    KvCache::builder_of(model.groups()).blocks(blocks).block_size(block_size).dtype(KvDtype::F32).build().unwrap()
 }
 
 fn run(model: &Model, cache: &KvCache, requests: &[Request], settings: &Settings) -> Outcome {
@@ -143,7 +143,7 @@ fn packed_logits_equal_those_of_each_sequence_alone() {
 fn requests_that_can_never_be_answered_are_refused_at_once_with_the_numbers() {
     let (_folder, model) = common::tiny();
     let refused = |request: Request, settings: Settings| {
-        let never = |_| panic!("nothing is computed");
+        let never = |_: Progress<'_>| panic!("nothing is computed");
         generate(&model, &cache(&model, 4, 4), &[request], &settings, |_| false, never).unwrap_err().to_string()
     };
     let request = |n: u32, max_tokens| Request { prompt: vec![1; n as usize], max_tokens };

@@ -13,14 +13,14 @@ use paged_attention::{KvCache, KvDtype};
 fn copies_of_a_prompt_continue_as_in_the_engine() {
     let (_folder, model) = common::tiny();
     for (batch, context) in [(1, 1), (3, 16), (2, 45)] {
-        let cache = KvCache::builder(model.shape()).blocks(16).build().unwrap();
+        let cache = KvCache::builder_of(model.groups()).blocks(16).build().unwrap();
         let request = Request { prompt: prompt(context, common::VOCABULARY), max_tokens: 9 };
         let settings =
             Settings { max_batch: 1, step_tokens: STEP_TOKENS, samples: 1, seed: 0, sampling: Sampling::greedy() };
         let outcome = generate(&model, &cache, &[request], &settings, |_| false, |_| ()).unwrap();
         let expected = &outcome.answers[0].tokens;
 
-        let mut filled = Filled::new(&model, KvDtype::F32, batch, context, 8).unwrap();
+        let filled = Filled::new(&model, KvDtype::F32, batch, context, 8).unwrap();
         assert_eq!((filled.batch(), filled.context(), filled.prefill().tokens), (batch, context, context));
         for tokens in [8, 3, 8] {
             // The prefill gives the first token of the answer.

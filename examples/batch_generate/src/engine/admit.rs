@@ -1,7 +1,7 @@
 //! Admission: starts waiting requests.
 
 use anyhow::{Result, bail, ensure};
-use paged_attention::{Admitted, Need, Room};
+use paged_attention::{Admitted, BlockTable, Need, Room};
 
 use super::state::{Engine, Group, Running};
 
@@ -26,10 +26,15 @@ impl Engine<'_> {
 
     fn start_waiting(&mut self) -> Result<()> {
         let pool = self.cache.pool();
-        // Blocks promised to the running sequences, which still need them to compute the tokens that they have.
+        let step_tokens = self.settings.step_tokens;
+        // How many units a sequence with this table still takes, to compute the tokens that it has.
+        let needed = |table: &BlockTable, tokens: &[u32]| table.lookup_prefix_in_chunks(tokens, step_tokens).blocks;
+        // One more block for each sample after the first, for the tokens in which it differs.
+        let of_samples = |group: &Group| (group.len() - 1) * pool.units_per_block();
+        // Units promised to the running sequences, which still need them to compute the tokens that they have.
         let mut promised = 0;
         for Running { id, group } in &self.running {
-            promised += self.tables.check_out(*id)?.lookup_prefix(&self.sequences[group[0]].tokens).blocks;
+            promised += needed(&*self.tables.check_out(*id)?, &self.sequences[group[0]].tokens);
         }
         let empty = self.cache.table();
         loop {
@@ -38,11 +43,9 @@ impl Engine<'_> {
                 if group.len() > room_in_batch {
                     return Need::NotNow;
                 }
-                let blocks = empty.lookup_prefix(&self.sequences[group[0]].tokens).blocks;
-                // One more block for each sample after the first, for the tokens in which it differs. Samples can also
-                // diverge one after the other, so in a small pool it is enough that the prompt fits, which `check` has
-                // verified.
-                Need::Blocks((blocks + group.len() - 1).min(pool.blocks()))
+                // Samples can also diverge one after the other, so in a small pool it is enough that the prompt fits,
+                // which `check` has verified.
+                Need::Blocks((needed(&empty, &self.sequences[group[0]].tokens) + of_samples(group)).min(pool.units()))
             };
             let room = Room { available: pool.available().saturating_sub(promised), running: self.running.len() };
             let group = match self.waiting.admit(pool, room, need) {
@@ -57,7 +60,7 @@ impl Engine<'_> {
             let mut table = self.cache.table();
             let matched = table.match_prefix(&sequence.tokens);
             sequence.count_matched(matched);
-            promised += table.lookup_prefix(&sequence.tokens).blocks + group.len() - 1;
+            promised += needed(&table, &sequence.tokens) + of_samples(&group);
             self.running.push(Running { id: self.tables.insert(table), group });
         }
     }

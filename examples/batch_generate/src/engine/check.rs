@@ -1,7 +1,7 @@
 //! Refuses requests and settings that can never be answered, before anything is computed.
 
 use anyhow::{Result, ensure};
-use paged_attention::KvCache;
+use paged_attention::{KvCache, TableOptions};
 
 use super::{Request, Settings};
 
@@ -42,14 +42,16 @@ pub fn check(context: usize, cache: &KvCache, requests: &[Request], settings: &S
             total <= context,
             "prompt {i} has {n} tokens and may get {max_tokens} more, the model's context is {context} tokens"
         );
-        // The last generated token is never computed, so it needs no slot.
-        let needed = pool.blocks_for(total - 1);
+        // The last generated token is never computed, so it needs no slot. Nothing of a private table is shared.
+        let table = cache.table_with(&TableOptions::default().private());
+        let units = table.lookup_prefix_in_chunks(&vec![0; total - 1], settings.step_tokens).blocks;
+        // With several groups of layers, a block here is one of each.
+        let [needed, blocks] = [units, pool.units()].map(|units| units as f64 / pool.units_per_block() as f64);
         ensure!(
-            needed <= pool.blocks(),
+            units <= pool.units(),
             "prompt {i} has {n} tokens and may get {max_tokens} more: that takes {needed} blocks of {} tokens, the \
-             pool has {}",
+             pool has {blocks}",
             pool.block_size(),
-            pool.blocks()
         );
     }
     Ok(())

@@ -24,7 +24,7 @@ use paged_attention::{KvCache, Snapshot, Step};
 
 use crate::sampling::Sampling;
 pub use check::check;
-use state::Engine;
+use state::{Engine, Sequence};
 
 /// The usual limit of new tokens in a step. Long prompts are computed in chunks of this size, so that the other
 /// sequences go on decoding.
@@ -96,7 +96,7 @@ pub struct Outcome {
     pub resumed_tokens: usize,
     /// The pool in the step that used most blocks.
     pub fullest: Option<Snapshot>,
-    /// The largest number of blocks in use in a step.
+    /// The largest number of units of the pool in use in a step: blocks, if there is one group of layers.
     pub peak_blocks: usize,
     /// Tokens per slot of the blocks in use, the mean over all steps. It is more than 1 if sequences share blocks.
     pub mean_utilisation: f64,
@@ -124,7 +124,7 @@ impl Work {
 
 /// The progress of [`generate`] after a step.
 #[derive(Debug, Clone, Copy)]
-pub struct Progress {
+pub struct Progress<'a> {
     /// Tokens generated so far, of all answers.
     pub generated: usize,
     /// Answers that are complete.
@@ -133,8 +133,26 @@ pub struct Progress {
     pub running: usize,
     /// Waiting sequences.
     pub waiting: usize,
-    /// Blocks in use.
+    /// Units of the pool in use: blocks, if there is one group of layers.
     pub in_use: usize,
+    sequences: &'a [Sequence],
+}
+
+impl<'a> Progress<'a> {
+    /// The number of answers.
+    pub fn answers(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// The tokens of an answer so far, and whether it is complete. The order is that of [`Outcome::answers`].
+    ///
+    /// # Panics
+    ///
+    /// If there is no such answer.
+    pub fn answer(&self, index: usize) -> (&'a [u32], bool) {
+        let sequence = &self.sequences[index];
+        (&sequence.answer.tokens, sequence.finished)
+    }
 }
 
 /// Answers all requests, and calls `progress` after every step.
@@ -149,7 +167,7 @@ pub fn generate(
     requests: &[Request],
     settings: &Settings,
     is_end: impl Fn(u32) -> bool,
-    mut progress: impl FnMut(Progress),
+    mut progress: impl FnMut(Progress<'_>),
 ) -> Result<Outcome> {
     check(model.context(), cache, requests, settings)?;
     let mut engine = Engine::new(cache, requests, settings);

@@ -6,6 +6,7 @@ use paged_attention::{Admission, KvCache, SequenceId, Sequences, preemption_vict
 use super::{Answer, Outcome, Progress, Request, Settings};
 use crate::sampling::Random;
 
+#[derive(Debug)]
 pub(super) struct Sequence {
     pub(super) answer: Answer,
     /// Prompt and answer so far.
@@ -14,6 +15,7 @@ pub(super) struct Sequence {
     /// Tokens that were matched in the cache after a preemption.
     resumed: usize,
     random: Random,
+    pub(super) finished: bool,
 }
 
 impl Sequence {
@@ -66,6 +68,7 @@ impl<'a> Engine<'a> {
                 max_tokens: request.max_tokens,
                 resumed: 0,
                 random: Random::new(settings.seed.wrapping_add(sample as u64), i),
+                finished: false,
             }));
             waiting.enqueue((first..sequences.len()).collect());
         }
@@ -114,9 +117,10 @@ impl<'a> Engine<'a> {
     pub(super) fn retire(&mut self, is_end: &impl Fn(u32) -> bool) -> Result<usize> {
         let before = self.running.len();
         for i in (0..before).rev() {
-            let sequence = &self.sequences[self.running[i].group[0]];
+            let sequence = &mut self.sequences[self.running[i].group[0]];
             let tokens = &sequence.answer.tokens;
             if tokens.len() == sequence.max_tokens || tokens.last().is_some_and(|&token| is_end(token)) {
+                sequence.finished = true;
                 self.tables.remove(self.running.remove(i).id)?;
             }
         }
@@ -146,13 +150,14 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    pub(super) fn progress(&self) -> Progress {
+    pub(super) fn progress(&self) -> Progress<'_> {
         Progress {
             generated: self.sequences.iter().map(|sequence| sequence.answer.tokens.len()).sum(),
             finished: self.finished,
             running: self.batch(),
             waiting: self.waiting.iter().map(Vec::len).sum(),
             in_use: self.cache.pool().in_use(),
+            sequences: &self.sequences,
         }
     }
 

@@ -119,7 +119,9 @@ impl Engine<'_> {
             self.outcome.peak_blocks = in_use;
             self.outcome.fullest = Some(pool.snapshot());
         }
-        self.utilisation += live as f64 / (in_use * pool.block_size()) as f64;
+        // With several groups of layers, a slot here is one in each.
+        let slots = (in_use * pool.block_size()) as f64 / pool.units_per_block() as f64;
+        self.utilisation += live as f64 / slots;
 
         let logits = model.forward(&step)?.to_vec2::<f32>()?;
         let tokens = step.tokens();

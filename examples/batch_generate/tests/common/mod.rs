@@ -91,7 +91,7 @@ pub fn write_changed(path: &Path, change: impl FnOnce(&mut Metadata, &mut Tensor
 }
 
 pub fn load(path: &Path) -> Model {
-    Model::load(&mut Gguf::open(path, Weights::F32).unwrap()).unwrap()
+    Model::load(&mut Gguf::open(path).unwrap(), Weights::F32, usize::MAX).unwrap()
 }
 
 /// The model, and the temporary folder with its file, which is removed when it is dropped.

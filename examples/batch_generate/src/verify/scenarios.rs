@@ -1,16 +1,15 @@
 //! The operations of a cache other than appending tokens. Each is compared token for token with a computation without
-//! blocks: candle's own model with its contiguous cache, or, for windows, dense attention over the whole sequence with
-//! a mask.
+//! blocks: the reference, or, for windows, dense attention over the whole sequence with a mask.
 
 use std::cell::Cell;
 
 use anyhow::{Result, ensure};
-use candle_core::{D, Device, Tensor};
-use candle_transformers::models::quantized_llama::ModelWeights;
-use paged_attention::{Attention, BlockTable, KvCache, KvDtype, TableOptions, Window};
+use candle_core::{Device, Tensor};
+use paged_attention::{BlockTable, KvCache, KvDtype, OutOfWindow, TableOptions, Window};
 
-use crate::candle_loop::generate;
-use crate::engine::Request;
+use super::contiguous::dense;
+use super::{Reference, generate};
+use crate::engine::{LanguageModel as _, Request};
 use crate::model::Model;
 use crate::sampling::{Random, Sampling};
 use crate::shown::say;
@@ -20,6 +19,9 @@ const TOKENS: usize = 24;
 
 /// The model's context that the scenarios need: the tokens of their longest sequence, and some more.
 const CONTEXT: usize = 128;
+
+/// The tokens of the longest sequence, if the model's context has room for it.
+pub(crate) const LONGEST: usize = 75 + 256;
 
 /// Checks that the sequences of the scenarios fit into the model's context.
 ///
@@ -36,9 +38,9 @@ pub(crate) fn check(context: usize) -> Result<()> {
 /// # Errors
 ///
 /// If a token differs, or if 8-bit storage changes attention by 5% or more.
-pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dtype: KvDtype) -> Result<()> {
-    let cache = KvCache::builder(model.shape()).blocks(1024usize.div_ceil(block_size)).block_size(block_size);
-    let mut verifier = Verifier { paged: model, cache: cache.dtype(dtype).build()?, candle };
+pub(crate) fn verify(reference: Reference<'_>, model: &Model, block_size: usize, dtype: KvDtype) -> Result<()> {
+    let cache = KvCache::builder_of(model.groups()).blocks(1024usize.div_ceil(block_size)).block_size(block_size);
+    let mut verifier = Verifier { paged: model, cache: cache.dtype(dtype).build()?, reference };
     let vocabulary = model.vocabulary() as u32;
     let prompt: Vec<u32> = (0..75).map(|i| (1000 + 37 * i) % vocabulary).collect();
     let other: Vec<u32> = (0..9).map(|i| (5000 + 11 * i) % vocabulary).collect();
@@ -50,7 +52,10 @@ pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dty
     verifier.shared_prefix(&prompt, &other)?;
     verifier.swap(&prompt)?;
     verifier.resume(&prompt)?;
-    for window in [Window::new(20), Window::new(32).with_sink_tokens(4), Window::new(50).with_sink_tokens(17)] {
+    // A table's own window, where the layers have none.
+    let windows = [Window::new(20), Window::new(32).with_sink_tokens(4), Window::new(50).with_sink_tokens(17)];
+    let own = model.config().windows.iter().all(Option::is_none);
+    for window in windows.into_iter().filter(|_| own) {
         verifier.window(&prompt, window)?;
     }
     verifier.eight_bits(&prompt)?;
@@ -64,7 +69,7 @@ pub(crate) fn verify(candle: ModelWeights, model: &Model, block_size: usize, dty
 struct Verifier<'a> {
     paged: &'a Model,
     cache: KvCache,
-    candle: ModelWeights,
+    reference: Reference<'a>,
 }
 
 impl Verifier<'_> {
@@ -93,17 +98,25 @@ impl Verifier<'_> {
         Ok(table)
     }
 
-    /// Compares `got`, the tokens after `tokens`, with those of candle's own model.
+    /// Compares `got`, the tokens after `tokens`, with those of the reference.
     fn compare(&mut self, what: &str, tokens: &[u32], got: &[u32]) -> Result<()> {
         let request = Request { prompt: tokens.to_vec(), max_tokens: TOKENS };
-        let (expected, _) = generate(&mut self.candle, &request, |_| false)?;
-        ensure!(got == expected, "{what}: the tokens differ from candle's own\n{got:?}\n{expected:?}");
+        let (expected, _) = generate(&mut self.reference, &request, |_| false)?;
+        ensure!(got == expected, "{what}: the tokens differ from {}\n{got:?}\n{expected:?}", self.reference.name());
         Ok(())
+    }
+
+    /// `None` if a window has passed the place: then going back is refused, and nothing is changed.
+    fn gone_back<T>(&self, result: Result<T, OutOfWindow>) -> Result<Option<T>> {
+        match result {
+            Err(_) if self.paged.config().windows.iter().any(Option::is_some) => Ok(None),
+            result => Ok(Some(result?)),
+        }
     }
 
     fn fork_at(&mut self, prompt: &[u32], len: usize, other: &[u32]) -> Result<()> {
         let mut table = self.computed(prompt)?;
-        let mut fork = table.fork_at(len)?;
+        let Some(mut fork) = self.gone_back(table.fork_at(len))? else { return Ok(()) };
         let branch = [&prompt[..len], other].concat();
         // Both continue, one after the other, from the blocks that they share.
         let got = self.continue_with(&mut fork, &branch)?;
@@ -115,7 +128,9 @@ impl Verifier<'_> {
 
     fn truncate_to(&mut self, prompt: &[u32], len: usize, other: &[u32]) -> Result<()> {
         let mut table = self.computed(prompt)?;
-        table.truncate(len)?;
+        if self.gone_back(table.truncate(len))?.is_none() {
+            return Ok(());
+        }
         let branch = [&prompt[..len], other].concat();
         let got = self.continue_with(&mut table, &branch)?;
         self.compare(&format!("a truncation to {len}"), &branch, &got)
@@ -181,10 +196,10 @@ impl Verifier<'_> {
     /// Measures the error of 8-bit storage: the same queries, keys and values of every layer go through a cache in f32
     /// and one in 8 bits. Also counts how many tokens of greedy answers are the same.
     fn eight_bits(&self, prompt: &[u32]) -> Result<()> {
-        let length = 256.min(self.paged.context() - prompt.len());
-        let cache = |dtype| KvCache::builder(self.paged.shape()).blocks(32).dtype(dtype).build();
+        let length = LONGEST.min(self.paged.context()) - prompt.len();
+        let cache = |dtype| KvCache::builder_of(self.paged.groups()).blocks(32).dtype(dtype).build();
         let [full, bytes] = [cache(KvDtype::F32)?, cache(KvDtype::Int8)?];
-        let attention = Attention::scaled_by(self.paged.shape().head_dim);
+        let attention = self.paged.config().attention();
         // The largest difference, the sum of differences, the sum of absolute values, and the count.
         let sums = Cell::new([0f64; 4]);
         let (mut table, mut other) = (full.table(), bytes.table());
@@ -240,22 +255,8 @@ impl Verifier<'_> {
         let sees = |at: usize, position: usize| {
             at <= position && (at < window.sink_tokens() || at + window.tokens() > position)
         };
-        let mask: Vec<f32> = (0..n)
-            .flat_map(|position| (0..n).map(move |at| if sees(at, position) { 0.0 } else { f32::NEG_INFINITY }))
-            .collect();
-        let mask = Tensor::from_vec(mask, (n, n), &Device::Cpu)?;
-        let attend = |_: usize, q: &Tensor, k: &Tensor, v: &Tensor| {
-            let (_, heads, head_dim) = q.dims3()?;
-            let group = heads / k.dim(1)?;
-            let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous(); // (heads, tokens, head_dim)
-            let repeated = |x: &Tensor| {
-                let index: Vec<u32> = (0..heads).map(|head| (head / group) as u32).collect();
-                by_head(x)?.index_select(&Tensor::new(index, &Device::Cpu)?, 0)
-            };
-            let scores = (by_head(q)?.matmul(&repeated(k)?.t()?)? / (head_dim as f64).sqrt())?;
-            let weights = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
-            by_head(&weights.matmul(&repeated(v)?)?)
-        };
+        let config = self.paged.config();
+        let attend = |_: usize, q: &Tensor, k: &Tensor, v: &Tensor| dense(q, k, v, config, sees);
         let positions = Tensor::arange(0, n as u32, &Device::Cpu)?;
         let last = Tensor::new(&[n as u32 - 1], &Device::Cpu)?;
         likeliest(&self.paged.logits(&Tensor::new(tokens, &Device::Cpu)?, &positions, &last, attend)?)
