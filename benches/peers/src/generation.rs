@@ -9,7 +9,7 @@ use batch_generate::measure::Filled;
 use batch_generate::model::{Gguf, Model};
 use batch_generate::weights::Weights;
 use harness::Record;
-use paged_attention::KvDtype;
+use paged_attention::{KvDtype, LayerGroup};
 use rayon::ThreadPool;
 
 use crate::args::Effort;
@@ -18,7 +18,7 @@ use crate::environment::{Environment, Script};
 use crate::floor::Floor;
 use crate::turns::{self, FLOOR};
 
-/// The most tokens that each sequence decodes before it is truncated to the context again.
+/// The most tokens that each sequence decodes before it goes back to the context.
 const STEPS: usize = 8;
 
 /// Measures decoding and prefill of the model in `path`. Both sides store keys and values as f16.
@@ -34,14 +34,20 @@ pub fn generation(
     effort: Effort,
     record: &mut Record,
 ) -> Result<()> {
-    let model = Model::load(&mut Gguf::open(path, Weights::Int8)?)?;
+    let model = Model::load(&mut Gguf::open(path)?, Weights::Int8, usize::MAX)?;
     let file_bytes = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len() as usize;
     let (batches, contexts): (&[usize], &[usize]) = match effort {
         Effort::Smoke => (&[2], &[32]),
         Effort::Quick => (&[1, 8], &[128, 1024]),
         Effort::Full => (&[1, 4, 8, 16], &[128, 1024, 4096]),
     };
-    let shape = model.shape();
+    let groups = model.groups();
+    let shape = groups.first().context("a model has layers")?.shape();
+    let layers = groups.iter().map(|group| group.layers().len()).sum();
+    // Without the windows of models that have some.
+    let of_group = |group: &LayerGroup| group.shape().bytes_per_block(1, KvDtype::F16);
+    let token_bytes: Option<usize> = groups.iter().map(of_group).sum();
+    let token_bytes = token_bytes.context("a token's bytes can be counted")?;
     for &context in contexts {
         for &batch in batches {
             let case = Case {
@@ -53,15 +59,14 @@ pub fn generation(
                 context,
                 room: STEPS,
                 dtype: "f16",
-                layers: shape.layers,
+                layers,
             };
             let name = format!("batch {batch} context {context} KV f16 threads {}", threads.current_num_threads());
             eprintln!("generation {name}");
 
-            let mut filled = Filled::new(&model, KvDtype::F16, batch, context, STEPS)?;
+            let filled = Filled::new(&model, KvDtype::F16, batch, context, STEPS)?;
             let ours_prefill = filled.prefill();
             // Decoding reads all weights of the file and all keys and values, once per step.
-            let token_bytes = shape.bytes_per_block(1, KvDtype::F16).context("a token's bytes can be counted")?;
             let bytes = file_bytes + batch * context * token_bytes;
             floor.grow(bytes);
             let mut contenders = vec![

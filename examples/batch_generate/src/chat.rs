@@ -125,6 +125,44 @@ mod tests {
         Ok(())
     }
 
+    /// What the templates of Llama, Mistral, Qwen, Gemma and Phi are written with.
+    #[test]
+    fn templates_can_use_what_those_of_the_models_use() -> Result<()> {
+        for (template, rendered) in [
+            (
+                "{%- set ns = namespace(last=messages|length - 1, found=false) %}\
+                 {%- for m in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}\
+                 {%- if not ns.found and m.role == 'user' and m.content is string %}\
+                 {%- set ns.found = true %}{%- set ns.last = index %}{%- endif %}{%- endfor %}{{ ns.last }}",
+                "1",
+            ),
+            (
+                "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}\
+                 {%- set rest = messages[1:] %}{%- else %}{%- set system = '' %}{%- set rest = messages %}{%- endif %}\
+                 {{- system ~ '|' ~ rest|length }}{% for m in rest %}{{ loop.first and loop.last }}{% endfor %}",
+                "Be brief.|1True",
+            ),
+            ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools is none }}", "True"),
+            ("{% if tools %}a{% elif tools is not none and enable_thinking is defined %}b{% else %}c{% endif %}", "c"),
+            ("{% if strftime_now is defined %}now{% else %}26 Jul{% endif %}", "26 Jul"),
+            ("{{ messages[1].content.split('x')[-1].lstrip('\\n').upper() }}", "HI "),
+            ("{{ messages[1]['content'].startswith('a') and 'x' in messages[1].content }}", "True"),
+            ("{{ messages[0] | tojson }}", "{\"role\":\"system\",\"content\":\" Be brief. \"}"),
+            ("{{ {'a': 1}.get('b', 2) }}{{ messages[1].tool_calls is defined and messages[1].tool_calls }}", "2False"),
+            ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m('a') + m('b') }}", "<a><b>"),
+            (
+                "{% for m in messages %}{% if m.role not in ['user'] %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
+                "user",
+            ),
+            ("{% if (messages[1].role == 'user') != (1 % 2 == 0) %}alternate{% endif %}", "alternate"),
+        ] {
+            assert_eq!(chat(template)?.render_user("a x\nhi ", Some(" Be brief. "))?, rendered, "{template}");
+        }
+        let error = chat("{% generation %}a{% endgeneration %}").expect_err("not known");
+        assert!(format!("{error:#}").contains("unknown statement generation"), "{error:#}");
+        Ok(())
+    }
+
     #[test]
     fn a_prompt_is_neither_escaped_nor_run() -> Result<()> {
         let prompt = "<b> & \"c\" {{ 1 + 1 }} {% raw %}\n";

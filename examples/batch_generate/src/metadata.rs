@@ -30,6 +30,10 @@ impl<'a> Metadata<'a> {
         self.read(key, "a list of integers", |value| list(value, integer))
     }
 
+    pub(crate) fn floats(&self, key: &str) -> Result<Option<Vec<f32>>> {
+        self.read(key, "a list of numbers", |value| list(value, float))
+    }
+
     pub(crate) fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.read(key, "true or false", |value| value.to_bool().ok())
     }
@@ -40,11 +44,7 @@ impl<'a> Metadata<'a> {
     }
 
     pub(crate) fn float(&self, key: &str) -> Result<Option<f32>> {
-        self.read(key, "a number", |value| match *value {
-            Value::F32(number) => Some(number),
-            Value::F64(number) => Some(number as f32),
-            _ => None,
-        })
+        self.read(key, "a number", float)
     }
 
     pub(crate) fn required<T>(&self, key: &str, read: impl Fn(&Self, &str) -> Result<Option<T>>) -> Result<T> {
@@ -77,6 +77,14 @@ fn text(value: &Value) -> Option<&str> {
 
 fn list<'a, T>(value: &'a Value, item: impl Fn(&'a Value) -> Option<T>) -> Option<Vec<T>> {
     value.to_vec().ok()?.iter().map(item).collect()
+}
+
+fn float(value: &Value) -> Option<f32> {
+    match *value {
+        Value::F32(number) => Some(number),
+        Value::F64(number) => Some(number as f32),
+        _ => None,
+    }
 }
 
 pub(crate) fn integer(value: &Value) -> Option<i64> {

@@ -99,6 +99,7 @@ const MODEL: &[(&str, Rule)] = &[
 const TOKENIZER: &[(&str, Rule)] = &[
     ("chat_template", Used),
     ("ggml.add_bos_token", Used),
+    ("ggml.add_space_prefix", Used),
     ("ggml.bos_token_id", Used),
     ("ggml.eom_token_id", Used),
     ("ggml.eos_token_id", Used),
@@ -106,18 +107,15 @@ const TOKENIZER: &[(&str, Rule)] = &[
     ("ggml.merges", Used),
     ("ggml.model", Used),
     ("ggml.pre", Used),
+    ("ggml.scores", Used),
     ("ggml.token_type", Used),
     ("ggml.tokens", Used),
+    ("ggml.unknown_token_id", Used),
     // Tokens added to a text, and changes to its spaces.
     ("ggml.add_eos_token", Flag(false)),
     ("ggml.add_sep_token", Flag(false)),
-    ("ggml.add_space_prefix", Flag(false)),
     ("ggml.remove_extra_whitespaces", Flag(false)),
     ("ggml.treat_whitespace_as_suffix", Flag(false)),
-    // Byte pairs are merged in the order of the merges; only other kinds of tokenizers use scores.
-    ("ggml.scores", Ignored),
-    // Every byte is a token, so no text is unknown.
-    ("ggml.unknown_token_id", Ignored),
     // For training, for pairs of texts, and for filling in the middle of a text.
     ("ggml.cls_token_id", Ignored),
     ("ggml.mask_token_id", Ignored),
@@ -307,7 +305,7 @@ mod tests {
         let check = |key: &str, value| {
             check_tokenizer(&Metadata::of(&content([(key, value)]))).map_err(|error| error.to_string())
         };
-        for key in ["add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"] {
+        for key in ["add_eos_token", "add_sep_token", "remove_extra_whitespaces"] {
             let key = format!("tokenizer.ggml.{key}");
             assert_eq!(check(&key, Value::Bool(false)), Ok(()));
             let refused = format!("`{key}` of the model file is true, only false is supported");

@@ -1,46 +1,56 @@
 //! The tokenizer in the metadata of a GGUF file.
 //!
-//! Candle can build one, too, but it does not know `smollm` and uses its default without an error: that one puts a
-//! space before every text and after every special token. This module refuses a tokenizer that it does not know.
+//! Candle can build one, too, but it does not know the words of most models, and uses its default without an error. This
+//! module refuses a tokenizer that it does not know.
+//!
+//! - `vocabulary` has the tokens and their types.
+//! - `byte_level` and `sentence_piece` build the two kinds of tokenizers, `words` has what differs between the first.
+//! - `ends` finds the tokens that end an answer.
+//! - `stream` decodes tokens as they come.
+
+mod byte_level;
+mod ends;
+mod sentence_piece;
+mod stream;
+mod vocabulary;
+mod words;
 
 use std::collections::HashSet;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::quantized::gguf_file::Content;
-use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::{AddedToken, PreTokenizerWrapper};
 
 use crate::chat::ChatTemplate;
 use crate::metadata::Metadata;
 use crate::shown::line;
 use crate::specials::{Piece, Specials};
 use crate::used;
-
-/// `tokenizer.ggml.token_type` of the token for text that has no token. Like control tokens, it is not read from a
-/// user's text.
-const UNKNOWN: i64 = 2;
-/// `tokenizer.ggml.token_type` of tokens that steer the model and are not text.
-const CONTROL: i64 = 3;
-/// `tokenizer.ggml.token_type` of tokens that are text, but are never split or merged.
-const USER_DEFINED: i64 = 4;
+pub use stream::DecodeStream;
+use vocabulary::{Kind, Vocabulary};
+use words::Words;
 
 /// Turns text into the token ids of one model, and back.
 #[derive(Debug)]
 pub struct Tokenizer {
+    /// Has no token that steers the model.
     inner: tokenizers::Tokenizer,
     specials: Specials,
-    /// The begin-of-text token, if the model file asks for it at the beginning of every text.
+    special_ids: HashSet<u32>,
+    /// Tokens for one byte of a character that has no token.
+    bytes: HashSet<u32>,
+    /// Whether a space is added before each plain text.
+    adds_space: bool,
+    /// The special tokens after which white space is dropped.
+    stripping: HashSet<u32>,
+    /// The begin-of-text token, if it is to be added at the beginning of every text.
     bos: Option<u32>,
     ends: Vec<u32>,
     vocab_size: usize,
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer that `content` describes: byte-level BPE that splits text into words like `smollm` or like
-    /// plain GPT-2.
+    /// Builds the tokenizer that `content` describes: byte pairs with the words of one of several models (`gpt2`), or
+    /// SentencePiece (`llama`).
     ///
     /// # Errors
     ///
@@ -48,37 +58,45 @@ impl Tokenizer {
     pub fn from_gguf(content: &Content) -> Result<Self> {
         let metadata = Metadata::of(content);
         let model = metadata.required("tokenizer.ggml.model", Metadata::text)?;
-        ensure!(model == "gpt2", "the tokenizer model `{}` is not supported, only `gpt2` is", line(model));
         used::check_tokenizer(&metadata)?;
-        let words = words(metadata.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
-
-        let tokens = metadata.required("tokenizer.ggml.tokens", Metadata::texts)?;
-        let merges = metadata.required("tokenizer.ggml.merges", Metadata::texts)?;
-        let mut inner = tokenizers::Tokenizer::new(byte_pairs(&tokens, &merges)?);
-        inner.with_pre_tokenizer(Some(words));
-        inner.with_decoder(Some(ByteLevel::default()));
-        let specials = add_tokens(&mut inner, &metadata, &tokens)?;
-        // The special tokens were split off before; the text between them is encoded as plain text.
-        inner.set_encode_special_tokens(true);
-
-        let known = |key| match metadata.id(key)? {
-            Some(id) if id as usize >= tokens.len() => {
-                bail!("`{key}` is {id}, but the vocabulary has only {} tokens", tokens.len())
+        let vocabulary = Vocabulary::of(&metadata)?;
+        let (inner, adds_space, stripping, adds_bos) = match model {
+            "gpt2" => {
+                let words = Words::of(metadata.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+                (byte_level::build(&vocabulary, &metadata, words)?, false, Vec::new(), words.adds_bos)
             }
-            id => Ok(id),
+            "llama" => {
+                let adds_space = sentence_piece::adds_space(&metadata)?;
+                let stripping = sentence_piece::stripping(&vocabulary, &metadata)?;
+                (sentence_piece::build(&vocabulary, &metadata, adds_space)?, adds_space, stripping, true)
+            }
+            other => bail!("the tokenizer model `{}` is not supported, only `gpt2` and `llama` are", line(other)),
         };
-        let eos = known("tokenizer.ggml.eos_token_id")?;
-        let eot = known("tokenizer.ggml.eot_token_id")?;
-        let eom = known("tokenizer.ggml.eom_token_id")?;
-        let bos = known("tokenizer.ggml.bos_token_id")?;
+        let mut specials = Specials::default();
+        for (id, token, kind) in vocabulary.iter() {
+            match kind {
+                Kind::Control | Kind::Unknown => specials.add(token, Some(id)),
+                Kind::UserDefined => specials.add(token, None),
+                _ => {}
+            }
+        }
+        let bos = vocabulary.id(&metadata, "tokenizer.ggml.bos_token_id")?;
         let add_bos = metadata.flag("tokenizer.ggml.add_bos_token")?;
-
+        ensure!(
+            add_bos != Some(true) || bos.is_some(),
+            "`tokenizer.ggml.add_bos_token` of the model file is true, but it has no `tokenizer.ggml.bos_token_id`"
+        );
+        let byte = |(id, _, kind)| (kind == Kind::Byte).then_some(id);
         Ok(Self {
             inner,
             specials,
-            bos: bos.filter(|_| add_bos == Some(true)),
-            ends: [eos, eot, eom].into_iter().flatten().collect(),
-            vocab_size: tokens.len(),
+            special_ids: vocabulary.specials().map(|(id, _)| id).collect(),
+            bytes: vocabulary.iter().filter_map(byte).collect(),
+            adds_space,
+            stripping: stripping.into_iter().collect(),
+            bos: bos.filter(|_| add_bos.unwrap_or(adds_bos)),
+            ends: ends::ends(&vocabulary, &metadata)?,
+            vocab_size: vocabulary.tokens.len(),
         })
     }
 
@@ -106,15 +124,33 @@ impl Tokenizer {
         self.encode_guarded(text, None)
     }
 
+    /// The token ids of a text in which nothing is a special token. No begin-of-text token is added.
+    ///
+    /// # Errors
+    ///
+    /// If the tokenizer fails.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        if text.is_empty() {
+            return Ok(Vec::new());
+        }
+        let text = if self.adds_space { format!(" {text}") } else { text.to_owned() };
+        let encoding = self.inner.encode_fast(text, false);
+        let encoding = encoding.map_err(|error| anyhow::anyhow!("cannot tokenize the text: {error}"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
     fn encode_guarded(&self, text: &str, guard: Option<char>) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
+        let mut strips = false;
         for piece in self.specials.split(text, guard) {
             match piece {
-                Piece::Special(id) => ids.push(id),
+                Piece::Special(id) => {
+                    strips = self.stripping.contains(&id);
+                    ids.push(id);
+                }
                 Piece::Plain(text) => {
-                    let encoding = self.inner.encode_fast(text, false);
-                    let encoding = encoding.map_err(|error| anyhow::anyhow!("cannot tokenize the text: {error}"))?;
-                    ids.extend_from_slice(encoding.get_ids());
+                    let text = if strips { text.trim_start() } else { &text };
+                    ids.extend(self.encode_plain(text)?);
                 }
             }
         }
@@ -130,7 +166,24 @@ impl Tokenizer {
     ///
     /// If the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(|error| anyhow::anyhow!("cannot turn the tokens into text: {error}"))
+        let text: Vec<u32> = ids.iter().copied().filter(|&id| !self.is_special(id)).collect();
+        self.inner.decode(&text, true).map_err(|error| anyhow::anyhow!("cannot turn the tokens into text: {error}"))
+    }
+
+    /// Decodes the tokens of one text as they come.
+    #[must_use]
+    pub fn stream(&self) -> DecodeStream<'_> {
+        DecodeStream::new(self)
+    }
+
+    /// Whether token `id` steers the model and is not text.
+    fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
+    }
+
+    /// Whether token `id` is one byte of a character that has no token.
+    fn is_byte(&self, id: u32) -> bool {
+        self.bytes.contains(&id)
     }
 
     /// Whether token `id` ends an answer.
@@ -150,111 +203,6 @@ impl Tokenizer {
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
-}
-
-/// Decodes the tokens of one text as they come.
-#[derive(Debug)]
-pub struct DecodeStream<'a> {
-    tokenizer: &'a Tokenizer,
-    ids: Vec<u32>,
-    shown: usize,
-}
-
-impl Tokenizer {
-    /// Decodes the tokens of one text as they come.
-    pub fn stream(&self) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, ids: Vec::new(), shown: 0 }
-    }
-}
-
-impl DecodeStream<'_> {
-    /// The text that this token makes certain.
-    ///
-    /// # Errors
-    ///
-    /// As [`Tokenizer::decode`].
-    pub fn push(&mut self, id: u32) -> Result<String> {
-        self.ids.push(id);
-        let all = self.tokenizer.decode(&self.ids)?;
-        if all.ends_with('\u{fffd}') {
-            return Ok(String::new());
-        }
-        let new = all[self.shown..].to_owned();
-        self.shown = all.len();
-        Ok(new)
-    }
-
-    /// The rest of the text.
-    ///
-    /// # Errors
-    ///
-    /// As [`Tokenizer::decode`].
-    pub fn finish(self) -> Result<String> {
-        Ok(self.tokenizer.decode(&self.ids)?[self.shown..].to_owned())
-    }
-}
-
-/// The pre-tokenizer: it splits text into words, and tokens are merged only within a word.
-fn words(pre: &str) -> Result<PreTokenizerWrapper> {
-    let gpt2 = ByteLevel::default().add_prefix_space(false);
-    match pre {
-        "smollm" => Ok(Sequence::new(vec![Digits::new(true).into(), gpt2.into()]).into()),
-        "gpt-2" | "default" => Ok(gpt2.into()),
-        other => bail!(
-            "the tokenizer's `pre` is `{}`, which is not supported, \
-             only `smollm`, `gpt-2` and `default` are",
-            line(other)
-        ),
-    }
-}
-
-fn byte_pairs(tokens: &[&str], merges: &[&str]) -> Result<BPE> {
-    let mut known = HashSet::new();
-    if let Some(twice) = tokens.iter().find(|token| !known.insert(**token)) {
-        bail!("the model file has the token `{}` twice", line(twice));
-    }
-    let merges = merges
-        .iter()
-        .map(|merge| {
-            merge
-                .split_once(' ')
-                // The builder can panic if the result of a merge is not in the vocabulary.
-                .filter(|(left, right)| {
-                    known.contains(left) && known.contains(right) && known.contains(format!("{left}{right}").as_str())
-                })
-                .map(|(left, right)| (left.to_owned(), right.to_owned()))
-                .with_context(|| {
-                    format!(
-                        "the merge `{}` in the model file does not join two known tokens to a known token",
-                        line(merge)
-                    )
-                })
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let vocab: Vocab = tokens.iter().map(|&token| token.to_owned()).zip(0..).collect();
-    BPE::builder()
-        .vocab_and_merges(vocab, merges)
-        .build()
-        .map_err(|error| anyhow::anyhow!("the model file has a broken vocabulary: {error}"))
-}
-
-/// Adds the tokens that are matched as a whole in a text, before it is split into words.
-fn add_tokens(inner: &mut tokenizers::Tokenizer, metadata: &Metadata<'_>, tokens: &[&str]) -> Result<Specials> {
-    let mut specials = Specials::default();
-    let Some(kinds) = metadata.integers("tokenizer.ggml.token_type")? else {
-        return Ok(specials);
-    };
-    ensure!(kinds.len() == tokens.len(), "the model file has {} tokens, but {} token types", tokens.len(), kinds.len());
-    let mut added = Vec::new();
-    for ((&token, kind), id) in tokens.iter().zip(kinds).zip(0..) {
-        let special = matches!(kind, CONTROL | UNKNOWN);
-        if special || kind == USER_DEFINED {
-            specials.add(token, special.then_some(id));
-            added.push(AddedToken::from(token, special).normalized(false));
-        }
-    }
-    inner.add_tokens(added).map_err(|error| anyhow::anyhow!("the model file has a broken special token: {error}"))?;
-    Ok(specials)
 }
 
 #[cfg(test)]
@@ -401,12 +349,13 @@ mod tests {
     #[test]
     fn other_tokenizers_are_refused_by_name() {
         assert_eq!(
-            complaint("tokenizer.ggml.model", Some(text("llama"))),
-            "the tokenizer model `llama` is not supported, only `gpt2` is"
+            complaint("tokenizer.ggml.model", Some(text("bert"))),
+            "the tokenizer model `bert` is not supported, only `gpt2` and `llama` are"
         );
         assert_eq!(
-            complaint("tokenizer.ggml.pre", Some(text("qwen2"))),
-            "the tokenizer's `pre` is `qwen2`, which is not supported, only `smollm`, `gpt-2` and `default` are"
+            complaint("tokenizer.ggml.pre", Some(text("falcon"))),
+            "the tokenizer's `pre` is `falcon`, which is not supported, only `gpt-2`, `default`, `smollm`, `llama-bpe`, \
+             `llama3`, `llama-v3`, `tekken`, `qwen2`, `deepseek-r1-qwen`, `dbrx`, `smaug-bpe`, `gpt-4o` are"
         );
     }
 
