@@ -281,6 +281,10 @@ impl BlockTable {
             return self.blocks.lookup_prefix(&self.key, at, wanted, rest, chunk);
         }
         let mut found = PrefixMatch::default();
+        if let Some(chunk) = chunk.filter(|_| rest > 0) {
+            found.blocks = self.blocks.growth_in_chunks(&self.key, self.len..self.len.saturating_add(rest), chunk);
+            return found;
+        }
         let at = if rest > 0 { self.len / self.pool().block_size() } else { usize::MAX };
         found.blocks = self.blocks.copy_on_write_cost(at, self.growth(rest));
         found

@@ -1,5 +1,7 @@
 //! Matching cached blocks, caching blocks, and what they depend on in addition to their tokens.
 
+use std::ops::Range;
+
 use smallvec::SmallVec;
 
 use super::{Blocks, More};
@@ -116,6 +118,15 @@ impl Blocks {
     ) -> PrefixMatch {
         let query = Query { key, at, last: self.last(at), salts: self.salts(), tokens };
         self.pool.ledger().lookup_prefix(query, slots, chunk, |group| self.group(group))
+    }
+
+    /// How many available units it takes to have slots for the tokens at `positions`, which follow those that the
+    /// sequence has, at most `chunk` of them at a time, so that the windows of the groups and of `key` free blocks in
+    /// between. Nothing of them is looked up in the cache.
+    pub fn growth_in_chunks(&self, key: &PrefixKey, positions: Range<usize>, chunk: usize) -> usize {
+        let written = positions.start / self.pool.block_size();
+        let lists = |group| (self.group(group), self.block(group, written));
+        self.pool.ledger().growth_in_chunks(key.window, positions, self.end(), chunk, lists)
     }
 
     /// Caches the full blocks from number `at` on under their tokens, which are `head` followed by `tokens`. Returns how

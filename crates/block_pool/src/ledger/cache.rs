@@ -5,11 +5,12 @@ use std::sync::mpsc::Receiver;
 use smallvec::SmallVec;
 
 use super::counts::Why;
+use super::need::{Need, most_units};
 use super::write::cost_of_copy;
 use super::{Group, Ledger, MAX_REF_COUNT, tree_groups};
 use crate::list::List;
 use crate::prefix::{Entry, Past, PrefixTree};
-use crate::{AlreadyCached, BlockId, GroupBlock, KvEvent, PrefixKey, PrefixMatch, SaltFrom, Span};
+use crate::{AlreadyCached, BlockId, GroupBlock, KvEvent, PrefixKey, PrefixMatch, SaltFrom};
 
 /// A search for the cached blocks that continue a sequence.
 #[derive(Debug, Clone, Copy)]
@@ -128,22 +129,7 @@ impl Ledger {
             let own = if chunk.is_none() || span.is_all() { 0 } else { own(group).iter().filter(is_own).count() };
             needs.push(Need { span, units, evictable, copy, own });
         }
-        let units = |passed: usize, end: usize| {
-            let growth = end.div_ceil(block_size).saturating_sub(from.div_ceil(block_size));
-            let of = |need: &Need| {
-                let all = need.evictable.saturating_add(growth).saturating_add(need.copy);
-                if chunk.is_none() || need.span.is_all() {
-                    return all.saturating_mul(need.units);
-                }
-                let has = end.div_ceil(block_size).saturating_sub(need.span.freed_blocks(passed, block_size));
-                all.min(need.evictable + has.saturating_sub(need.evictable + need.own)).saturating_mul(need.units)
-            };
-            needs.iter().map(of).fold(0, usize::saturating_add)
-        };
-        let pieces = (from..to).step_by(chunk.unwrap_or(usize::MAX).max(1));
-        let ends = pieces.map(|at| (at, to.min(at.saturating_add(chunk.unwrap_or(usize::MAX)))));
-        let most = ends.map(|(at, end)| units(at, end)).max();
-        found.blocks = most.unwrap_or_else(|| units(from, from));
+        found.blocks = most_units(&needs, block_size, from..to, from.div_ceil(block_size), chunk);
         found
     }
 
@@ -311,18 +297,4 @@ impl Ledger {
     pub(crate) fn subscribe(&mut self) -> (Past, Receiver<KvEvent>) {
         (self.tree.past(), self.subscribers.add())
     }
-}
-
-/// What a sequence that continues a match needs of one group.
-struct Need {
-    span: Span,
-    /// Units of a block.
-    units: usize,
-    /// Matched blocks that are not in use yet.
-    evictable: usize,
-    /// 1 if the last matched block has to be copied before the first write.
-    copy: usize,
-    /// Blocks that only this sequence uses. When the window passes a block that others use too, no memory becomes
-    /// available.
-    own: usize,
 }

@@ -15,6 +15,7 @@
 //! - `counts`: forking and freeing;
 //! - `write`: making a block writable;
 //! - `cache`: matching prefixes, and caching blocks;
+//! - `need`: how many units a sequence takes to go on;
 //! - `resident`: which blocks have memory, when groups share it;
 //! - `check`: whether all of it is consistent.
 
@@ -22,6 +23,7 @@ mod allocate;
 mod cache;
 mod check;
 mod counts;
+mod need;
 mod resident;
 mod write;
 

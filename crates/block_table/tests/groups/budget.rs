@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use block_table::{BlockPool, BlockTable, KvEvent, PoolGroup};
+use block_table::{BlockPool, BlockTable, KvEvent, PoolGroup, TableOptions};
 
 use crate::common::Slots;
 use crate::support::{
@@ -102,6 +102,43 @@ fn a_long_prompt_in_pieces_fits_where_the_look_up_says_so() {
                 let spare = |group: &PoolGroup| group.units * (2 + piece.div_ceil(block_size));
                 assert!(need <= most + groups.iter().map(spare).sum::<usize>(), "{case}, {most} were in use");
                 check(&tight, [&table]);
+            }
+        }
+    }
+}
+
+/// The same for tables that match nothing: private ones, and those that go on inside a block, alone or shared with a
+/// fork.
+#[test]
+fn a_sequence_that_goes_on_in_pieces_fits_where_the_look_up_says_so() {
+    let mixes: [&[PoolGroup]; 3] =
+        [&[windowed(16)], &[full(), windowed(9)], &[larger(2, sinking(6, 5)), chunked(7), windowed(1)]];
+    let prompt = tokens(1, 151);
+    for groups in mixes {
+        for (block_size, piece) in [(1, 3), (4, 1), (4, 5), (4, 8), (16, 10)] {
+            for (begun, is_forked) in [(0, false), (1, false), (7, true), (33, false), (33, true), (48, true)] {
+                let case = format!("{groups:?}, blocks of {block_size}, {begun} and then {piece}, forked {is_forked}");
+                let pool = pool_of(5000, block_size, groups);
+                let mut table = BlockTable::with_options(&pool, &TableOptions::default().private());
+                peak(&pool, &mut table, &prompt[..begun], piece);
+                let fork = is_forked.then(|| table.fork());
+                let need = table.lookup_prefix_in_chunks(&prompt, piece).blocks;
+                assert!(need < table.lookup_prefix(&prompt).blocks, "{case}");
+                // Others leave just as much as the look-up says.
+                let mut hoard = Vec::new();
+                while pool.available() >= need + pool.units_per_block() {
+                    hoard.push(pool.allocate((pool.available() - need) / pool.units_per_block()).unwrap());
+                }
+                let before = pool.in_use();
+                let most = peak(&pool, &mut table, &prompt, piece);
+                assert_eq!(table.len(), prompt.len(), "{case}");
+                // Not much more is asked for: in each group two blocks and a piece, and what a fork keeps.
+                let spare = |group: &PoolGroup| group.units * (2 + piece.div_ceil(block_size));
+                let kept = if is_forked { begun.div_ceil(block_size) * pool.units_per_block() } else { 0 };
+                let spare = groups.iter().map(spare).sum::<usize>() + kept;
+                assert!(need <= most - before + spare, "{case}: {need} for {}", most - before);
+                drop((hoard, fork));
+                check(&pool, [&table]);
             }
         }
     }
