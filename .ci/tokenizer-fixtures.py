@@ -1,10 +1,14 @@
-"""Writes what the reference libraries make of 10,000 strings, for vocabularies that it trains, into a folder.
+"""Writes what the reference libraries make of 10,000 strings into a folder: with vocabularies that it trains, and with
+those of Mistral and Llama 3, which are in Python packages.
 
     python3 .ci/tokenizer-fixtures.py FOLDER
 
-Needs the packages `sentencepiece` and `tokenizers`. `examples/batch_generate/tests/tokenizers.rs` compares.
+Needs the packages `sentencepiece`, `tokenizers`, `tiktoken`, `mistral-common` and `llama-models`; of the last two, only
+their data. `examples/batch_generate/tests/tokenizers.rs` compares.
 """
 
+import base64
+import importlib.util
 import io
 import json
 import random
@@ -14,6 +18,7 @@ import unicodedata
 from pathlib import Path
 
 import sentencepiece
+import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 STRINGS = 10_000
@@ -86,6 +91,8 @@ def strings(lines):
         lambda: choice.choice([" ", "  ", "    ", "\t", "\n", "\r\n", "\n\n\n", " \n ", "\u00a0 "]),
         lambda: str(choice.randrange(10 ** choice.randrange(1, 9))),
         lambda: choice.choice(["I'm", "they've", "DON'T", "it'LL", "we’re", "o'clock", "x's", "naïve", "cafe\u0301", "ﬁn"]),
+        # Capital and small letters, marks and modifiers, where some tokenizers begin a new word.
+        lambda: "".join(choice.choice("ABabÉé\u0301\u0327ʰǅªß'sT9 ") for _ in range(choice.randrange(2, 12))),
         lambda: choice.choice(["a", "ab", "-", "=", "▁", "é"]) * choice.randrange(2, 40),
     ]
     made = ["", " ", "  ", "▁", "\n"]
@@ -152,7 +159,11 @@ def sentence_piece(prefix, fallback, lines, texts):
         user_defined_symbols=user_defined, control_symbols=[name for name in CONTROL if name not in ("<s>", "</s>")],
         minloglevel=2,
     )
-    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    return encoded_pieces(written.getvalue(), prefix, user_defined, texts)
+
+
+def encoded_pieces(proto, prefix, user_defined, texts):
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
     every = range(model.vocab_size())
 
     def kind(i):
@@ -177,6 +188,65 @@ def sentence_piece(prefix, fallback, lines, texts):
     }
 
 
+def data(package, path):
+    """A file of an installed package, which is not imported: it would need others."""
+    return Path(importlib.util.find_spec(package).submodule_search_locations[0]) / path
+
+
+def letters():
+    """The letter that stands for each byte: itself where it is printable."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def parts(token, ranks):
+    """The two tokens that are merged last to make this one; none if merges make it only as a whole word."""
+    pieces = [bytes([byte]) for byte in token]
+    while len(pieces) > 2:
+        rank, at = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])))
+        if rank >= ranks[token]:
+            return []
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
+
+
+def ranked(pre, pattern, ranks, first, texts):
+    """A vocabulary in the format of tiktoken, whose ids begin at `first`, after as many control tokens."""
+    letter = letters()
+    names = {token: "".join(letter[byte] for byte in token) for token in sorted(ranks, key=ranks.get)}
+    merges = [" ".join(names[part] for part in parts(token, ranks)) for token in names if len(token) > 1]
+    merges = [merge for merge in merges if merge]
+    encoding = tiktoken.Encoding(pre, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    ids = [encoding.encode_ordinary(text) for text in texts]
+    decoded = [encoding.decode(some) for some in ids]
+    return {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": [f"<control {i}>" for i in range(first)] + list(names.values()),
+        "kinds": [3] * first + [1] * len(names),
+        "merges": merges,
+        "ids": [[first + i for i in some] for some in ids],
+        "decoded": decoded,
+        "lost": sum(a != b for a, b in zip(decoded, texts)),
+    }
+
+
+def tekken(texts):
+    file = json.loads(data("mistral_common", "data/tekken_240911.json").read_text())
+    config = file["config"]
+    first = config["default_num_special_tokens"]
+    vocab = file["vocab"][: config["default_vocab_size"] - first]
+    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in vocab}
+    return ranked("tekken", config["pattern"], ranks, first, texts)
+
+
+def llama3(texts):
+    lines = data("llama_models", "llama3/tokenizer.model").read_text().split("\n")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    return ranked("llama-bpe", LLAMA3, ranks, 0, texts)
+
+
 def main():
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +256,11 @@ def main():
     cases["sentencepiece"] = sentence_piece(True, True, lines, texts)
     cases["sentencepiece-without-prefix"] = sentence_piece(False, True, lines, texts)
     cases["sentencepiece-without-bytes"] = sentence_piece(True, False, lines, texts)
+    for version in ("tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"):
+        proto = data("mistral_common", f"data/{version}").read_bytes()
+        cases[f"mistral-{version[-2:]}"] = encoded_pieces(proto, True, [], texts)
+    cases["mistral-tekken"] = tekken(texts)
+    cases["llama-3"] = llama3(texts)
     for name, case in cases.items():
         print(f"{name}: {len(case['tokens'])} tokens, {case['lost']} of {len(texts)} strings are not restored")
         (folder / f"{name}.json").write_text(json.dumps({**case, "texts": texts}))

@@ -5,7 +5,7 @@
 use batch_generate::engine::{LanguageModel, Outcome, Progress, Request, STEP_TOKENS, Settings, generate};
 use batch_generate::sampling::{Random, Sampling};
 use candle_core::{Device, Result, Tensor};
-use paged_attention::{Attention, KvCache, KvDtype, KvShape, Step, TableOptions};
+use paged_attention::{Attention, KvCache, KvDtype, KvShape, LayerGroup, Step, TableOptions, Window};
 
 const VOCABULARY: usize = 5;
 const END: u32 = 4;
@@ -254,4 +254,42 @@ fn every_run_finishes_with_the_answers_of_separate_sequences() {
     }
     println!("{steps} steps, {preemptions} preemptions, {resumed} tokens resumed, {cached} shared");
     assert!(preemptions > 500 && resumed > 500 && cached > 10_000, "{preemptions}, {resumed}, {cached}");
+}
+
+/// Layers with a window need blocks for their window and the tokens of a step only. A pool that has room for these is
+/// enough, and a smaller one is refused before anything is computed.
+#[test]
+fn layers_with_a_window_need_no_more_than_it_and_a_step() {
+    let requests: Vec<Request> =
+        [100, 61].map(|n| Request { prompt: (0..n).map(|i| i % 4).collect(), max_tokens: 20 }).into();
+    let settings = Settings { max_batch: 2, step_tokens: 10, samples: 1, seed: 0, sampling: Sampling::greedy() };
+    let windowed = LayerGroup::new([0], 1, HEAD_DIM).window(Window::new(8));
+    let other = LayerGroup::new([1], 1, HEAD_DIM);
+    // 120 tokens are 30 blocks; 8 + 10 of a window are at least 5. The budget counts one block of each group.
+    for (groups, few) in
+        [(vec![windowed.clone(), other.clone().window(Window::new(8))], 5..=7), (vec![windowed, other], 17..=19)]
+    {
+        let answers = |blocks: usize| {
+            let cache = KvCache::builder_of(groups.clone()).block_size(4).blocks(blocks).build().unwrap();
+            let outcome = generate(&StandIn, &cache, &requests, &settings, |_| false, |_| ())?;
+            assert_eq!(cache.pool().in_use(), 0);
+            anyhow::Ok(outcome.answers.into_iter().map(|answer| answer.tokens).collect::<Vec<_>>())
+        };
+        let expected = answers(64).unwrap();
+        let mut enough = None;
+        for blocks in 1..=32 {
+            match answers(blocks) {
+                Ok(tokens) => {
+                    assert_eq!(tokens, expected, "{blocks} blocks");
+                    enough.get_or_insert(blocks);
+                }
+                Err(error) => {
+                    assert_eq!(enough, None, "{blocks} blocks: {error}");
+                    let said = error.to_string();
+                    assert!(said.starts_with("prompt 1 has 100 tokens and may get 20 more: that takes "), "{said}");
+                }
+            }
+        }
+        assert!(enough.is_some_and(|blocks| few.contains(&blocks)), "{enough:?}");
+    }
 }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use batch_generate::tokenizer::Tokenizer;
 use candle_core::quantized::gguf_file::{Content, Value, VersionedMagic};
 use serde::Deserialize;
+use test_support::Random;
 
 const VARIABLE: &str = "PAGED_KV_TOKENIZERS";
 
@@ -55,6 +56,26 @@ impl Fixture {
     }
 }
 
+/// A model can generate any tokens: bytes that are no character, and such as become one later.
+fn any_ids_are_decoded_in_pieces(tokenizer: &Tokenizer, kinds: &[i32]) {
+    let mut random = Random::new(7);
+    let bytes: Vec<u32> = (0..).zip(kinds).filter(|(_, kind)| **kind == 6).map(|(id, _)| id).collect();
+    for _ in 0..3_000 {
+        let mut id = || match random.below(2) {
+            0 if !bytes.is_empty() => bytes[random.below(bytes.len())],
+            _ => random.below(kinds.len()) as u32,
+        };
+        let mut ids: Vec<u32> = (0..10).map(|_| id()).collect();
+        // `é`, and a byte after which it is none.
+        if let [Some(&first), Some(&second)] = [bytes.get(0xc3), bytes.get(0xa9)] {
+            ids.splice(4..4, [first, second]);
+        }
+        let mut stream = tokenizer.stream();
+        let pieces: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+        assert_eq!(pieces + &stream.finish().unwrap(), tokenizer.decode(&ids).unwrap(), "{ids:?}");
+    }
+}
+
 #[test]
 fn ids_and_texts_are_those_of_the_libraries() {
     let Some(folder) = std::env::var_os(VARIABLE).map(PathBuf::from) else {
@@ -94,6 +115,7 @@ fn ids_and_texts_are_those_of_the_libraries() {
             let pieces: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
             assert_eq!(pieces + &stream.finish().unwrap(), whole, "in pieces");
         }
+        any_ids_are_decoded_in_pieces(&tokenizer, &fixture.kinds);
         let n = fixture.texts.len();
         println!("{}: {ids_differ} of {n} have other ids, {texts_differ} another text", file.display());
         different += ids_differ + texts_differ;
