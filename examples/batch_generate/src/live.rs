@@ -39,8 +39,10 @@ impl<'a> Live<'a> {
 
     /// Shows what has changed.
     pub(crate) fn update(&mut self, progress: &Progress<'_>) -> Result<()> {
-        while self.answer < progress.answers() {
-            let (tokens, finished) = progress.answer(self.answer);
+        let mut answers = progress.answers().enumerate().skip(self.answer);
+        let mut others = Vec::new();
+        // All that are complete, and the first that is not.
+        for (_, (tokens, finished)) in answers.by_ref() {
             if self.decoded < tokens.len() || finished {
                 self.show(tokens, finished)?;
             }
@@ -48,13 +50,12 @@ impl<'a> Live<'a> {
                 break;
             }
         }
-        let others = (self.answer + 1..progress.answers()).filter_map(|i| match progress.answer(i) {
-            (tokens, false) if !tokens.is_empty() => {
-                Some(format!("{} {} tokens", title(i, self.prompts[i], 48), tokens.len()))
+        for (i, (tokens, finished)) in answers {
+            if !finished && !tokens.is_empty() && others.len() < OTHERS {
+                others.push(format!("{} {} tokens", title(i, self.prompts[i], 48), tokens.len()));
             }
-            _ => None,
-        });
-        self.screen.progress(progress, others.take(OTHERS).collect());
+        }
+        self.screen.progress(progress, others);
         Ok(())
     }
 

@@ -139,19 +139,9 @@ pub struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    /// The number of answers.
-    pub fn answers(&self) -> usize {
-        self.sequences.len()
-    }
-
-    /// The tokens of an answer so far, and whether it is complete. The order is that of [`Outcome::answers`].
-    ///
-    /// # Panics
-    ///
-    /// If there is no such answer.
-    pub fn answer(&self, index: usize) -> (&'a [u32], bool) {
-        let sequence = &self.sequences[index];
-        (&sequence.answer.tokens, sequence.finished)
+    /// The tokens of each answer so far, and whether it is complete, in the order of [`Outcome::answers`].
+    pub fn answers(&self) -> impl Iterator<Item = (&'a [u32], bool)> {
+        self.sequences.iter().map(|sequence| (&sequence.answer.tokens[..], sequence.finished))
     }
 }
 
