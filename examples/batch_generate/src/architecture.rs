@@ -25,6 +25,8 @@ pub(crate) struct Architecture {
     pub(crate) window: Option<usize>,
     /// The caps of scores and logits if the file does not say.
     pub(crate) caps: [Option<f32>; 2],
+    /// The base of the rotary embedding if the file does not say.
+    pub(crate) base: f32,
     /// The base of the rotary embedding in layers with a window, if it is another and the file does not say.
     pub(crate) local_base: Option<f32>,
     /// The number of layers of that size of the model whose scores are scaled by the root of `width / heads`; all
@@ -62,6 +64,7 @@ const LLAMA: Architecture = Architecture {
     full_every: 0,
     window: None,
     caps: [None, None],
+    base: 10_000.0,
     local_base: None,
     scaled_by_width: None,
 };
@@ -96,6 +99,7 @@ pub(crate) static ARCHITECTURES: [Architecture; 8] = [
         full_every: 6,
         window: None,
         caps: [None, None],
+        base: 1_000_000.0,
         local_base: Some(10_000.0),
         scaled_by_width: Some(62), // 27B
         ..GEMMA2

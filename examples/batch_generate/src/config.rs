@@ -13,6 +13,9 @@ use crate::{tensors, used};
 /// f32 represents every whole number up to this one, so positions below it are exact.
 const MOST_POSITIONS: usize = 1 << 24;
 
+/// The most heads, and dimensions of a head: their product has to fit into a number.
+const MOST_HEADS: usize = 1 << 20;
+
 /// A model's dimensions and constants.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -101,7 +104,11 @@ impl Config {
              be exact"
         );
         let layers = count("block_count")?;
-        let rope = Rope::of(&metadata, name, head_dim, context)?;
+        ensure!(
+            layers <= content.tensor_infos.len() && [heads, kv_heads, head_dim].iter().all(|n| *n <= MOST_HEADS),
+            "the model file says that it has {layers} layers of {heads} and {kv_heads} heads of {head_dim}: no file does"
+        );
+        let rope = Rope::of(&metadata, architecture, head_dim, context)?;
         let windows = windows(&metadata, architecture, layers, context)?;
         let has = |tensor: &str| content.tensor_infos.contains_key(tensor);
         let experts = experts(&metadata, architecture)?;
@@ -447,6 +454,11 @@ pub(crate) mod tests {
                      be exact"
                 )
             );
+        }
+        for (key, number) in [("block_count", 1u64 << 62), ("attention.key_length", 1 << 61), ("block_count", 1 << 32)]
+        {
+            let error = complaint(&format!("llama.{key}"), Value::U64(number));
+            assert!(error.starts_with("the model file says that it has "), "{error}");
         }
         for eps in [-1e-5, f32::NAN, f32::INFINITY] {
             assert_eq!(

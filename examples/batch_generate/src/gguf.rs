@@ -8,14 +8,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::Content;
-use candle_core::quantized::{QStorage, QTensor};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 
 use crate::config::Config;
 use crate::header;
 use crate::memory::{gib, memory};
 use crate::tensors;
-use crate::weights::{Part, Weights};
+use crate::weights::{FAST_WIDTH, Part, Weights};
 
 /// An open GGUF file of an architecture that is computed.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl Gguf {
     ///
     /// If it does not.
     pub fn check_memory(&self, weights: Weights, longest: usize) -> Result<()> {
-        fits(&self.config, weights, longest.min(self.config.context), memory())
+        fits(&self.content, &self.config, weights, longest.min(self.config.context), memory())
     }
 
     pub(crate) fn tensor(&mut self, name: &str) -> Result<QTensor> {
@@ -113,19 +113,15 @@ impl Gguf {
 }
 
 /// Checks that the model fits into `memory` bytes: an allocation that fails would end the process.
-fn fits(config: &Config, weights: Weights, context: usize, memory: usize) -> Result<()> {
-    let all = tensors::all(config);
-    let numbers: usize = all.iter().map(|(_, shape)| shape.iter().product()).fold(0, usize::saturating_add);
-    // Weights as stored are no larger than the file. The embedding is always converted to f32.
-    let bytes = match weights {
-        Weights::F32 => numbers.saturating_mul(4),
-        Weights::Int8 => numbers,
-        Weights::Stored => 0,
-    };
+fn fits(content: &Content, config: &Config, weights: Weights, context: usize, memory: usize) -> Result<()> {
+    let weights: Vec<usize> =
+        tensors::all(config).iter().map(|(name, shape)| bytes(content, name, shape, weights)).collect();
+    // Cosines and sines, each for half of the rotated dimensions, of one or two kinds of layers.
+    let kinds = if config.local_rope == config.rope { 1 } else { 2 };
+    let rotations = context.saturating_mul(config.rope.dims).saturating_mul(4 * kinds);
+    // The embedding is looked up in f32. With tied weights, the output has its own matrix.
     let embedding = config.vocabulary.saturating_mul(config.width).saturating_mul(4);
-    // Cosines and sines, each for half of the rotated dimensions.
-    let rotations = context.saturating_mul(config.rope.dims).saturating_mul(4);
-    let needed = bytes.max(embedding).saturating_add(rotations);
+    let needed = weights.into_iter().chain([rotations]).fold(embedding, usize::saturating_add);
     ensure!(
         needed <= memory,
         "the model would take {}, {} of them for the rotary tables of {context} tokens, this machine has {}",
@@ -136,31 +132,53 @@ fn fits(config: &Config, weights: Weights, context: usize, memory: usize) -> Res
     Ok(())
 }
 
+/// The bytes of a tensor in memory. Vectors, and matrices that candle does not multiply as they are, are f32.
+fn bytes(content: &Content, name: &str, shape: &[usize], weights: Weights) -> usize {
+    let numbers = shape.iter().copied().fold(1, usize::saturating_mul);
+    let dtype = content.tensor_infos.get(name).map_or(GgmlDType::F32, |info| info.ggml_dtype);
+    let dtype = match (weights, dtype) {
+        (Weights::F32, _) => GgmlDType::F32,
+        (Weights::Int8, _) => GgmlDType::Q8_0,
+        (Weights::Stored, GgmlDType::F16 | GgmlDType::BF16) => GgmlDType::F32,
+        (Weights::Stored, dtype) => dtype,
+    };
+    let dtype = if shape.len() == 1 { GgmlDType::F32 } else { dtype };
+    // Rows are padded for 8 bits.
+    let numbers = match (weights, shape.last()) {
+        (Weights::Int8, Some(&columns)) if columns > 0 => {
+            (numbers / columns).saturating_mul(columns.next_multiple_of(FAST_WIDTH))
+        }
+        _ => numbers,
+    };
+    numbers.div_ceil(dtype.block_size()).saturating_mul(dtype.type_size())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::tests::small_config;
+    use crate::config::tests::{small, small_config};
 
     #[test]
     fn a_model_larger_than_the_machine_is_refused_with_the_numbers() {
         let gib = 1 << 30;
         for weights in [Weights::F32, Weights::Int8, Weights::Stored] {
-            assert!(fits(&small_config(), weights, 256, gib).is_ok());
+            assert!(fits(&small(), &small_config(), weights, 256, gib).is_ok());
         }
         let mut long = small_config();
-        long.rope.dims = 32;
+        (long.rope.dims, long.local_rope.dims) = (32, 32);
         assert_eq!(
-            fits(&long, Weights::F32, 1 << 24, gib).unwrap_err().to_string(),
+            fits(&small(), &long, Weights::F32, 1 << 24, gib).unwrap_err().to_string(),
             "the model would take 2.0 GiB, 2.0 GiB of them for the rotary tables of 16777216 tokens, this machine has \
              1.0 GiB"
         );
         let wide = Config { feed_forward: 10_000_000, ..small_config() };
-        assert!(
-            fits(&wide, Weights::F32, 256, gib)
-                .unwrap_err()
-                .to_string()
-                .contains("would take 7.2 GiB, 0.0 GiB of them")
-        );
-        assert!(fits(&wide, Weights::Stored, 256, gib).is_ok());
+        let said = fits(&small(), &wide, Weights::F32, 256, gib).unwrap_err().to_string();
+        assert!(said.contains("would take 7.2 GiB, 0.0 GiB of them"), "{said}");
+        // As stored, it takes what the file takes: 18 bytes for 32 numbers.
+        let mut stored = small();
+        stored.tensor_infos.values_mut().for_each(|info| info.ggml_dtype = GgmlDType::Q4_0);
+        let needs = |content: &Content, weights| fits(content, &wide, weights, 256, 2 * gib);
+        assert!(needs(&stored, Weights::Stored).is_ok());
+        assert!(needs(&small(), Weights::Stored).is_err() && needs(&stored, Weights::Int8).is_err());
     }
 }

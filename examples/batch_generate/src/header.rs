@@ -1,5 +1,5 @@
-//! Checks the header of a GGUF file before candle reads it. Candle divides by the alignment in the file, and of several
-//! keys or tensors with the same name it keeps the last one.
+//! Checks the header of a GGUF file before candle reads it. Candle divides by the alignment in the file, of several keys
+//! or tensors with the same name it keeps the last one, and of a type that it does not know it says only a number.
 
 use std::collections::HashSet;
 use std::io::{BufRead, Seek, SeekFrom};
@@ -18,7 +18,8 @@ const DEEPEST: usize = 64;
 ///
 /// # Errors
 ///
-/// If the alignment is not a power of two, or two keys or two tensors have the same name.
+/// If the alignment is not a power of two, two keys or two tensors have the same name, or a tensor has a type that candle
+/// does not read.
 pub(crate) fn check(reader: &mut (impl BufRead + Seek)) -> Result<()> {
     let wrong = Header { reader, wide: true }.wrong();
     reader.seek(SeekFrom::Start(0))?;
@@ -27,6 +28,28 @@ pub(crate) fn check(reader: &mut (impl BufRead + Seek)) -> Result<()> {
         None => Ok(()),
     }
 }
+
+/// Types of numbers that files have and candle does not read, by their ids. It would say that the file is damaged.
+const UNREADABLE: [(u32, &str); 18] = [
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (20, "IQ4_NL"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+];
 
 struct Header<'a, R> {
     reader: &'a mut R,
@@ -62,8 +85,16 @@ impl<R: BufRead + Seek> Header<'_, R> {
         for _ in 0..tensors {
             let name = self.name()?;
             let dims = u64::from(self.u32()?);
-            let type_and_offset = 4 + 8;
-            self.skip(dims * if self.wide { 8 } else { 4 } + type_and_offset)?;
+            self.skip(dims * if self.wide { 8 } else { 4 })?;
+            let dtype = self.u32()?;
+            let offset = 8;
+            self.skip(offset)?;
+            if let Some((_, dtype)) = UNREADABLE.iter().find(|(id, _)| *id == dtype) {
+                return Some(format!(
+                    "has the tensor `{}` in the type {dtype}, which candle does not read",
+                    line(&name)
+                ));
+            }
             if seen.contains(&name) {
                 return Some(format!("has two tensors `{}`", line(&name)));
             }
@@ -202,6 +233,19 @@ mod tests {
         assert_eq!(wrong(&file(&metadata, &[])).as_deref(), Some("the model file has two keys `a`"));
         let bytes = file(&all_kinds(), &["x", "y", "x"]);
         assert_eq!(wrong(&bytes).as_deref(), Some("the model file has two tensors `x`"));
+    }
+
+    #[test]
+    fn a_type_that_candle_does_not_read_is_named() {
+        let mut bytes = file(&[], &["x"]);
+        // The only tensor: its name, two dimensions, its type, its offset.
+        let name = bytes.windows(9).position(|window| window == [1, 0, 0, 0, 0, 0, 0, 0, b'x']).unwrap();
+        let dtype = name + 9 + 4 + 16;
+        for (id, wrong) in [(23, "IQ4_XS"), (39, "MXFP4")] {
+            bytes[dtype] = id;
+            let said = format!("the model file has the tensor `x` in the type {wrong}, which candle does not read");
+            assert_eq!(self::wrong(&bytes), Some(said));
+        }
     }
 
     /// Changes each byte of a header, and truncates the header at each byte. The result is an error or a header, never

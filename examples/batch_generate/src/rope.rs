@@ -5,6 +5,7 @@ use std::f32::consts::PI;
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
+use crate::architecture::Architecture;
 use crate::metadata::Metadata;
 use crate::shown::line;
 
@@ -43,8 +44,13 @@ impl Rope {
     /// # Errors
     ///
     /// If a number is impossible, or a kind of scaling is not known.
-    pub(crate) fn of(metadata: &Metadata<'_>, architecture: &str, head_dim: usize, context: usize) -> Result<Self> {
-        let key = |name: &str| format!("{architecture}.rope.{name}");
+    pub(crate) fn of(
+        metadata: &Metadata<'_>,
+        architecture: &Architecture,
+        head_dim: usize,
+        context: usize,
+    ) -> Result<Self> {
+        let key = |name: &str| format!("{}.rope.{name}", architecture.name);
         let above_zero = |name: &str| -> Result<Option<f32>> {
             let key = key(name);
             let number = metadata.float(&key)?;
@@ -55,7 +61,8 @@ impl Rope {
             );
             Ok(number)
         };
-        let base = above_zero("freq_base")?.unwrap_or(10_000.0);
+        // Converters have given the key two names.
+        let base = above_zero("freq_base")?.or(above_zero("global.freq_base")?).unwrap_or(architecture.base);
         let dims = metadata.count(&key("dimension_count"))?.unwrap_or(head_dim);
         ensure!(
             dims > 0 && dims.is_multiple_of(2) && dims <= head_dim,
@@ -159,7 +166,8 @@ mod tests {
     use crate::metadata::tests::content;
 
     fn read<const N: usize>(keys: [(&str, Value); N]) -> Result<Rope, String> {
-        Rope::of(&Metadata::of(&content(keys)), "qwen2", 128, 32_768).map_err(|error| error.to_string())
+        let qwen2 = Architecture::of("qwen2").unwrap();
+        Rope::of(&Metadata::of(&content(keys)), qwen2, 128, 32_768).map_err(|error| error.to_string())
     }
 
     fn text(text: &str) -> Value {
@@ -170,6 +178,8 @@ mod tests {
     fn scaling_is_read() {
         let none = Rope { base: 10_000.0, dims: 128, scaling: Scaling::None, magnitude: 1.0 };
         assert_eq!(read([]), Ok(none.clone()));
+        let global = [("qwen2.rope.global.freq_base", Value::F32(5e5))];
+        assert_eq!(read(global), Ok(Rope { base: 5e5, ..none.clone() }));
         let linear = Ok(Rope { scaling: Scaling::Linear(8.0), ..none.clone() });
         assert_eq!(read([("qwen2.rope.scaling.factor", Value::F32(8.0))]), linear);
         assert_eq!(read([("qwen2.rope.scale_linear", Value::F32(8.0))]), linear);

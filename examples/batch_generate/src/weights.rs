@@ -33,7 +33,7 @@ impl Weights {
 }
 
 /// candle uses the fast instructions for 8-bit matrices only if the length of a row is a multiple of this.
-const FAST_WIDTH: usize = 256;
+pub(crate) const FAST_WIDTH: usize = 256;
 
 /// A matrix that activations are multiplied by, and what is added to the product.
 #[derive(Debug)]
@@ -50,6 +50,11 @@ impl Linear {
             Weights::Stored => Ok(Self { matrix: QMatMul::from_qtensor(tensor)?, padding: 0, bias }),
             _ => Self::converted(tensor.dequantize(&Device::Cpu)?, bias, weights),
         }
+    }
+
+    /// A matrix in f32 that has another use, too.
+    pub(crate) fn shared(matrix: Tensor) -> Self {
+        Self { matrix: QMatMul::Tensor(matrix), padding: 0, bias: None }
     }
 
     fn converted(matrix: Tensor, bias: Option<Tensor>, weights: Weights) -> Result<Self> {

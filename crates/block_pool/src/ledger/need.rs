@@ -54,9 +54,12 @@ pub(super) fn most_units(
         needs.iter().map(of).fold(0, usize::saturating_add)
     };
     let (from, to) = (positions.start, positions.end);
-    let pieces = positions.step_by(chunk.unwrap_or(usize::MAX).max(1));
-    let ends = pieces.map(|at| (at, to.min(at.saturating_add(chunk.unwrap_or(usize::MAX)))));
-    ends.map(|(at, end)| units(at, end)).max().unwrap_or_else(|| units(from, from))
+    let Some(chunk) = chunk.filter(|_| needs.iter().any(|need| !need.span.is_all())) else { return units(from, to) };
+    // Chunks can be shorter, so the next one can start anywhere: in the block after one of these starts, from which on a
+    // window has freed at least as much as there.
+    let longest = chunk.max(1).saturating_add(block_size - 1);
+    let chunks = positions.step_by(block_size).map(|at| (at, to.min(at.saturating_add(longest))));
+    chunks.map(|(at, end)| units(at, end)).max().unwrap_or_else(|| units(from, from))
 }
 
 /// What a sequence that continues a match needs of one group.

@@ -95,6 +95,10 @@ fn a_long_prompt_in_pieces_fits_where_the_look_up_says_so() {
                 assert!(whole > need, "{case}");
                 assert_eq!(BlockTable::new(&tight).lookup_prefix_in_chunks(&prompt, piece).blocks, need, "{case}");
                 assert!(BlockTable::new(&tight).reserve(prompt.len()).is_err(), "{case}");
+                for seed in 0..4 {
+                    let private = TableOptions::default().private();
+                    uneven_peak(&tight, &mut BlockTable::with_options(&tight, &private), &prompt, piece, seed);
+                }
                 let mut table = BlockTable::new(&tight);
                 let most = peak(&tight, &mut table, &prompt, piece);
                 assert_eq!(table.len(), prompt.len());
@@ -107,6 +111,19 @@ fn a_long_prompt_in_pieces_fits_where_the_look_up_says_so() {
     }
 }
 
+/// As [`peak`], in pieces of any size up to `longest`.
+fn uneven_peak(pool: &BlockPool, table: &mut BlockTable, prompt: &[u32], longest: usize, seed: u64) -> usize {
+    let mut random = Random::new(seed);
+    let mut most = 0;
+    while table.len() < prompt.len() {
+        let piece = &prompt[table.len()..(table.len() + 1 + random.below(longest)).min(prompt.len())];
+        table.reserve(piece.len()).unwrap();
+        most = most.max(pool.in_use());
+        table.commit_tokens(piece).unwrap();
+    }
+    most
+}
+
 /// The same for tables that match nothing: private ones, and those that go on inside a block, alone or shared with a
 /// fork.
 #[test]
@@ -116,7 +133,9 @@ fn a_sequence_that_goes_on_in_pieces_fits_where_the_look_up_says_so() {
     let prompt = tokens(1, 151);
     for groups in mixes {
         for (block_size, piece) in [(1, 3), (4, 1), (4, 5), (4, 8), (16, 10)] {
-            for (begun, is_forked) in [(0, false), (1, false), (7, true), (33, false), (33, true), (48, true)] {
+            let starts = [(0, false), (1, false), (7, true), (33, false), (33, true), (48, true)];
+            for ((begun, is_forked), seed) in starts.into_iter().flat_map(|start| (0..4).map(move |seed| (start, seed)))
+            {
                 let case = format!("{groups:?}, blocks of {block_size}, {begun} and then {piece}, forked {is_forked}");
                 let pool = pool_of(5000, block_size, groups);
                 let mut table = BlockTable::with_options(&pool, &TableOptions::default().private());
@@ -130,7 +149,10 @@ fn a_sequence_that_goes_on_in_pieces_fits_where_the_look_up_says_so() {
                     hoard.push(pool.allocate((pool.available() - need) / pool.units_per_block()).unwrap());
                 }
                 let before = pool.in_use();
-                let most = peak(&pool, &mut table, &prompt, piece);
+                let most = match seed {
+                    0 => peak(&pool, &mut table, &prompt, piece),
+                    seed => uneven_peak(&pool, &mut table, &prompt, piece, seed),
+                };
                 assert_eq!(table.len(), prompt.len(), "{case}");
                 // Not much more is asked for: in each group two blocks and a piece, and what a fork keeps.
                 let spare = |group: &PoolGroup| group.units * (2 + piece.div_ceil(block_size));

@@ -73,6 +73,8 @@ impl Model {
         let embedding = gguf.tensor("token_embd.weight")?;
         let table = embedding.dequantize(&Device::Cpu)?;
         let output = match config.tied {
+            // In f32 it is the table itself.
+            true if weights == Weights::F32 => Linear::shared(table.clone()),
             true => Linear::new(embedding, None, weights)?,
             false => Linear::new(gguf.tensor("output.weight")?, None, weights)?,
         };

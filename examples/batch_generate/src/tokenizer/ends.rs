@@ -27,6 +27,9 @@ pub(super) fn ends(vocabulary: &Vocabulary<'_>, metadata: &Metadata<'_>) -> Resu
     for key in ["eos", "eot", "eom"] {
         ends.extend(vocabulary.id(metadata, &format!("tokenizer.ggml.{key}_token_id"))?);
     }
+    if let Some(ids) = metadata.integers("tokenizer.ggml.eos_token_ids")? {
+        ends.extend(ids.into_iter().filter_map(|id| u32::try_from(id).ok()));
+    }
     ends.extend(vocabulary.specials().filter(|(_, token)| NAMES.contains(token)).map(|(id, _)| id));
     ends.sort_unstable();
     ends.dedup();

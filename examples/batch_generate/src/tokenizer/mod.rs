@@ -62,7 +62,7 @@ impl Tokenizer {
         let vocabulary = Vocabulary::of(&metadata)?;
         let (inner, adds_space, stripping, adds_bos) = match model {
             "gpt2" => {
-                let words = Words::of(metadata.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+                let words = Words::of(metadata.required("tokenizer.ggml.pre", Metadata::text)?)?;
                 (byte_level::build(&vocabulary, &metadata, words)?, false, Vec::new(), words.adds_bos)
             }
             "llama" => {
@@ -262,10 +262,8 @@ mod tests {
 
     #[test]
     fn plain_gpt2_makes_a_number_one_word() -> Result<()> {
-        for pre in ["gpt-2", "default"] {
-            let tokenizer = Tokenizer::from_gguf(&small(pre))?;
-            assert_eq!(tokenizer.encode("ab ab12 1é")?, [10, 11, 12, 5, 6, 13]);
-        }
+        let tokenizer = Tokenizer::from_gguf(&small("gpt-2"))?;
+        assert_eq!(tokenizer.encode("ab ab12 1é")?, [10, 11, 12, 5, 6, 13]);
         Ok(())
     }
 
@@ -354,14 +352,14 @@ mod tests {
         );
         assert_eq!(
             complaint("tokenizer.ggml.pre", Some(text("falcon"))),
-            "the tokenizer's `pre` is `falcon`, which is not supported, only `gpt-2`, `default`, `smollm`, `llama-bpe`, \
-             `llama3`, `llama-v3`, `tekken`, `qwen2`, `deepseek-r1-qwen`, `dbrx`, `smaug-bpe`, `gpt-4o` are"
+            "the tokenizer's `pre` is `falcon`, which is not supported, only `gpt-2`, `smollm`, `llama-bpe`, `llama3`, \
+             `llama-v3`, `falcon3`, `pixtral`, `tekken`, `qwen2`, `deepseek-r1-qwen`, `dbrx`, `smaug-bpe`, `gpt-4o` are"
         );
     }
 
     #[test]
     fn broken_metadata_is_an_error() {
-        for key in ["tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"] {
+        for key in ["tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"] {
             assert_eq!(complaint(key, None), format!("the model file has no `{key}`"));
         }
         assert_eq!(

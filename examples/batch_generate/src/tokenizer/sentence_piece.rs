@@ -15,6 +15,8 @@ use tokenizers::{AddedToken, Tokenizer, decoders};
 use super::vocabulary::{Kind, Vocabulary};
 use crate::metadata::Metadata;
 
+/// The most bytes of a token that merges make. No vocabulary has longer ones, and all ways to split them take long.
+const LONGEST: usize = 1024;
 /// What stands for a space in tokens.
 const SPACE: &str = "▁";
 
@@ -84,7 +86,7 @@ fn unknown(vocabulary: &Vocabulary<'_>, metadata: &Metadata<'_>) -> Result<Optio
 
 /// All ways to split a normal token into two, those of the highest score first.
 fn merges(vocabulary: &Vocabulary<'_>, scores: &[f32]) -> Vec<(String, String)> {
-    let normal = vocabulary.iter().filter(|&(.., kind)| kind == Kind::Normal);
+    let normal = vocabulary.iter().filter(|&(_, token, kind)| kind == Kind::Normal && token.len() <= LONGEST);
     let normal: HashMap<&str, u32> = normal.map(|(id, token, _)| (token, id)).collect();
     let mut merges = Vec::new();
     for (&token, &id) in &normal {
@@ -225,6 +227,19 @@ mod tests {
         assert_eq!((ids[0], ids[1], ids[ids.len() - 1]), (1, 4, 5));
         assert!(tokenizer.is_end(2) && tokenizer.is_end(5), "a well-known end counts, though no key names it");
         assert_eq!(tokenizer.decode(&ids).unwrap(), "<s>ab<|end|>");
+    }
+
+    /// Google's own files of Gemma 3 have them as normal tokens.
+    #[test]
+    fn control_tokens_with_a_wrong_type_are_control_tokens() {
+        let kinds = (0..273).map(|i| Value::I32(if i < 17 { 1 } else { 6 })).collect();
+        let tokenizer = Tokenizer::from_gguf(&with("tokenizer.ggml.token_type", Value::Array(kinds))).unwrap();
+        assert_eq!(tokenizer.encode("<s>ab<|user|>ab<|end|></s>").unwrap(), [1, 7, 4, 7, 5, 2]);
+        assert!(tokenizer.is_end(5) && tokenizer.is_end(2) && !tokenizer.is_end(4));
+        assert!(!tokenizer.encode_plain("<s><|end|>").unwrap().iter().any(|id| [1, 5].contains(id)));
+        // A word that a key names stays a word.
+        let word = with("tokenizer.ggml.bos_token_id", Value::U32(6));
+        assert_eq!(Tokenizer::from_gguf(&word).unwrap().encode_plain("ab").unwrap(), [7]);
     }
 
     #[test]

@@ -52,7 +52,22 @@ impl<'a> Vocabulary<'a> {
             kinds.len()
         );
         let kinds = tokens.iter().zip(kinds).map(|(token, kind)| kind_of(token, kind)).collect();
-        Ok(Self { tokens, kinds })
+        let mut vocabulary = Self { tokens, kinds };
+        for key in ["bos", "eos", "eot", "eom"] {
+            let id = vocabulary.id(metadata, &format!("tokenizer.ggml.{key}_token_id"))?;
+            vocabulary.retype(id);
+        }
+        Ok(vocabulary)
+    }
+
+    /// Makes a token that a key names a control token, unless it is a word: some files name any token as the begin of a
+    /// text that they never add.
+    fn retype(&mut self, id: Option<u32>) {
+        let Some(id) = id else { return };
+        let (token, kind) = (self.tokens[id as usize], &mut self.kinds[id as usize]);
+        if *kind == Kind::Normal && token.starts_with(['<', '[']) {
+            *kind = Kind::Control;
+        }
     }
 
     /// Ids, tokens and kinds.
@@ -87,8 +102,8 @@ fn kind_of(token: &str, kind: i64) -> Kind {
     match kind {
         2 => Kind::Unknown,
         3 => Kind::Control,
-        // Many files have control tokens as user-defined ones by mistake.
-        4 if looks_like_control(token) => Kind::Control,
+        // Files have control tokens as normal or user-defined ones by mistake, Google's own of Gemma 3 among them.
+        1 | 4 if looks_like_control(token) => Kind::Control,
         4 => Kind::UserDefined,
         5 => Kind::Unused,
         6 => Kind::Byte,
@@ -98,5 +113,5 @@ fn kind_of(token: &str, kind: i64) -> Kind {
 
 fn looks_like_control(token: &str) -> bool {
     let between = |start, end| token.len() > 3 && token.starts_with(start) && token.ends_with(end);
-    between("<|", "|>") || between("<｜", "｜>") || ["<start_of_turn>", "<end_of_turn>"].contains(&token)
+    between("<|", "|>") || between("<｜", "｜>") || ["<start_of_turn>", "<end_of_turn>", "<EOT>"].contains(&token)
 }

@@ -1,4 +1,5 @@
-//! How byte-level tokenizers split text into words, by `tokenizer.ggml.pre`. Tokens are merged within a word only.
+//! How byte-level tokenizers split text into words, by `tokenizer.ggml.pre`. Tokens are merged within a word only. Old
+//! files do not have the key, and others have `default` where their converter did not know: what they need is not known.
 
 use anyhow::{Context, Result};
 use tokenizers::PreTokenizerWrapper;
@@ -53,13 +54,14 @@ const LLAMA_BPE: Words =
 const DBRX: Words = Words { pre: "dbrx", rule: Rule::Matches(LLAMA3), ..GPT2 };
 const QWEN: Words = Words { pre: "qwen2", rule: Rule::Matches(QWEN2), composes: true, ..GPT2 };
 
-static WORDS: [Words; 12] = [
+static WORDS: [Words; 13] = [
     GPT2,
-    Words { pre: "default", ..GPT2 },
     Words { pre: "smollm", rule: Rule::Gpt2Digits, ..GPT2 },
     LLAMA_BPE,
     Words { pre: "llama3", ..LLAMA_BPE },
     Words { pre: "llama-v3", ..LLAMA_BPE },
+    Words { pre: "falcon3", ..LLAMA_BPE },
+    Words { pre: "pixtral", ..LLAMA_BPE },
     // Mistral Nemo, Small.
     Words { pre: "tekken", rule: Rule::Matches(TEKKEN), ..LLAMA_BPE },
     QWEN,

@@ -16,6 +16,10 @@ const ROUNDS: usize = 5;
 /// Layers whose matrices are multiplied one after the other, so that they are not all in the processor's cache.
 const LAYERS: usize = 4;
 
+/// How much of the time a kind of weights must save to be taken instead of one before it: the choice must not depend on
+/// chance.
+const MARGIN: f64 = 0.1;
+
 /// The fastest kind of weights, and how long the products took with each kind.
 #[derive(Debug)]
 pub struct Fastest {
@@ -25,13 +29,14 @@ pub struct Fastest {
 }
 
 /// Multiplies a few of the file's matrices with each kind of weights that fits into memory, with a model for sequences
-/// of at most `longest` tokens. A file of 8-bit quality or
-/// less loses nothing that matters with any of them.
+/// of at most `longest` tokens. All have at least the quality of 8 bits, or that of the file if it
+/// has fewer.
 ///
 /// # Errors
 ///
 /// If a tensor cannot be read, or no kind fits into memory.
 pub fn fastest(gguf: &mut Gguf, longest: usize) -> Result<Fastest> {
+    // In this order if they are as fast: the smallest first.
     let kinds = [Weights::Int8, Weights::F32, Weights::Stored];
     let fitting: Vec<_> = kinds.into_iter().filter(|kind| gguf.check_memory(*kind, longest).is_ok()).collect();
     if fitting.is_empty() {
@@ -58,9 +63,16 @@ pub fn fastest(gguf: &mut Gguf, longest: usize) -> Result<Fastest> {
         }
     }
     let mut times: Vec<_> = matrices.iter().map(|(kind, _)| *kind).zip(rounds.into_iter().map(median)).collect();
-    times.sort_by_key(|(_, time)| *time);
-    let &(weights, _) = times.first().context("nothing was measured")?;
-    Ok(Fastest { weights, times })
+    let first = best(&times).context("nothing was measured")?;
+    times.swap(0, first);
+    times[1..].sort_by_key(|(_, time)| *time);
+    Ok(Fastest { weights: times[0].0, times })
+}
+
+/// The index of the first kind that no other beats by more than the margin.
+fn best(times: &[(Weights, Duration)]) -> Option<usize> {
+    let fastest = times.iter().map(|(_, time)| time.as_secs_f64()).fold(f64::INFINITY, f64::min);
+    times.iter().position(|(_, time)| time.as_secs_f64() * (1.0 - MARGIN) <= fastest)
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {
@@ -79,5 +91,22 @@ impl fmt::Display for Fastest {
         }
         let end = if self.times.len() > 1 { ")" } else { "" };
         write!(f, "{end}; --weights exact for f32")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_little_faster_is_not_enough() {
+        let times = |a, b, c| {
+            let kinds = [Weights::Int8, Weights::F32, Weights::Stored];
+            kinds.into_iter().zip([a, b, c].map(Duration::from_micros)).collect::<Vec<_>>()
+        };
+        assert_eq!(best(&times(100, 95, 91)), Some(0));
+        assert_eq!(best(&times(100, 80, 75)), Some(1));
+        assert_eq!(best(&times(100, 80, 50)), Some(2));
+        assert_eq!(best(&[]), None);
     }
 }

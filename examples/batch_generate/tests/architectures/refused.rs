@@ -20,6 +20,7 @@ pub(crate) fn good(spec: &Spec) -> ModelFile {
     let mut file = ModelFile::random(spec, 1);
     let tokens = (0..VOCABULARY as u32).filter_map(|i| char::from_u32(33 + i)).map(|c| Value::String(c.to_string()));
     file.key("tokenizer.ggml.model", text("gpt2"));
+    file.key("tokenizer.ggml.pre", text("gpt-2"));
     file.key("tokenizer.ggml.tokens", Value::Array(tokens.collect()));
     file.key("tokenizer.ggml.merges", Value::Array(vec![]));
     if spec.windows.iter().any(Option::is_some) {
