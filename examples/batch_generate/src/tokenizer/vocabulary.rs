@@ -112,6 +112,24 @@ fn kind_of(token: &str, kind: i64) -> Kind {
 }
 
 fn looks_like_control(token: &str) -> bool {
-    let between = |start, end| token.len() > 3 && token.starts_with(start) && token.ends_with(end);
+    // What is between may not be missing: `<|>` is text.
+    let between = |start: &str, end: &str| {
+        token.len() > start.len() + end.len() && token.starts_with(start) && token.ends_with(end)
+    };
     between("<|", "|>") || between("<｜", "｜>") || ["<start_of_turn>", "<end_of_turn>", "<EOT>"].contains(&token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_with_something_between_the_signs_are_those_of_control_tokens() {
+        for name in ["<|user|>", "<｜User｜>", "<end_of_turn>"] {
+            assert_eq!([1, 4].map(|kind| kind_of(name, kind)), [Kind::Control; 2], "{name}");
+        }
+        for name in ["<|>", "<||>", "<｜>", "<|", "|>", "<tab>", "<end_of_turn"] {
+            assert_eq!(kind_of(name, 4), Kind::UserDefined, "{name}");
+        }
+    }
 }
