@@ -40,6 +40,10 @@ peers *args:
 bench *args:
     cargo bench --package benches {{args}}
 
+# Random input for a fuzz target (tables, model_file, prompts, int8); needs a nightly toolchain and cargo-fuzz
+fuzz target seconds="60":
+    cargo +nightly fuzz run {{target}} -- -max_total_time={{seconds}}
+
 # The kernels under AddressSanitizer; needs a nightly toolchain
 asan:
     ASAN_OPTIONS=allocator_may_return_null=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan \

@@ -25,8 +25,3 @@ pub use stats::{BlocksInUse, CacheStats};
 pub use update::KVCache;
 
 pub use paged_attention::{CacheError, KvDtype, KvShape, OutOfBlocks, OutOfWindow, Salt, StorageError};
-
-/// Compiles and runs the examples of this page as tests.
-#[cfg(doctest)]
-#[doc = include_str!("../../../docs/bitnet-inference.md")]
-mod page {}

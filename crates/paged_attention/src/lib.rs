@@ -47,14 +47,3 @@ pub use block_table::{
     Admission, Admitted, BlockTable, CheckedOut, Need, NotReserved, OutOfWindow, Room, SaltTooLate, SequenceError,
     SequenceId, Sequences, SwappedTable, TableOptions, Window, preemption_victim,
 };
-
-/// Pages whose examples are compiled and run as tests.
-#[cfg(doctest)]
-mod pages {
-    #[doc = include_str!("../../../README.md")]
-    mod readme {}
-    #[doc = include_str!("../../../docs/design.md")]
-    mod design {}
-    #[doc = include_str!("../../../docs/layout.md")]
-    mod layout {}
-}
