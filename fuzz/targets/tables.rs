@@ -23,16 +23,44 @@ struct Group {
 
 #[derive(Debug, Arbitrary)]
 enum Operation {
-    Start { salt: Option<u8>, private: bool, window: Option<u8> },
+    Start {
+        salt: Option<u8>,
+        private: bool,
+        window: Option<u8>,
+    },
     /// Starts with what is cached of the tokens that begin with this one, and computes the rest in chunks.
-    Prompt { table: u8, first: u8, len: u8, chunk: u8 },
-    Append { table: u8, n: u8 },
-    Reserve { table: u8, n: u8 },
-    RollBack { table: u8 },
-    Truncate { table: u8, len: u8 },
-    Fork { table: u8, len: u8 },
-    Salt { table: u8, position: u8 },
-    Drop { table: u8 },
+    Prompt {
+        table: u8,
+        first: u8,
+        len: u8,
+        chunk: u8,
+    },
+    Append {
+        table: u8,
+        n: u8,
+    },
+    Reserve {
+        table: u8,
+        n: u8,
+    },
+    RollBack {
+        table: u8,
+    },
+    Truncate {
+        table: u8,
+        len: u8,
+    },
+    Fork {
+        table: u8,
+        len: u8,
+    },
+    Salt {
+        table: u8,
+        position: u8,
+    },
+    Drop {
+        table: u8,
+    },
     Reset,
 }
 
@@ -49,7 +77,8 @@ fn run(history: &History) {
         apply(operation, &pool, &mut tables);
         pool.check().unwrap();
         for group in 0..groups.len() {
-            pool.check_ref_counts_of_group(group, tables.iter().map(|(table, _)| table.blocks_of_group(group))).unwrap();
+            pool.check_ref_counts_of_group(group, tables.iter().map(|(table, _)| table.blocks_of_group(group)))
+                .unwrap();
         }
         for (table, tokens) in &tables {
             assert_eq!(table.len(), tokens.len());
