@@ -123,7 +123,7 @@ impl Config {
             experts,
             vocabulary: rows(content, "token_embd.weight")?,
             context,
-            eps: eps(&metadata, name)?,
+            eps: metadata.required(&format!("{name}.attention.layer_norm_rms_epsilon"), Metadata::zero_or_more)?,
             local_rope: local_rope(&metadata, architecture, &rope)?,
             rope,
             rope_factors: rope_factors(content, &metadata, name, context)?,
@@ -194,13 +194,6 @@ fn architecture(metadata: &Metadata<'_>) -> Result<&'static Architecture> {
     })
 }
 
-fn eps(metadata: &Metadata<'_>, name: &str) -> Result<f32> {
-    let key = format!("{name}.attention.layer_norm_rms_epsilon");
-    let eps = metadata.required(&key, Metadata::float)?;
-    ensure!(eps >= 0.0 && eps.is_finite(), "`{key}` in the model file is {eps}, not 0 or more");
-    Ok(eps)
-}
-
 fn experts(metadata: &Metadata<'_>, architecture: &Architecture) -> Result<Option<Experts>> {
     if !architecture.experts {
         return Ok(None);
@@ -251,11 +244,7 @@ fn local_rope(metadata: &Metadata<'_>, architecture: &Architecture, rope: &Rope)
     // Converters have given the key three names.
     let mut base = None;
     for key in ["freq_base_swa", "local.freq_base", "local_freq_base"] {
-        let key = format!("{}.rope.{key}", architecture.name);
-        if let Some(found) = metadata.float(&key)? {
-            ensure!(found > 0.0 && found.is_finite(), "`{key}` in the model file is {found}, not above 0");
-            base = Some(found);
-        }
+        base = metadata.above_zero(&format!("{}.rope.{key}", architecture.name))?.or(base);
     }
     Ok(match architecture.local_base {
         // Such models scale only the layers without a window: the others never see far.
@@ -299,20 +288,13 @@ fn score_scale(
 
 /// A cap of scores or logits; 0 is none.
 fn cap(metadata: &Metadata<'_>, key: &str, default: Option<f32>) -> Result<Option<f32>> {
-    let cap = metadata.float(key)?.or(default);
-    ensure!(
-        cap.is_none_or(|cap| cap >= 0.0 && cap.is_finite()),
-        "`{key}` in the model file is {}, not 0 or more",
-        cap.unwrap_or_default()
-    );
-    Ok(cap.filter(|cap| *cap > 0.0))
+    Ok(metadata.zero_or_more(key)?.or(default).filter(|cap| *cap > 0.0))
 }
 
 fn feed_forward(content: &Content, architecture: &Architecture) -> Result<usize> {
     if architecture.experts {
         let name = "blk.0.ffn_gate_exps.weight";
-        let info = content.tensor_infos.get(name).with_context(|| format!("the model file has no tensor `{name}`"))?;
-        return match *info.shape.dims() {
+        return match *tensors::dims(content, name)? {
             [_, rows, _] if rows > 0 => Ok(rows),
             ref dims => bail!("the tensor `{name}` of the model file has the shape {dims:?}, the model needs matrices"),
         };
@@ -325,8 +307,7 @@ fn feed_forward(content: &Content, architecture: &Architecture) -> Result<usize>
 }
 
 fn rows(content: &Content, matrix: &str) -> Result<usize> {
-    let info = content.tensor_infos.get(matrix).with_context(|| format!("the model file has no tensor `{matrix}`"))?;
-    match *info.shape.dims() {
+    match *tensors::dims(content, matrix)? {
         [rows, _] if rows > 0 => Ok(rows),
         ref dims => bail!("the tensor `{matrix}` of the model file has the shape {dims:?}, which is not a matrix"),
     }

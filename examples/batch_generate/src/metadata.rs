@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::{Content, Value};
 
 /// A GGUF file's metadata, read by type. A missing key is `None`, a value of another type is an error.
@@ -45,6 +45,24 @@ impl<'a> Metadata<'a> {
 
     pub(crate) fn float(&self, key: &str) -> Result<Option<f32>> {
         self.read(key, "a number", float)
+    }
+
+    /// A number above 0.
+    pub(crate) fn above_zero(&self, key: &str) -> Result<Option<f32>> {
+        self.bounded(key, "above 0", |number| number > 0.0)
+    }
+
+    /// A number that is 0 or more.
+    pub(crate) fn zero_or_more(&self, key: &str) -> Result<Option<f32>> {
+        self.bounded(key, "0 or more", |number| number >= 0.0)
+    }
+
+    fn bounded(&self, key: &str, wanted: &str, is_good: impl Fn(f32) -> bool) -> Result<Option<f32>> {
+        let number = self.float(key)?;
+        if let Some(number) = number {
+            ensure!(is_good(number) && number.is_finite(), "`{key}` in the model file is {number}, not {wanted}");
+        }
+        Ok(number)
     }
 
     pub(crate) fn required<T>(&self, key: &str, read: impl Fn(&Self, &str) -> Result<Option<T>>) -> Result<T> {

@@ -51,16 +51,7 @@ impl Rope {
         context: usize,
     ) -> Result<Self> {
         let key = |name: &str| format!("{}.rope.{name}", architecture.name);
-        let above_zero = |name: &str| -> Result<Option<f32>> {
-            let key = key(name);
-            let number = metadata.float(&key)?;
-            ensure!(
-                number.is_none_or(|n| n > 0.0 && n.is_finite()),
-                "`{key}` in the model file is {}, not above 0",
-                number.unwrap_or_default()
-            );
-            Ok(number)
-        };
+        let above_zero = |name: &str| metadata.above_zero(&key(name));
         // Converters have given the key two names.
         let base = above_zero("freq_base")?.or(above_zero("global.freq_base")?).unwrap_or(architecture.base);
         let dims = metadata.count(&key("dimension_count"))?.unwrap_or(head_dim);

@@ -84,6 +84,16 @@ fn layer(config: &Config) -> Vec<(String, Vec<usize>)> {
     weights.chain(biases).collect()
 }
 
+/// The shape of a tensor of the file.
+///
+/// # Errors
+///
+/// If the file does not have it.
+pub(crate) fn dims<'a>(content: &'a Content, name: &str) -> Result<&'a [usize]> {
+    let info = content.tensor_infos.get(name).with_context(|| format!("the model file has no tensor `{name}`"))?;
+    Ok(info.shape.dims())
+}
+
 /// Checks that the file has the model's tensors with their shapes, and no others.
 ///
 /// # Errors
@@ -92,11 +102,10 @@ fn layer(config: &Config) -> Vec<(String, Vec<usize>)> {
 pub(crate) fn check(content: &Content, config: &Config) -> Result<()> {
     let mut unused: BTreeSet<&str> = content.tensor_infos.keys().map(String::as_str).collect();
     for (name, shape) in all(config) {
-        let info = content.tensor_infos.get(&name).with_context(|| format!("the model file has no tensor `{name}`"))?;
+        let dims = dims(content, &name)?;
         ensure!(
-            info.shape.dims() == shape,
-            "the tensor `{name}` of the model file has the shape {:?}, the model needs {shape:?}",
-            info.shape.dims()
+            dims == shape,
+            "the tensor `{name}` of the model file has the shape {dims:?}, the model needs {shape:?}"
         );
         let numbers = shape.iter().try_fold(1usize, |product, n| product.checked_mul(*n));
         ensure!(

@@ -33,6 +33,8 @@ impl Settings {
 pub fn check(context: usize, cache: &KvCache, requests: &[Request], settings: &Settings) -> Result<()> {
     settings.check()?;
     let pool = cache.pool();
+    // Nothing of a private table is shared.
+    let table = cache.table_with(&TableOptions::default().private());
     for (i, Request { prompt, max_tokens }) in requests.iter().enumerate() {
         let (i, n) = (i + 1, prompt.len());
         ensure!(n > 0, "prompt {i} has no tokens");
@@ -42,8 +44,7 @@ pub fn check(context: usize, cache: &KvCache, requests: &[Request], settings: &S
             total <= context,
             "prompt {i} has {n} tokens and may get {max_tokens} more, the model's context is {context} tokens"
         );
-        // The last generated token is never computed, so it needs no slot. Nothing of a private table is shared.
-        let table = cache.table_with(&TableOptions::default().private());
+        // The last generated token is never computed, so it needs no slot.
         let units = table.lookup_prefix_in_chunks(&vec![0; total - 1], settings.step_tokens).blocks;
         // With several groups of layers, a block here is one of each.
         let [needed, blocks] = [units, pool.units()].map(|units| units as f64 / pool.units_per_block() as f64);

@@ -81,7 +81,10 @@ impl Layer {
 }
 
 fn normed(norm: Option<&RmsNorm>, y: Tensor) -> candle_core::Result<Tensor> {
-    norm.map_or_else(|| Ok(y.clone()), |norm| norm.forward(&y))
+    match norm {
+        Some(norm) => norm.forward(&y),
+        None => Ok(y),
+    }
 }
 
 /// The rotary embedding of the rows of a step.
