@@ -62,15 +62,22 @@ fn an_evicted_block_is_reported_for_the_group_that_lost_it() {
     check(&pool, [&table]);
 }
 
-/// The most units in use while a sequence computes `prompt` in pieces.
-fn peak(pool: &BlockPool, table: &mut BlockTable, prompt: &[u32], piece: usize) -> usize {
+/// The most units in use while a sequence computes `prompt`, in pieces of the lengths that `next` gives.
+fn peak(pool: &BlockPool, table: &mut BlockTable, prompt: &[u32], mut next: impl FnMut() -> usize) -> usize {
     let mut most = 0;
-    for piece in prompt[table.len()..].chunks(piece) {
+    while table.len() < prompt.len() {
+        let piece = &prompt[table.len()..(table.len() + next()).min(prompt.len())];
         table.reserve(piece.len()).unwrap();
         most = most.max(pool.in_use());
         table.commit_tokens(piece).unwrap();
     }
     most
+}
+
+/// Lengths up to `longest`.
+fn uneven(longest: usize, seed: u64) -> impl FnMut() -> usize {
+    let mut random = Random::new(seed);
+    move || 1 + random.below(longest)
 }
 
 #[test]
@@ -97,10 +104,10 @@ fn a_long_prompt_in_pieces_fits_where_the_look_up_says_so() {
                 assert!(BlockTable::new(&tight).reserve(prompt.len()).is_err(), "{case}");
                 for seed in 0..4 {
                     let private = TableOptions::default().private();
-                    uneven_peak(&tight, &mut BlockTable::with_options(&tight, &private), &prompt, piece, seed);
+                    peak(&tight, &mut BlockTable::with_options(&tight, &private), &prompt, uneven(piece, seed));
                 }
                 let mut table = BlockTable::new(&tight);
-                let most = peak(&tight, &mut table, &prompt, piece);
+                let most = peak(&tight, &mut table, &prompt, || piece);
                 assert_eq!(table.len(), prompt.len());
                 // Not much more is asked for: in each group two blocks and a piece.
                 let spare = |group: &PoolGroup| group.units * (2 + piece.div_ceil(block_size));
@@ -109,19 +116,6 @@ fn a_long_prompt_in_pieces_fits_where_the_look_up_says_so() {
             }
         }
     }
-}
-
-/// As [`peak`], in pieces of any size up to `longest`.
-fn uneven_peak(pool: &BlockPool, table: &mut BlockTable, prompt: &[u32], longest: usize, seed: u64) -> usize {
-    let mut random = Random::new(seed);
-    let mut most = 0;
-    while table.len() < prompt.len() {
-        let piece = &prompt[table.len()..(table.len() + 1 + random.below(longest)).min(prompt.len())];
-        table.reserve(piece.len()).unwrap();
-        most = most.max(pool.in_use());
-        table.commit_tokens(piece).unwrap();
-    }
-    most
 }
 
 /// The same for tables that match nothing: private ones, and those that go on inside a block, alone or shared with a
@@ -139,7 +133,7 @@ fn a_sequence_that_goes_on_in_pieces_fits_where_the_look_up_says_so() {
                 let case = format!("{groups:?}, blocks of {block_size}, {begun} and then {piece}, forked {is_forked}");
                 let pool = pool_of(5000, block_size, groups);
                 let mut table = BlockTable::with_options(&pool, &TableOptions::default().private());
-                peak(&pool, &mut table, &prompt[..begun], piece);
+                peak(&pool, &mut table, &prompt[..begun], || piece);
                 let fork = is_forked.then(|| table.fork());
                 let need = table.lookup_prefix_in_chunks(&prompt, piece).blocks;
                 assert!(need < table.lookup_prefix(&prompt).blocks, "{case}");
@@ -150,8 +144,8 @@ fn a_sequence_that_goes_on_in_pieces_fits_where_the_look_up_says_so() {
                 }
                 let before = pool.in_use();
                 let most = match seed {
-                    0 => peak(&pool, &mut table, &prompt, piece),
-                    seed => uneven_peak(&pool, &mut table, &prompt, piece, seed),
+                    0 => peak(&pool, &mut table, &prompt, || piece),
+                    seed => peak(&pool, &mut table, &prompt, uneven(piece, seed)),
                 };
                 assert_eq!(table.len(), prompt.len(), "{case}");
                 // Not much more is asked for: in each group two blocks and a piece, and what a fork keeps.

@@ -1,13 +1,14 @@
 //! Which kind of weights this processor multiplies fastest.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Module, Tensor};
 
 use super::{Linear, Weights};
 use crate::gguf::Gguf;
+use crate::measure::median;
 
 /// Sequences that decode together in the measured products.
 const ROWS: usize = 8;
@@ -20,12 +21,12 @@ const LAYERS: usize = 4;
 /// chance.
 const MARGIN: f64 = 0.1;
 
-/// The fastest kind of weights, and how long the products took with each kind.
+/// The fastest kind of weights, and how many seconds the products took with each kind.
 #[derive(Debug)]
 pub struct Fastest {
     /// The fastest kind.
     pub weights: Weights,
-    times: Vec<(Weights, Duration)>,
+    times: Vec<(Weights, f64)>,
 }
 
 /// Multiplies a few of the file's matrices with each kind of weights that fits into memory, with a model for sequences
@@ -58,36 +59,31 @@ pub fn fastest(gguf: &mut Gguf, longest: usize) -> Result<Fastest> {
                 matrix.forward(&x)?;
             }
             if round > 0 {
-                times.push(started.elapsed());
+                times.push(started.elapsed().as_secs_f64());
             }
         }
     }
     let mut times: Vec<_> = matrices.iter().map(|(kind, _)| *kind).zip(rounds.into_iter().map(median)).collect();
     let first = best(&times).context("nothing was measured")?;
     times.swap(0, first);
-    times[1..].sort_by_key(|(_, time)| *time);
+    times[1..].sort_by(|a, b| a.1.total_cmp(&b.1));
     Ok(Fastest { weights: times[0].0, times })
 }
 
 /// The index of the first kind that no other beats by more than the margin.
-fn best(times: &[(Weights, Duration)]) -> Option<usize> {
-    let fastest = times.iter().map(|(_, time)| time.as_secs_f64()).fold(f64::INFINITY, f64::min);
-    times.iter().position(|(_, time)| time.as_secs_f64() * (1.0 - MARGIN) <= fastest)
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
+fn best(times: &[(Weights, f64)]) -> Option<usize> {
+    let fastest = times.iter().map(|(_, time)| *time).fold(f64::INFINITY, f64::min);
+    times.iter().position(|(_, time)| time * (1.0 - MARGIN) <= fastest)
 }
 
 /// One line: what was chosen, why, and how to choose otherwise.
 impl fmt::Display for Fastest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "weights: {}, the fastest here", self.weights.name())?;
-        let first = self.times.first().map_or(0.0, |(_, time)| time.as_secs_f64());
+        let first = self.times.first().map_or(0.0, |(_, time)| *time);
         for (i, (kind, time)) in self.times.iter().enumerate().skip(1) {
             let start = if i == 1 { " (" } else { ", " };
-            write!(f, "{start}{}: {:.1} times as long", kind.name(), time.as_secs_f64() / first.max(1e-9))?;
+            write!(f, "{start}{}: {:.1} times as long", kind.name(), time / first.max(1e-9))?;
         }
         let end = if self.times.len() > 1 { ")" } else { "" };
         write!(f, "{end}; --weights exact for f32")
@@ -102,7 +98,7 @@ mod tests {
     fn a_little_faster_is_not_enough() {
         let times = |a, b, c| {
             let kinds = [Weights::Int8, Weights::F32, Weights::Stored];
-            kinds.into_iter().zip([a, b, c].map(Duration::from_micros)).collect::<Vec<_>>()
+            kinds.into_iter().zip([a, b, c].map(|time| f64::from(time) * 1e-6)).collect::<Vec<_>>()
         };
         assert_eq!(best(&times(100, 95, 91)), Some(0));
         assert_eq!(best(&times(100, 80, 75)), Some(1));
