@@ -13,12 +13,12 @@ test:
 
 # Random histories of pools and tables: `just properties 100000`
 properties cases="10000":
-    PROPTEST_CASES={{cases}} cargo test --package block_table --no-default-features --test properties
+    PROPTEST_CASES={{cases}} cargo test --package paged-kv-table --no-default-features --test properties
 
 # Every interleaving of two threads on the pool, and on the map of sequences
 loom:
     RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom \
-        cargo test --release --package block_pool --package block_table --no-default-features --test loom
+        cargo test --release --package paged-kv-pool --package paged-kv-table --no-default-features --test loom
 
 lint:
     cargo fmt --all --check
@@ -47,10 +47,10 @@ fuzz target seconds="60":
 # The kernels under AddressSanitizer; needs a nightly toolchain
 asan:
     ASAN_OPTIONS=allocator_may_return_null=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan \
-        cargo +nightly test --package paged_attention --target x86_64-unknown-linux-gnu --tests
+        cargo +nightly test --package paged-kv-attention --target x86_64-unknown-linux-gnu --tests
 
 # The kernels of 64-bit Arm in an emulator; needs qemu-user-static and gcc-aarch64-linux-gnu
 neon:
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64-static -L /usr/aarch64-linux-gnu' \
-        cargo test --package paged_attention --target aarch64-unknown-linux-gnu --lib --test attention
+        cargo test --package paged-kv-attention --target aarch64-unknown-linux-gnu --lib --test attention

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
 use crate::{Machine, is_smoke_test};
@@ -40,7 +42,11 @@ pub struct Record {
 
 impl Default for Record {
     fn default() -> Self {
-        Self { machine: Machine::this(), date: jiff::Zoned::now().date().to_string(), rows: Vec::new() }
+        Self {
+            machine: Machine::this(),
+            date: TimeZone::UTC.to_datetime(Timestamp::now()).date().to_string(),
+            rows: Vec::new(),
+        }
     }
 }
 

@@ -31,7 +31,6 @@ pub(super) trait Wide: Copy {
     const INT_COLUMNS: usize;
 
     /// Runs `run` in a function that is not inlined, so that it has all registers to itself: for the innermost loops.
-    /// (The portable kernel inlines it.)
     fn outlined<R: Run>(run: R) -> R::Output;
 
     fn splat(x: f32) -> Self;

@@ -23,7 +23,7 @@ impl Wide for Portable {
     const INT_ROWS: usize = 2;
     const INT_COLUMNS: usize = 1;
 
-    #[inline(always)]
+    #[inline(never)]
     fn outlined<R: Run>(run: R) -> R::Output {
         run.run::<Self>()
     }
