@@ -29,6 +29,18 @@ lint:
 oldest-candle:
     .ci/oldest-candle
 
+# The libraries with the oldest Rust they support; needs rustup
+oldest-rust:
+    .ci/oldest-rust
+
+# Packs the libraries as for the registry, and tests the archives
+packages *args:
+    .ci/packages {{args}}
+
+# Licences, duplicates and sources of all dependencies; needs cargo-deny
+deny:
+    cargo deny check licenses bans sources
+
 # Compares the real model token for token with candle's own
 verify *args:
     cargo run --release --package batch_generate --features verify -- --verify {{args}}
