@@ -131,6 +131,10 @@ impl KvCacheBuilder {
         if self.groups.is_empty() {
             return Err(CacheError::NoGroups);
         }
+        let empty = self.groups.iter().position(|group| group.layers().is_empty());
+        if let Some(group) = empty.filter(|_| self.groups.len() > 1) {
+            return Err(CacheError::EmptyGroup { group });
+        }
         let places = places(&self.groups)?;
         if self.groups.len() > 1 && !self.device.is_cpu() {
             return Err(CacheError::GroupsNeedCpu);

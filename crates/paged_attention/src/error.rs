@@ -23,6 +23,12 @@ pub enum CacheError {
     /// No group of layers was given.
     #[error("a cache needs at least one group of layers")]
     NoGroups,
+    /// A group has no layers.
+    #[error("group {group} has no layers: leave it out")]
+    EmptyGroup {
+        /// The index of the group.
+        group: usize,
+    },
     /// A layer is in no group of layers, or in several.
     #[error("the groups must have each layer once: layer {layer} {problem}")]
     Layers {
