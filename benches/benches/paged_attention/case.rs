@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use paged_attention::{BlockTable, KvCache, KvDtype, KvShape};
 
 /// Least bytes of the layers that the calls of one case rotate over.
-const COLD: usize = 512 << 20;
+pub(crate) const COLD: usize = 512 << 20;
 /// Layers of a case whose layers stay in the processor's cache. More than one, because a layer cannot be written while
 /// another caller reads it.
 const CACHED_LAYERS: usize = 4;

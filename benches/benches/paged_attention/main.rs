@@ -8,6 +8,7 @@
 //!   four interleaved streams, which gives the highest bandwidth of this memory.
 //! - Sequences in one block, and in blocks in random order, are compared with sequences in blocks in order.
 //! - Two callers, each with a thread and a sequence of its own in one cache, are compared with one caller.
+//! - Sequences that begin alike are compared with one sequence, and with reading what they share for each.
 //! - candle's grouped matrix products and its flash attention read a contiguous cache that already exists.
 
 mod case;
@@ -15,6 +16,7 @@ mod decode;
 mod floor;
 mod orders;
 mod prefill;
+mod shared;
 mod together;
 
 use anyhow::{Result, ensure};
@@ -22,6 +24,7 @@ use benches::{Record, is_smoke_test};
 use paged_attention::KvDtype;
 
 use case::Case;
+use shared::Tree;
 
 /// Seconds for which contenders take turns.
 const SECONDS: f64 = 0.8;
@@ -30,6 +33,12 @@ const USAGE: &str = "usage: cargo bench -p benches --bench paged_attention [-- P
 
 /// Measures a case. Runs in a pool of `case.threads` threads.
 type Measure = fn(&Case, &mut Record) -> Result<()>;
+
+/// Measures sequences that begin alike.
+const SHARED: [(&str, Measure); 2] = [
+    ("shared ", |case, record| shared::shared(case, Tree::OneLevel, record)),
+    ("shared tree ", |case, record| shared::shared(case, Tree::ThreeLevels, record)),
+];
 
 fn main() -> Result<()> {
     let mut record = Record::default();
@@ -76,6 +85,20 @@ fn cases() -> Vec<(&'static str, Case, Measure)> {
                     all.push(("", Case { shuffled: true, ..paged }, decode::decode));
                     all.push(("orders ", paged, orders::orders));
                 }
+            }
+        }
+    }
+    let prefixes: &[usize] = if is_smoke_test() { &[64] } else { &[512, 4096, 16_384] };
+    for ((heads, kv_heads, head_dim), dtype) in
+        [(32, 8, 128), (9, 3, 64)].into_iter().flat_map(|shape| KvDtype::ALL.map(|dtype| (shape, dtype)))
+    {
+        for (&context, batch) in prefixes.iter().flat_map(|prefix| [2, 8, 32, 64].map(|batch| (prefix, batch))) {
+            let case = Case { heads, kv_heads, head_dim, batch, context, dtype, threads: 2, ..any };
+            let [one_level, tree] = SHARED.map(|(kind, measure)| (kind, case, measure));
+            all.push(one_level);
+            if context == 4096 {
+                all.push(("shared ", Case { threads: 1, ..case }, one_level.2));
+                all.push(tree);
             }
         }
     }

@@ -19,12 +19,13 @@ pub struct Attention {
     pub(crate) soft_cap: Option<f32>,
     pub(crate) slopes: Option<Arc<[f32]>>,
     pub(crate) sink_logits: Option<Arc<[f32]>>,
+    pub(crate) shared_reads: bool,
 }
 
 impl Attention {
     /// Causal attention with the given scale, usually `1 / sqrt(head_dim)`.
     pub fn new(scale: f32) -> Self {
-        Self { scale, causal: true, window: None, soft_cap: None, slopes: None, sink_logits: None }
+        Self { scale, causal: true, window: None, soft_cap: None, slopes: None, sink_logits: None, shared_reads: true }
     }
 
     /// Causal attention with the scale `1 / sqrt(head_dim)` ("Attention Is All You Need", section 3.2.1).
@@ -81,6 +82,13 @@ impl Attention {
     #[must_use]
     pub fn without_sink_logits(&self) -> Self {
         Self { sink_logits: None, ..self.clone() }
+    }
+
+    /// Sets whether the fused backend reads blocks that several sequences of a step have in common once for all of them:
+    /// true by default. The results are the same to the last bit; this is for tests and benchmarks.
+    #[must_use]
+    pub fn shared_reads(self, shared_reads: bool) -> Self {
+        Self { shared_reads, ..self }
     }
 
     /// The slopes of the ALiBi paper for `heads` query heads. If `heads` is a power of two `n`, they are `2^(-8 i / n)`

@@ -1,10 +1,11 @@
 //! The plan of a step: the rows, blocks and slots of its sequences. It is computed once and read by every layer.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use block_table::{BlockTable, Span};
 
-use crate::Attention;
+use crate::{Attention, cpu};
 
 /// One sequence of a plan.
 #[derive(Debug, Clone)]
@@ -116,6 +117,8 @@ pub(crate) struct Plan {
     pub(crate) blocks: Vec<u32>,
     /// For each row, the slot that its key and value are written to.
     pub(crate) slot_mapping: Vec<u32>,
+    /// Found by the first layer that asks.
+    shared: OnceLock<cpu::Shared>,
 }
 
 impl Plan {
@@ -177,6 +180,11 @@ impl Plan {
     /// The number of new tokens of all sequences.
     pub(crate) fn rows(&self) -> usize {
         self.slot_mapping.len()
+    }
+
+    /// Which sequences read the same blocks. For a plan that is complete.
+    pub(crate) fn shared(&self, block_size: usize) -> &cpu::Shared {
+        self.shared.get_or_init(|| cpu::Shared::of(self, block_size))
     }
 
     /// A plan that only writes.

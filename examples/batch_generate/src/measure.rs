@@ -70,7 +70,19 @@ impl<'m> Filled<'m> {
     ///
     /// If there is no room for them, or a step fails.
     pub fn decode(&self, tokens: usize) -> Result<Decoded> {
-        let mut forks: Vec<_> = self.tables.iter().map(BlockTable::fork).collect();
+        self.decode_in(self.tables.iter().map(BlockTable::fork).collect(), tokens)
+    }
+
+    /// The same with sequences that share all blocks of the context.
+    ///
+    /// # Errors
+    ///
+    /// As [`decode`](Self::decode).
+    pub fn decode_shared(&self, tokens: usize) -> Result<Decoded> {
+        self.decode_in(self.tables.iter().map(|_| self.tables[0].fork()).collect(), tokens)
+    }
+
+    fn decode_in(&self, mut forks: Vec<BlockTable>, tokens: usize) -> Result<Decoded> {
         let mut next = self.next.clone();
         let mut decoded = Decoded { tokens: vec![Vec::new(); self.batch()], time: Duration::ZERO };
         for _ in 0..tokens {
@@ -128,6 +140,8 @@ pub struct Rates {
     pub decode: f64,
     /// The median, over the rounds, of this decode rate divided by that of the same batch at the first context.
     pub of_first: f64,
+    /// Decoded tokens per second if the sequences share their context, for example a system prompt.
+    pub shared: f64,
     /// Tokens per second of the prefill of one prompt with `context` tokens.
     pub prefill: f64,
 }
@@ -160,9 +174,10 @@ impl Measured {
             let mut rounds = Vec::new();
             for round in 0..=ROUNDS {
                 progress(&format!("batch {batch}: round {round} of {ROUNDS}"));
+                let rate = |decoded: Decoded| (batch * TOKENS) as f64 / decoded.time.as_secs_f64();
                 let rates = filled
                     .iter()
-                    .map(|filled| Ok((batch * TOKENS) as f64 / filled.decode(TOKENS)?.time.as_secs_f64()))
+                    .map(|filled| Ok([rate(filled.decode(TOKENS)?), rate(filled.decode_shared(TOKENS)?)]))
                     .collect::<Result<Vec<_>>>()?;
                 // The first round is a warm-up.
                 if round > 0 {
@@ -172,8 +187,9 @@ impl Measured {
             all.extend(filled.iter().enumerate().map(|(i, filled)| Rates {
                 batch,
                 context: filled.context,
-                decode: median(rounds.iter().map(|rates| rates[i]).collect()),
-                of_first: median(rounds.iter().map(|rates| rates[i] / rates[0]).collect()),
+                decode: median(rounds.iter().map(|rates| rates[i][0]).collect()),
+                of_first: median(rounds.iter().map(|rates| rates[i][0] / rates[0][0]).collect()),
+                shared: median(rounds.iter().map(|rates| rates[i][1]).collect()),
                 prefill: filled.prefill.rate().unwrap_or(f64::NAN),
             }));
         }
@@ -192,19 +208,20 @@ impl fmt::Display for Measured {
         writeln!(f, "tokens/s, median of {ROUNDS} rounds of {TOKENS} steps, contexts in turn")?;
         writeln!(
             f,
-            "{:>5} {:>8} {:>9} {:>9} {:>14} {:>9}",
+            "{:>5} {:>8} {:>9} {:>9} {:>14} {:>15} {:>9}",
             "batch",
             "context",
             "decode",
             "ms/step",
             format!("of {first}'s"),
+            "shared context",
             "prefill"
         )?;
-        for Rates { batch, context, decode, of_first, prefill } in &self.0 {
+        for Rates { batch, context, decode, of_first, shared, prefill } in &self.0 {
             let step = 1e3 * *batch as f64 / decode;
             writeln!(
                 f,
-                "{batch:>5} {context:>8} {decode:>9.1} {step:>9.2} {:>13.1}% {prefill:>9.1}",
+                "{batch:>5} {context:>8} {decode:>9.1} {step:>9.2} {:>13.1}% {shared:>15.1} {prefill:>9.1}",
                 100.0 * of_first
             )?;
         }

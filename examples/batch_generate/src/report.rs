@@ -48,6 +48,8 @@ struct PrefixReport {
     computed_prompt_tokens: usize,
     resumed_tokens: usize,
     evictions: u64,
+    read_tokens: usize,
+    shared_tokens: usize,
 }
 
 impl Report {
@@ -70,6 +72,8 @@ impl Report {
                 computed_prompt_tokens: outcome.computed_prompt_tokens,
                 resumed_tokens: outcome.resumed_tokens,
                 evictions: pool.stats().evictions,
+                read_tokens: outcome.read_tokens,
+                shared_tokens: outcome.shared_tokens,
             },
             prefill_tokens_per_s: outcome.prefill.rate(),
             decode_tokens_per_s: outcome.decode.rate(),
@@ -106,7 +110,9 @@ impl Report {
             );
         }
         let PoolReport { blocks, block_size, peak_blocks, mean_utilisation } = self.pool;
-        let PrefixReport { prompt_tokens, computed_prompt_tokens, resumed_tokens, .. } = self.prefix;
+        let PrefixReport { prompt_tokens, computed_prompt_tokens, resumed_tokens, read_tokens, shared_tokens, .. } =
+            self.prefix;
+        let shared = 100.0 * shared_tokens as f64 / read_tokens.max(1) as f64;
         let times = prompt_tokens as f64 / computed_prompt_tokens.max(1) as f64;
         let [paged, contiguous] = self.bytes.map(|bytes| bytes as f64 / f64::from(1 << 20));
         let rate = |rate: Option<f64>| rate.map_or("-".to_string(), |rate| format!("{rate:.0} tokens/s"));
@@ -116,7 +122,8 @@ impl Report {
              per reserved slot\nmemory    {paged:.1} MiB at peak; a contiguous cache of the whole context for each \
              sequence takes {contiguous:.1} MiB\nprefix    {computed_prompt_tokens} of {prompt_tokens} prompt tokens \
              computed, {times:.1} times less; {resumed_tokens} matched again after preemption\n\
-             speed     prefill {}, decode {}, {} steps\n",
+             reading   {shared:.0} % of {read_tokens} tokens that sequences attended to were read together with \
+             another's\nspeed     prefill {}, decode {}, {} steps\n",
             rate(self.prefill_tokens_per_s),
             rate(self.decode_tokens_per_s),
             self.steps

@@ -5,7 +5,7 @@
 mod common;
 
 use batch_generate::engine::{Request, STEP_TOKENS, Settings, generate};
-use batch_generate::measure::{Filled, Measured, prompt};
+use batch_generate::measure::{Filled, Measured, Rates, prompt};
 use batch_generate::sampling::Sampling;
 use paged_attention::{KvCache, KvDtype};
 
@@ -27,6 +27,7 @@ fn copies_of_a_prompt_continue_as_in_the_engine() {
             let decoded = filled.decode(tokens).unwrap();
             assert_eq!(decoded.tokens, vec![expected[1..=tokens].to_vec(); batch], "{batch} x {context}");
             assert!(!decoded.time.is_zero());
+            assert_eq!(filled.decode_shared(tokens).unwrap().tokens, decoded.tokens, "{batch} x {context}");
         }
         assert!(filled.decode(64).is_err(), "there is room for 8 tokens, rounded up to a block");
         assert_eq!(filled.decode(1).unwrap().tokens[0], expected[1..2], "an error leaves no tokens behind");
@@ -39,6 +40,7 @@ fn every_batch_is_measured_at_every_context() {
     let measured = Measured::take(&model, KvDtype::Bf16, &[1, 4], &[16, 3], |_| ()).unwrap();
     let cases: Vec<_> = measured.rates().iter().map(|rates| (rates.batch, rates.context)).collect();
     assert_eq!(cases, [(1, 16), (1, 3), (4, 16), (4, 3)]);
-    assert!(measured.rates().iter().all(|rates| rates.decode > 0.0 && rates.prefill > 0.0 && rates.of_first > 0.0));
+    let rates = |rates: &Rates| [rates.decode, rates.of_first, rates.shared, rates.prefill];
+    assert!(measured.rates().iter().flat_map(rates).all(|rate| rate > 0.0));
     assert_eq!(measured.rates()[2].of_first, 1.0);
 }

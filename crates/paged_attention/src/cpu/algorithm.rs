@@ -1,8 +1,8 @@
 //! Attention over blocks: online softmax over tiles of tokens.
 //!
-//! A *task* is a few consecutive new tokens of one sequence, some of its key heads, and some *chunks* of its tokens.
-//! Its *rows* are the new tokens times the query heads of a group. So decode (one token, a group of heads) and prefill
-//! (many tokens) are the same computation, and every key and value is loaded once for all rows.
+//! A *task* is a few new tokens, some key heads, and some *chunks* of the tokens that they see. Its *rows* are the new
+//! tokens times the query heads of a group. So decode (one token, a group of heads), prefill (many tokens), and decode
+//! of several sequences over the same blocks are one computation, and every key and value is loaded once for all rows.
 //!
 //! Each row has a running maximum `m` of the scores, a running sum `l` of the weights, and accumulators `o`, the
 //! weighted sum of values. For each tile (Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1; all scores are
@@ -31,25 +31,49 @@ use super::state::{State, finite};
 use super::tile::{Blocks, Copied, Tile};
 use super::wide::{LANES, Run, Wide, reduce_max, reduce_sum};
 use crate::Attention;
-use crate::plan::VisibleRange;
+use crate::plan::{Planned, VisibleRange};
 
 /// Tokens per chunk.
 pub(super) const CHUNK: usize = 8 * TILE;
 
+/// The most rows that are computed at once: their scores and states fit a core's cache beside the keys and values.
+const PART_ROWS: usize = 32;
+
+/// The same if the values are in the keys, which are transposed for each part.
+const PART_ROWS_OF_KEYS: usize = 128;
+
 /// The inputs of one task.
 pub(super) struct Task<'a, F: Format> {
+    /// The blocks that all its new tokens see there.
     pub(super) blocks: Blocks<'a, F::Number>,
     pub(super) attention: &'a Attention,
-    /// The packed query rows of the task's tokens in its heads.
+    /// The packed query rows of the new tokens in the task's heads.
     pub(super) queries: &'a F::Queries,
     /// Query heads per key head.
     pub(super) group: usize,
     /// The task's key heads.
     pub(super) heads: Range<usize>,
-    /// The task's new tokens, as indices among the new tokens of the sequence.
-    pub(super) tokens: Range<usize>,
+    pub(super) tokens: &'a [NewToken],
     /// The task's chunks: two ranges, the second after the first.
     pub(super) chunks: [Range<usize>; 2],
+    /// The positions to compute within these chunks. They begin at a tile.
+    pub(super) within: Range<usize>,
+}
+
+/// A new token whose rows are computed.
+pub(super) struct NewToken {
+    /// Its row in the step.
+    pub(super) row: usize,
+    pub(super) position: usize,
+    pub(super) visible: VisibleRange,
+}
+
+impl NewToken {
+    /// New token number `token` of a sequence.
+    pub(super) fn of(planned: &Planned, token: usize, attention: &Attention) -> Self {
+        let visible = planned.visible(token, attention);
+        Self { row: planned.rows.start + token, position: planned.start + token, visible }
+    }
 }
 
 /// The chunks that contain these positions, of sink tokens and of recent tokens. Each chunk is listed once.
@@ -58,11 +82,27 @@ pub(super) fn chunks([sinks, recent]: &[Range<usize>; 2]) -> [Range<usize>; 2] {
     [0..first, first.max(recent.start / CHUNK)..recent.end.div_ceil(CHUNK)]
 }
 
+impl<F: Format> Task<'_, F> {
+    /// The end of the positions that the new tokens see.
+    fn end(&self) -> usize {
+        self.tokens.iter().map(|token| token.visible.recent.end).max().unwrap_or(0)
+    }
+
+    /// How many key heads and how many new tokens are computed at once: all, or if there are too many rows for a core's
+    /// cache, one head and a part of the new tokens after another. A part begins at a group of [`ROWS`].
+    fn at_once(&self) -> (usize, usize) {
+        let most = if self.blocks.layout.values_in_keys { PART_ROWS_OF_KEYS } else { PART_ROWS };
+        if self.tokens.len() * self.group <= most {
+            return (self.heads.len(), self.tokens.len());
+        }
+        let whole_groups = (1..=ROWS).find(|tokens| (tokens * self.group).is_multiple_of(ROWS)).unwrap_or(ROWS);
+        (1, (most / self.group).max(1).next_multiple_of(whole_groups).min(self.tokens.len()))
+    }
+}
+
 /// Buffers that a thread reuses from task to task.
 pub(super) struct Scratch<F: Format> {
     scores: Vec<Scores>,
-    /// The visible range of each new token.
-    ranges: Vec<VisibleRange>,
     /// The part of each visible range that is in the current tile, relative to the start of the tile.
     seen: Vec<VisibleRange>,
     copied: Copied<F::Number>,
@@ -71,73 +111,80 @@ pub(super) struct Scratch<F: Format> {
 
 impl<F: Format> Default for Scratch<F> {
     fn default() -> Self {
-        Self {
-            scores: Vec::new(),
-            ranges: Vec::new(),
-            seen: Vec::new(),
-            copied: Copied::default(),
-            buffers: Buffers::default(),
-        }
+        Self { scores: Vec::new(), seen: Vec::new(), copied: Copied::default(), buffers: Buffers::default() }
     }
 }
 
-impl<F: Format> Scratch<F> {
-    /// The end of the positions that the new tokens see.
-    fn end(&self) -> usize {
-        self.ranges.last().map_or(0, |visible| visible.recent.end)
-    }
-}
-
-/// A task, and buffers for it.
-pub(super) struct Attend<'a, 'b, F: Format>(pub(super) &'b Task<'a, F>, pub(super) &'b mut Scratch<F>);
+/// A task, buffers for it, and the states of its rows, `(heads, tokens, group)`: what they have seen so far of the
+/// first of its chunks.
+pub(super) struct Attend<'a, 'b, F: Format>(
+    pub(super) &'b Task<'a, F>,
+    pub(super) &'b mut Scratch<F>,
+    pub(super) &'b mut State,
+);
 
 impl<F: Format> Run for Attend<'_, '_, F> {
-    type Output = State;
+    type Output = ();
 
     #[inline(always)]
-    fn run<V: Wide>(self) -> State {
-        attend::<V, F>(self.0, self.1)
+    fn run<V: Wide>(self) {
+        attend::<V, F>(self.0, self.1, self.2);
     }
 }
 
-/// Computes one task. Returns the states of its rows, `(heads, tokens, group)`.
+/// Computes one task.
 #[inline(always)]
-fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>) -> State {
+fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>, total: &mut State) {
     let rows = task.tokens.len() * task.group;
-    scratch.scores.resize(rows, [[0.0; LANES]; TILE_PANELS]);
-    scratch.ranges.clear();
-    scratch.ranges.extend(task.tokens.clone().map(|token| task.blocks.planned.visible(token, task.attention)));
-
-    let mut total = State::new(task.heads.len() * rows, task.blocks.dims());
+    let (heads_at_once, tokens_at_once) = task.at_once();
+    scratch.scores.resize(tokens_at_once * task.group, [[0.0; LANES]; TILE_PANELS]);
     let mut partial = None;
     let mut tiles = [Vec::new(), Vec::new()];
     for (i, chunk) in task.chunks.iter().cloned().flatten().enumerate() {
-        let positions = chunk * CHUNK..scratch.end().min((chunk + 1) * CHUNK);
-        if i == 0 {
-            attend_chunk::<V, F>(task, positions, &mut total, scratch, &mut tiles);
-        } else {
-            let state = partial.get_or_insert_with(|| State::new(task.heads.len() * rows, task.blocks.dims()));
-            state.clear();
-            attend_chunk::<V, F>(task, positions, state, scratch, &mut tiles);
-            total.merge(state);
+        let start = task.within.start.max(chunk * CHUNK);
+        let positions = start..task.end().min(task.within.end).min((chunk + 1) * CHUNK);
+        let state = match i {
+            0 => &mut *total,
+            _ => partial.get_or_insert_with(|| State::new(task.heads.len() * rows, task.blocks.dims())),
+        };
+        for heads in parts(task.heads.len(), heads_at_once) {
+            for tokens in parts(task.tokens.len(), tokens_at_once) {
+                attend_chunk::<V, F>(task, heads.clone(), tokens, positions.clone(), state, scratch, &mut tiles);
+            }
+        }
+        if i > 0 {
+            partial.iter_mut().for_each(|state| {
+                total.merge(state);
+                state.clear();
+            });
         }
     }
-    total
 }
 
-/// Adds the tokens at `positions`, which are in one chunk, to the states of the task's rows.
+/// `0..n` in parts of `size`.
+fn parts(n: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..n).step_by(size.max(1)).map(move |start| start..n.min(start + size))
+}
+
+/// Adds the tokens at `positions`, which are in one chunk, to the states of the rows of these heads and new tokens of the
+/// task.
 #[inline(always)]
 fn attend_chunk<'a, V: Wide, F: Format>(
     task: &Task<'a, F>,
+    heads: Range<usize>,
+    tokens: Range<usize>,
     positions: Range<usize>,
     state: &mut State,
     scratch: &mut Scratch<F>,
     [tiles, next_tiles]: &mut [Vec<Tile<'a, F::Number>>; 2],
 ) {
+    // All rows of a head, and those that are computed here.
     let rows = task.tokens.len() * task.group;
+    let own = tokens.start * task.group..tokens.end * task.group;
+    let tokens = &task.tokens[tokens];
     let layout = task.blocks.layout;
-    let end = scratch.end();
-    let Scratch { scores, ranges, seen, copied, buffers } = scratch;
+    let end = task.end();
+    let Scratch { scores, seen, copied, buffers } = scratch;
     let tile_at = |start: usize| start..end.min(start + TILE);
     let groups = rows.div_ceil(ROWS);
     let soft_cap = task.attention.soft_cap.map(SoftCap::new);
@@ -145,30 +192,31 @@ fn attend_chunk<'a, V: Wide, F: Format>(
     let chunk_end = positions.end.next_multiple_of(TILE);
     let first_seeing = |start: usize| {
         let Range { start, end } = tile_at(start);
-        ranges.iter().position(|VisibleRange { sink_tokens, recent }| {
+        tokens.iter().position(|NewToken { visible: VisibleRange { sink_tokens, recent }, .. }| {
             *sink_tokens > start || recent.start < end && recent.end > start
         })
     };
     let starts = positions.step_by(TILE);
     let mut starts = starts.filter_map(|start| first_seeing(start).map(|first| (start, first))).peekable();
+    let key_heads = task.heads.start + heads.start..task.heads.start + heads.end;
     if let Some(&(start, _)) = starts.peek() {
-        task.blocks.locate(&tile_at(start), &task.heads, next_tiles);
+        task.blocks.locate(&tile_at(start), &key_heads, next_tiles);
     }
     while let Some((start, first)) = starts.next() {
         let within = tile_at(start);
         std::mem::swap(tiles, next_tiles);
         // At the end of a chunk this is the first tile after it: usually the same thread computes the next chunk.
         let next = starts.peek().map_or(chunk_end, |&(next, _)| next);
-        task.blocks.locate(&tile_at(next), &task.heads, next_tiles);
+        task.blocks.locate(&tile_at(next), &key_heads, next_tiles);
         seen.clear();
-        seen.extend(ranges.iter().map(|visible| visible.within(&within)));
+        seen.extend(tokens.iter().map(|token| token.visible.within(&within)));
         let masked = seen.iter().any(|seen| !sees_all(seen));
 
         // Begin at a whole group of ROWS. The states of rows that see no token of the tile do not change.
         let first = first * task.group / ROWS * ROWS;
-        for (h, head) in task.heads.clone().enumerate() {
+        for (at, (h, head)) in heads.clone().zip(key_heads.clone()).enumerate() {
             let gathered;
-            let tile = match tiles.get(h) {
+            let tile = match tiles.get(at) {
                 Some(tile) => tile,
                 None => {
                     let only = seen.first().filter(|_| task.blocks.visible_only);
@@ -177,47 +225,37 @@ fn attend_chunk<'a, V: Wide, F: Format>(
                     &gathered
                 }
             };
-            let next = tiles.get(h + 1).or(next_tiles.first());
-            for row in (first..rows).step_by(ROWS) {
-                let scores = &mut scores[row..rows.min(row + ROWS)];
-                let next = next.filter(|_| row == first).map(|next| &next.keys);
-                F::scores::<V>(task.queries, h * groups + row / ROWS, &tile.keys, next, scores);
-            }
+            let next = tiles.get(at + 1).or(next_tiles.first());
+            let scores = &mut scores[first..own.len()];
+            let group = h * groups + (own.start + first) / ROWS;
+            F::scores::<V>(task.queries, group, &tile.keys, next.map(|next| &next.keys), scores);
             if adjusted || masked {
-                for (row, scores) in scores.iter_mut().enumerate().skip(first) {
+                for (row, scores) in (first..).zip(scores.iter_mut()) {
                     let token = row / task.group;
-                    let position = task.blocks.planned.start + task.tokens.start + token;
+                    let position = tokens[token].position;
                     let head = head * task.group + row % task.group;
                     adjust::<V>(scores, soft_cap.as_ref(), task.attention.slope(head), start, position);
                     mask(scores, &seen[token]);
                 }
             }
+            let states = h * rows + own.start + first..h * rows + own.end;
             if layout.values_in_keys {
                 V::outlined(AttendKeys::<F> {
-                    scores: &mut scores[first..],
+                    scores,
                     tokens: within.len(),
                     keys: &tile.keys,
                     value_dim: layout.value_dim,
-                    states: h * rows + first..(h + 1) * rows,
+                    states,
                     state,
                     buffers,
                 });
                 continue;
             }
-            for row in (first..rows).step_by(ROWS) {
-                let end = rows.min(row + ROWS);
-                let states = h * rows + row..h * rows + end;
-                online_softmax::<V>(&mut scores[row..end], states.start, state);
-                let next = next.filter(|_| row == first).map(|next| &next.values);
-                F::accumulate::<V>(
-                    &scores[row..end],
-                    within.len(),
-                    &tile.values,
-                    next,
-                    state.accumulators(states),
-                    buffers,
-                );
+            for (i, scores) in scores.chunks_mut(ROWS).enumerate() {
+                online_softmax::<V>(scores, states.start + i * ROWS, state);
             }
+            let next = next.map(|next| &next.values);
+            F::accumulate::<V>(scores, within.len(), &tile.values, next, state.accumulators(states), buffers);
         }
     }
 }

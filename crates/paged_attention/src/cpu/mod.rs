@@ -1,7 +1,8 @@
 //! Attention on a CPU that reads keys and values from the blocks in place.
 //!
 //! - `boundary`: converts candle's tensors to slices and back; the only file here that uses candle.
-//! - `jobs`: splits a step into tasks, and merges their results; `crew` runs them on several threads.
+//! - `tasks`: splits a step into tasks; `shared` finds the sequences that read the same blocks.
+//! - `jobs`: runs tasks; `merged` merges their results; `crew` has the threads.
 //! - `recompute`: recomputes rows whose result is not finite.
 //! - `queries`: packs the query rows of new tokens for the kernels.
 //! - `algorithm`: online softmax over tiles of tokens, written once for all formats and instruction sets; `state` has
@@ -19,10 +20,13 @@ mod exp2;
 mod format;
 mod jobs;
 mod kernel;
+mod merged;
 mod panels;
 mod queries;
 mod recompute;
+mod shared;
 mod state;
+mod tasks;
 mod tile;
 mod wide;
 
@@ -30,6 +34,7 @@ use block_pool::{KvDtype, KvLayout};
 
 pub(crate) use boundary::{attend, attend_part, attend_with_lse, like, read, write};
 pub use kernel::Kernel;
+pub(crate) use shared::Shared;
 
 use crate::plan::Plan;
 use crate::{Attention, CacheError};

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
+use super::algorithm::NewToken;
 use super::format::{Format, Number, ROWS};
-use crate::plan::Planned;
 
 /// All queries of a step.
 #[derive(Clone, Copy)]
@@ -22,12 +22,11 @@ impl<S: Number> Queries<'_, S> {
         S::widen(&self.numbers[(row * self.heads + head) * self.head_dim..][..self.head_dim], to);
     }
 
-    /// Packs the rows of some new tokens of a sequence into `to`, one key head after another. The rows of a key head
-    /// are the tokens times the query heads of its group, packed in groups of four.
+    /// Packs the rows of some new tokens, one key head after another. The rows of a key head are the tokens times the
+    /// query heads of its group, packed in groups of four.
     pub(super) fn prepare<F: Format>(
         &self,
-        planned: &Planned,
-        tokens: &Range<usize>,
+        tokens: &[NewToken],
         key_heads: &Range<usize>,
         kv_heads: usize,
         to: &mut F::Queries,
@@ -41,8 +40,7 @@ impl<S: Number> Queries<'_, S> {
             for first in (0..rows).step_by(ROWS) {
                 let count = ROWS.min(rows - first);
                 for (row, wide) in (first..first + count).zip(wide.chunks_exact_mut(head_dim)) {
-                    let token = planned.rows.start + tokens.start + row / group;
-                    self.widen(token, head * group + row % group, wide);
+                    self.widen(tokens[row / group].row, head * group + row % group, wide);
                 }
                 F::prepare(to, &wide[..count * head_dim], head_dim, factor);
             }

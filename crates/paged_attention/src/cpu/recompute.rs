@@ -10,7 +10,7 @@
 //! row is computed in f64. Which of these computations is used depends only on the numbers of the row itself.
 
 use super::Call;
-use super::algorithm::{Attend, Scratch, Task, chunks};
+use super::algorithm::{Attend, NewToken, Scratch, Task, chunks};
 use super::format::{Format, Number};
 use super::queries::Queries;
 use super::state::State;
@@ -82,20 +82,23 @@ impl<'a, F: Format, S: Number> Inputs<'a, F, S> {
         scratch: &mut Scratch<F>,
     ) -> State {
         let Call { layout, attention, kernel, .. } = *self.call;
-        let (tokens, heads) = (token..token + 1, head..head + 1);
+        let (tokens, heads) = ([NewToken::of(planned, token, attention)], head..head + 1);
         let mut queries = F::Queries::default();
-        self.queries.prepare::<F>(planned, &tokens, &heads, layout.kv_heads, &mut queries);
-        let seen = planned.visible(token, attention);
+        self.queries.prepare::<F>(&tokens, &heads, layout.kv_heads, &mut queries);
+        let [NewToken { visible, .. }] = &tokens;
         let task = Task {
             blocks: self.blocks(planned, true),
             attention,
             queries: &queries,
             group: self.group(),
             heads,
-            tokens,
-            chunks: chunks(&[0..seen.sink_tokens, seen.recent]),
+            chunks: chunks(&[0..visible.sink_tokens, visible.recent.clone()]),
+            within: 0..usize::MAX,
+            tokens: &tokens,
         };
-        kernel.run(Attend(&task, scratch))
+        let mut state = State::new(self.group(), task.blocks.dims());
+        kernel.run(Attend(&task, scratch, &mut state));
+        state
     }
 
     /// Query heads per key head.

@@ -28,10 +28,35 @@ impl State {
         }
     }
 
+    /// Makes these states of `rows` rows of `dims` dimensions that have seen no token, in the same memory.
+    pub(super) fn reset(&mut self, rows: usize, dims: usize) {
+        self.vectors = dims / LANES;
+        self.running_max.resize(rows, 0.0);
+        self.running_sum.resize(rows, 0.0);
+        self.accumulators.resize(rows * self.vectors, [0.0; LANES]);
+        self.clear();
+    }
+
     pub(super) fn clear(&mut self) {
         self.running_max.fill(f32::NEG_INFINITY);
         self.running_sum.fill(0.0);
         self.accumulators.fill([0.0; LANES]);
+    }
+
+    /// The states of some rows of each head, where there are `rows` rows of each.
+    pub(super) fn part(&self, rows: usize, part: Range<usize>) -> Self {
+        let Self { vectors, .. } = *self;
+        let of = |head: usize| head * rows + part.start..head * rows + part.end;
+        let heads = 0..self.running_max.len() / rows.max(1);
+        Self {
+            running_max: heads.clone().flat_map(|head| &self.running_max[of(head)]).copied().collect(),
+            running_sum: heads.clone().flat_map(|head| &self.running_sum[of(head)]).copied().collect(),
+            accumulators: heads
+                .flat_map(|head| &self.accumulators[of(head).start * vectors..of(head).end * vectors])
+                .copied()
+                .collect(),
+            vectors,
+        }
     }
 
     /// The accumulators of these rows.
@@ -55,6 +80,11 @@ impl State {
                 V::load(accumulator).mul(V::splat(rescale)).store(accumulator);
             }
         }
+    }
+
+    /// The number of rows.
+    pub(super) fn rows(&self) -> usize {
+        self.running_max.len()
     }
 
     /// Merges `other`, the state of the same rows over later tokens, into this one.

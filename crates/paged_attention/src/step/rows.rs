@@ -68,6 +68,18 @@ impl Step<'_> {
         Some(first..first + self.pushed.get(sequence)?.logits)
     }
 
+    /// How many tokens attention in this layer does not read, because it reads them for another sequence of the step
+    /// that has the same blocks. The fused backend reads what sequences share once for all of them.
+    ///
+    /// # Errors
+    ///
+    /// [`AttendError::NoLayer`](crate::AttendError::NoLayer), wrapped, when the layer does not exist.
+    pub fn shared_tokens(&self, layer: usize) -> Result<usize> {
+        let target = self.cache.layer(layer)?;
+        let plan = &self.plans[target.group];
+        Ok(plan.shared(target.layout.block_size).tokens(plan))
+    }
+
     /// What kernels of others take to read and write one layer of this step: slot mapping, block tables, lengths. It is
     /// the same for all layers of a group.
     ///

@@ -10,6 +10,7 @@ mod case;
 mod common;
 mod errors;
 mod foreign;
+mod shared;
 mod unseen;
 
 use std::ops::Range;

@@ -100,6 +100,10 @@ pub struct Outcome {
     pub peak_blocks: usize,
     /// Tokens per slot of the blocks in use, the mean over all steps. It is more than 1 if sequences share blocks.
     pub mean_utilisation: f64,
+    /// The tokens that sequences attended to in all steps together, in the first group of layers.
+    pub read_tokens: usize,
+    /// Those of them that were read together with those of another sequence, because the blocks were the same.
+    pub shared_tokens: usize,
     /// New tokens in steps that computed a part of a prompt, and the time of these steps.
     pub prefill: Work,
     /// New tokens in all other steps, and their time.

@@ -68,7 +68,7 @@ impl Engine<'_> {
         let mut budget = self.settings.step_tokens.saturating_sub(decoding).max(1);
 
         let mut step = self.cache.step();
-        let (mut live, mut prompt_tokens) = (0, 0);
+        let (mut live, mut read, mut prompt_tokens) = (0, 0, 0);
         let (mut prefill, mut full) = (false, false);
         // The sequences whose last token is computed, by their index in `running`: those whose logits are wanted.
         let mut complete = Vec::new();
@@ -106,6 +106,7 @@ impl Engine<'_> {
                 prefill = true;
             }
             live += n;
+            read += computed + n;
             prompt_tokens += answer.prompt_tokens.saturating_sub(computed).min(n);
             if last {
                 complete.push(index);
@@ -125,6 +126,8 @@ impl Engine<'_> {
 
         let logits = model.forward(&step)?.to_vec2::<f32>()?;
         let tokens = step.tokens();
+        self.outcome.read_tokens += read;
+        self.outcome.shared_tokens += step.shared_tokens(0)?;
         step.commit()?;
         self.outcome.computed_prompt_tokens += prompt_tokens;
         let logits = complete.into_iter().zip(logits).collect();

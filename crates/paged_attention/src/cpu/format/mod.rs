@@ -68,18 +68,18 @@ pub(super) trait Format: 'static {
     /// Appends a group of query rows `(rows, head_dim)`, multiplied by `factor`.
     fn prepare(queries: &mut Self::Queries, rows: &[f32], head_dim: usize, factor: f32);
 
-    /// `scores (rows, panels, 16) = q (rows, head_dim) kᵀ` for the rows of a group. Prefetches the keys in `next`
-    /// meanwhile.
+    /// `scores (rows, panels, 16) = q (rows, head_dim) kᵀ` for any number of rows, from the group `first` on. Prefetches
+    /// the keys in `next` meanwhile.
     fn scores<V: Wide>(
         queries: &Self::Queries,
-        group: usize,
+        first: usize,
         keys: &Panels<'_, Self::Number>,
         next: Option<&Panels<'_, Self::Number>>,
         scores: &mut [Scores],
     );
 
-    /// `sums (rows, dims) += weights (rows, tokens) v (tokens, dims)` for the first `tokens` of a tile. Prefetches the
-    /// values in `next` meanwhile.
+    /// `sums (rows, dims) += weights (rows, tokens) v (tokens, dims)` for any number of rows and the first `tokens` of a
+    /// tile. Prefetches the values in `next` meanwhile.
     fn accumulate<V: Wide>(
         weights: &[Scores],
         tokens: usize,
@@ -89,8 +89,8 @@ pub(super) trait Format: 'static {
         buffers: &mut Buffers,
     );
 
-    /// The same for values that are the first `value_dim` dimensions of the keys, and for any number of rows: keys lie
-    /// by dimension, so they are transposed, once for all rows.
+    /// The same for values that are the first `value_dim` dimensions of the keys: keys lie by dimension, so they are
+    /// transposed, once for all rows.
     fn accumulate_keys<V: Wide>(
         weights: &[Scores],
         tokens: usize,

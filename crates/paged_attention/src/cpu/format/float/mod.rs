@@ -156,13 +156,16 @@ impl<T: Number> Format for Float<T> {
     #[inline(always)]
     fn scores<V: Wide>(
         queries: &Rows,
-        group: usize,
+        first: usize,
         keys: &Panels<'_, T>,
         next: Option<&Panels<'_, T>>,
         scores: &mut [Scores],
     ) {
-        let q = &queries.numbers[group * queries.head_dim..][..queries.head_dim];
-        by_rows!(scores.len(), N => scores::tile::<V, T, N>(q, keys, next, scores))
+        let groups = queries.numbers[first * queries.head_dim..].chunks_exact(queries.head_dim);
+        for (i, (q, rows)) in groups.zip(scores.chunks_mut(ROWS)).enumerate() {
+            let next = next.filter(|_| i == 0);
+            by_rows!(rows.len(), N => scores::tile::<V, T, N>(q, keys, next, rows));
+        }
     }
 
     #[inline(always)]
@@ -174,7 +177,11 @@ impl<T: Number> Format for Float<T> {
         sums: &mut [[f32; LANES]],
         _: &mut Buffers,
     ) {
-        by_rows!(weights.len(), N => sums::tile::<V, T, N>(weights, tokens, values, next, sums))
+        let stride = sums.len() / weights.len();
+        for (i, (weights, sums)) in weights.chunks(ROWS).zip(sums.chunks_mut(ROWS * stride)).enumerate() {
+            let next = next.filter(|_| i == 0);
+            by_rows!(weights.len(), N => sums::tile::<V, T, N>(weights, tokens, values, next, sums));
+        }
     }
 
     #[inline(always)]

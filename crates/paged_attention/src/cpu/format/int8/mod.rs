@@ -216,15 +216,15 @@ impl Format for Int8 {
     #[inline(always)]
     fn scores<V: Wide>(
         queries: &Rows,
-        group: usize,
+        first: usize,
         keys: &Panels<'_, u8>,
         next: Option<&Panels<'_, u8>>,
         scores: &mut [Scores],
     ) {
         let mut next = next;
         for (i, scores) in scores.chunks_mut(V::INT_ROWS).enumerate() {
-            let first = i * V::INT_ROWS;
-            by_rows!(scores.len(), N => scores::tile::<V, N>(queries, group, first, keys, next, scores));
+            let (group, row) = (first + i * V::INT_ROWS / ROWS, i * V::INT_ROWS % ROWS);
+            by_rows!(scores.len(), N => scores::tile::<V, N>(queries, group, row, keys, next, scores));
             next = None;
         }
     }

@@ -1,0 +1,264 @@
+//! How a step is split into tasks.
+//!
+//! A sequence with few new tokens is bound by memory bandwidth: each chunk of its tokens is a task, for all key heads
+//! or, if that gives too few tasks, for some. Sequences that read the same blocks in a chunk are one task there. A
+//! sequence with many new tokens is bound by arithmetic: a few new tokens and one key head are a task, over all chunks.
+
+use std::ops::Range;
+
+use smallvec::{SmallVec, smallvec};
+
+use super::Call;
+use super::algorithm::{CHUNK, chunks};
+use super::shared;
+use crate::plan::Planned;
+
+/// The most rows of a task over the tokens of one sequence, unless the group of one token has more: few enough that the
+/// data of a task fits a core's cache.
+const TASK_ROWS: usize = 32;
+
+/// The same if the values are in the keys: every task transposes the keys that it reads.
+const TASK_ROWS_OF_KEYS: usize = 128;
+
+/// The most rows of a task of several sequences, which bounds the memory for its states. (A part of them is computed at a
+/// time: see `algorithm`.)
+const SHARED_TASK_ROWS: usize = 512;
+
+/// The fewest tasks per thread, if heads can be split: some threads start late.
+const TASKS_PER_THREAD: usize = 8;
+
+/// Some consecutive new tokens of a sequence.
+pub(super) struct QueryTile<'a> {
+    /// The index of the sequence in the plan.
+    sequence: usize,
+    pub(super) planned: &'a Planned,
+    pub(super) tokens: Range<usize>,
+    /// The positions that the tokens see: sink tokens, and recent ones.
+    seen: [Range<usize>; 2],
+    /// The chunks that contain these positions, each once.
+    chunks: [Range<usize>; 2],
+    /// Whether each chunk is a task of its own.
+    by_chunk: bool,
+    /// How many tasks it is a member of.
+    pub(super) tasks: usize,
+}
+
+/// The query tiles, heads and chunks that one task computes.
+pub(super) struct TaskSpec {
+    /// In [`Tasks::members`].
+    pub(super) members: Range<usize>,
+    pub(super) heads: Range<usize>,
+    /// If there are several members, one chunk.
+    pub(super) chunks: [Range<usize>; 2],
+    /// The work of all tasks up to and including this one: new tokens times the tokens that they see, over all key
+    /// heads.
+    work_until: usize,
+}
+
+/// A query tile's part in a task.
+#[derive(Clone, Copy)]
+pub(super) struct Member {
+    pub(super) query_tile: usize,
+    /// The place of the task among those of the query tile in its key heads, in the order of their chunks.
+    pub(super) turn: usize,
+    /// How many tokens of the chunk are the same as those of the member before.
+    pub(super) common: usize,
+}
+
+/// The tasks of a step.
+pub(super) struct Tasks<'a> {
+    pub(super) query_tiles: Vec<QueryTile<'a>>,
+    pub(super) specs: Vec<TaskSpec>,
+    pub(super) members: Vec<Member>,
+}
+
+impl<'a> Tasks<'a> {
+    /// The tasks of a call. However they are split, the chunks of a row are merged one by one in their order.
+    pub(super) fn of(call: &Call<'a>) -> Self {
+        let query_tiles = split_queries(call);
+        let mut tasks = Self { query_tiles, specs: Vec::new(), members: Vec::new() };
+        let kv_heads = call.layout.kv_heads;
+        let runs = tasks.runs(call);
+        let count: usize = runs.iter().map(|run| if run.by_chunk { run.units.len() } else { kv_heads }).sum();
+        let enough = TASKS_PER_THREAD * rayon::current_num_threads();
+        let step = kv_heads.div_ceil(enough.div_ceil(count.max(1)));
+        // A task of several sequences is as much work as many others.
+        let work = |unit: &Unit| -> usize {
+            unit.members.iter().map(|&(tile, _)| tasks.query_tiles[tile].work(&unit.chunks)).sum()
+        };
+        let all = runs.iter().flat_map(|run| &run.units).map(work).fold(0, usize::saturating_add);
+        let shared = runs.iter().flat_map(|run| &run.units).filter(|unit| unit.members.len() > 1);
+        let largest = shared.map(work).max().unwrap_or(0);
+        let shared_step = step.min(kv_heads.div_ceil(largest.div_ceil((all / enough).max(1)).max(1)));
+        for run in runs {
+            let step = match run.units.first().is_some_and(|unit| unit.members.len() > 1) {
+                true => shared_step,
+                false if run.by_chunk => step,
+                false => 1,
+            };
+            tasks.push(&run, step, kv_heads);
+        }
+        tasks
+    }
+
+    /// The work of these tasks: new tokens times the tokens that they see, over all key heads.
+    pub(super) fn work(&self, tasks: Range<usize>) -> usize {
+        let until = |task: usize| task.checked_sub(1).map_or(0, |last| self.specs[last].work_until);
+        until(tasks.end) - until(tasks.start)
+    }
+
+    /// The tasks from `start` on that are at least this much work together; at least one.
+    pub(super) fn claim(&self, start: usize, work: usize) -> Range<usize> {
+        let enough = self.work(0..start) + work;
+        start..(start + 1).max(self.specs.partition_point(|task| task.work_until <= enough))
+    }
+
+    /// Splits the query tiles by chunks where they are few tokens, together with others that read the same blocks.
+    fn runs(&self, call: &Call<'_>) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        // For each query tile, which of its chunks are read together with others.
+        let mut together = vec![Vec::new(); self.query_tiles.len()];
+        if call.attention.shared_reads && self.query_tiles.len() > 1 {
+            // Sequences with few new tokens have one query tile.
+            let mut tile_of = vec![None; call.plan.sequences.len()];
+            for (i, tile) in self.query_tiles.iter().enumerate().filter(|(_, tile)| tile.by_chunk) {
+                tile_of[tile.sequence] = Some(i);
+            }
+            let group = call.heads / call.layout.kv_heads;
+            for (set, members) in call.plan.shared(call.layout.block_size).sets() {
+                for part in self.parts(set.chunk, members, &tile_of, group) {
+                    part.iter().for_each(|&(tile, _)| together[tile].push(set.chunk));
+                    let unit = Unit { chunks: [set.chunk..set.chunk + 1, 0..0], members: part };
+                    match runs.last_mut().filter(|run| run.units.last().is_some_and(|last| last.is_like(&unit))) {
+                        Some(run) => run.units.push(unit),
+                        None => runs.push(Run { by_chunk: true, units: vec![unit] }),
+                    }
+                }
+            }
+        }
+        for (i, (tile, together)) in self.query_tiles.iter().zip(together).enumerate() {
+            let unit = |chunks| Unit { chunks, members: smallvec![(i, 0)] };
+            let alone = |chunk: &usize| !together.contains(chunk);
+            let alone = tile.chunks.iter().cloned().flatten().filter(alone);
+            let units = match tile.by_chunk {
+                true => alone.map(|chunk| unit([chunk..chunk + 1, 0..0])).collect(),
+                false => vec![unit(tile.chunks.clone())],
+            };
+            runs.push(Run { by_chunk: tile.by_chunk, units });
+        }
+        runs
+    }
+
+    /// The query tiles of a set that see the chunk, and how many tokens of it each has in common with the one before,
+    /// in parts of two or more tiles that are small enough for a task.
+    fn parts(&self, chunk: usize, members: &[shared::Member], tile_of: &[Option<usize>], group: usize) -> Vec<Members> {
+        let mut common = CHUNK;
+        let seeing = members.iter().filter_map(|member| {
+            common = common.min(member.common);
+            let tile = tile_of[member.sequence].filter(|&tile| self.query_tiles[tile].index_of(chunk).is_some())?;
+            Some((tile, std::mem::replace(&mut common, CHUNK)))
+        });
+        let seeing: Vec<(usize, usize)> = seeing.collect();
+        let rows = |(tile, _): &(usize, usize)| self.query_tiles[*tile].tokens.len() * group;
+        let all: usize = seeing.iter().map(rows).sum();
+        let enough = all.div_ceil(all.div_ceil(SHARED_TASK_ROWS).max(1));
+        let mut parts = vec![Members::new()];
+        let mut rows_of_part = 0;
+        for member in seeing {
+            if rows_of_part >= enough {
+                parts.push(Members::new());
+                rows_of_part = 0;
+            }
+            rows_of_part += rows(&member);
+            parts.last_mut().into_iter().for_each(|part| part.push(member));
+        }
+        parts.retain(|part| part.len() > 1);
+        parts
+    }
+
+    /// Adds the tasks of a run, of `step` key heads each: what reads memory in sequence comes in sequence.
+    fn push(&mut self, run: &Run, step: usize, kv_heads: usize) {
+        for head in (0..kv_heads).step_by(step) {
+            let heads = head..kv_heads.min(head + step);
+            for Unit { members, chunks } in &run.units {
+                let first = self.members.len();
+                let mut work = 0usize;
+                for &(query_tile, common) in members {
+                    let tile = &mut self.query_tiles[query_tile];
+                    let turn = if run.by_chunk { tile.index_of(chunks[0].start).unwrap_or(0) } else { 0 };
+                    tile.tasks += 1;
+                    work = work.saturating_add(tile.work(chunks).saturating_mul(heads.len()));
+                    self.members.push(Member { query_tile, turn, common });
+                }
+                let members = first..self.members.len();
+                let work_until = self.work(0..self.specs.len()).saturating_add(work);
+                self.specs.push(TaskSpec { members, heads: heads.clone(), chunks: chunks.clone(), work_until });
+            }
+        }
+    }
+}
+
+/// Units of the same query tiles.
+struct Run {
+    /// Whether each chunk is a task of its own.
+    by_chunk: bool,
+    units: Vec<Unit>,
+}
+
+/// Query tiles, and how many tokens of the chunk each has in common with the one before.
+type Members = SmallVec<[(usize, usize); 1]>;
+
+/// The tasks that differ in their heads only.
+struct Unit {
+    members: Members,
+    chunks: [Range<usize>; 2],
+}
+
+impl Unit {
+    /// Whether another unit has the same query tiles.
+    fn is_like(&self, other: &Self) -> bool {
+        self.members.iter().map(|member| member.0).eq(other.members.iter().map(|member| member.0))
+    }
+}
+
+impl QueryTile<'_> {
+    /// The index of a chunk among those it sees.
+    fn index_of(&self, chunk: usize) -> Option<usize> {
+        let [sinks, recent] = &self.chunks;
+        match sinks.contains(&chunk) {
+            true => Some(chunk - sinks.start),
+            false => recent.contains(&chunk).then(|| sinks.len() + chunk - recent.start),
+        }
+    }
+
+    /// The work of these chunks in one key head: new tokens times the tokens that they see there.
+    fn work(&self, chunks: &[Range<usize>; 2]) -> usize {
+        let seen = |chunks: &Range<usize>| {
+            let within = |seen: &Range<usize>| {
+                let start = seen.start.max(chunks.start * CHUNK);
+                seen.end.min(chunks.end * CHUNK).saturating_sub(start)
+            };
+            self.seen.iter().map(within).sum::<usize>()
+        };
+        self.tokens.len().saturating_mul(chunks.iter().map(seen).sum::<usize>())
+    }
+}
+
+/// Splits the new tokens of a step into query tiles, in the order of their rows.
+fn split_queries<'a>(call: &Call<'a>) -> Vec<QueryTile<'a>> {
+    let task_rows = if call.layout.values_in_keys { TASK_ROWS_OF_KEYS } else { TASK_ROWS };
+    let tokens_per_task = (task_rows * call.layout.kv_heads / call.heads).max(1);
+    let mut query_tiles = Vec::new();
+    for (sequence, planned) in call.plan.sequences.iter().enumerate() {
+        let by_chunk = planned.rows.len() <= tokens_per_task;
+        for first in (0..planned.rows.len()).step_by(tokens_per_task) {
+            let tokens = first..planned.rows.len().min(first + tokens_per_task);
+            // The first token's window begins first, the last token's visible range ends last.
+            let [first, last] = [tokens.start, tokens.end - 1].map(|token| planned.visible(token, call.attention));
+            let seen = [0..last.sink_tokens, first.recent.start..last.recent.end];
+            let chunks = chunks(&seen);
+            query_tiles.push(QueryTile { sequence, planned, tokens, seen, chunks, by_chunk, tasks: 0 });
+        }
+    }
+    query_tiles
+}
