@@ -29,7 +29,7 @@ lint:
 oldest-candle:
     .ci/oldest-candle
 
-# The libraries with the oldest Rust they support; needs rustup
+# The libraries with the oldest Rust and the oldest candle they support; needs rustup
 oldest-rust:
     .ci/oldest-rust
 

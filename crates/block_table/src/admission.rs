@@ -198,7 +198,8 @@ impl<T> Admission<T> {
 }
 
 /// The index of the running sequence to preempt when the pool is full, given how many tokens each has computed: the one
-/// with the fewest, and the last of several with equally few. `None` if there are none.
+/// with the fewest, and the last of several with equally few. `None` if there are none. A sequence that has computed
+/// nothing has no blocks: it can go back to the queue, but that frees none.
 pub fn preemption_victim(computed: impl IntoIterator<Item = usize>) -> Option<usize> {
     let lengths = computed.into_iter().enumerate();
     lengths.min_by_key(|&(at, computed)| (computed, std::cmp::Reverse(at))).map(|(at, _)| at)

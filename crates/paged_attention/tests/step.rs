@@ -10,7 +10,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use candle_core::{DType, Device, Tensor};
 use common::{Random, backends, tensor};
 use paged_attention::{
-    Attention, Backend, BlockTable, CacheError, KvCache, KvDtype, KvShape, OutOfBlocks, PoolError, PushError, Step,
+    AttendError, Attention, Backend, BlockTable, CacheError, KvCache, KvDtype, KvShape, OutOfBlocks, PoolError,
+    PushError, Step, find_error,
 };
 
 const SHAPE: KvShape = KvShape::new(2, 1, 4);
@@ -54,6 +55,21 @@ fn types_are_send_and_sync() {
     moved::<paged_attention::BlockTable>();
     moved::<paged_attention::SwappedTable>();
     moved::<paged_attention::Step<'static>>();
+}
+
+#[test]
+fn a_step_without_sequences_has_nothing_to_compute() {
+    let cache = cache(1);
+    let mut table = cache.table();
+    let mut step = cache.step();
+    assert!(matches!(step.push(&mut table, &[1; 5]), Err(PushError::OutOfBlocks(_))));
+    for error in [
+        step.token_ids(),
+        step.positions(),
+        step.attend(0, &rows(1, 1), &rows(1, 1), &rows(1, 1), &Attention::new(1.0)),
+    ] {
+        assert_eq!(find_error(&error.unwrap_err()), Some(&AttendError::EmptyStep));
+    }
 }
 
 #[test]

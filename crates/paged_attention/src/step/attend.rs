@@ -150,7 +150,7 @@ impl Step<'_> {
     }
 
     /// The number of new tokens.
-    fn checked_rows(&self) -> Result<usize> {
+    pub(super) fn checked_rows(&self) -> Result<usize> {
         match self.plans[0].rows() {
             0 => Err(wrap_error(AttendError::EmptyStep)),
             rows => Ok(rows),

@@ -23,8 +23,10 @@ impl Step<'_> {
     ///
     /// # Errors
     ///
-    /// The error of the device.
+    /// [`AttendError::EmptyStep`](crate::AttendError::EmptyStep), wrapped, when no sequence was pushed: not every
+    /// operation of candle takes a tensor without rows. The error of the device.
     pub fn token_ids(&self) -> Result<Tensor> {
+        self.checked_rows()?;
         Tensor::new(self.token_ids.as_slice(), self.cache.device())
     }
 
@@ -32,8 +34,9 @@ impl Step<'_> {
     ///
     /// # Errors
     ///
-    /// The error of the device.
+    /// As [`token_ids`](Self::token_ids).
     pub fn positions(&self) -> Result<Tensor> {
+        self.checked_rows()?;
         let positions =
             |planned: &Planned| (planned.dropped + planned.start) as u32..(planned.dropped + planned.len()) as u32;
         let positions: Vec<u32> = self.plans[0].sequences.iter().flat_map(positions).collect();
