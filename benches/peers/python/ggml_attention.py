@@ -1,4 +1,7 @@
-"""ggml's flash attention, from the libraries inside llama-cpp-python."""
+"""ggml's flash attention, from the libraries inside llama-cpp-python.
+
+Sequences that begin alike have copies of what they share, or are rows over one buffer with the tokens of all of them
+(llama.cpp's unified cache), with a mask that hides the tokens of the others."""
 
 import ctypes
 import importlib.util
@@ -8,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from protocol import clocked, numbers, serve
+from protocol import clocked, layers_of_copies, numbers, serve
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 # Values of `enum ggml_type`, and of `enum ggml_prec`.
@@ -79,22 +82,36 @@ def fill(tensor, data_bytes):
 
 
 def prepare(case, variant):
-    batch, tokens, heads = case["batch"], case["context"], case["heads"]
+    sequences, context_tokens, heads = case["batch"], case["context"], case["heads"]
     kv_heads, dim, dtype = case["kv_heads"], case["head_dim"], TYPES[case["dtype"]]
     causal = case["kind"] == "prefill"
-    rows = tokens if causal else 1
+    unified = variant.startswith("unified")
+    head_major = variant.endswith("head-major")
+    # For each token of a buffer its position in a sequence.
+    positions = np.arange(context_tokens)
+    if unified:
+        own = positions[case["prefix"] :]
+        positions = np.concatenate((positions[: case["prefix"]], np.tile(own, sequences)))
+    tokens = len(positions)
+    # The buffers, and the rows of each.
+    batch = 1 if unified else sequences
+    rows = tokens if causal else sequences // batch
+    layers = case["layers"]
+    if not unified:
+        layers = layers_of_copies(case, converted(np.zeros((1, 32)), dtype).size / 32)
 
     keys_and_values = []
     for kind in "kv":
-        x = numbers(kind, tokens * kv_heads * dim).reshape(1, tokens, kv_heads, dim)
-        if variant == "head-major":
+        x = numbers(kind, context_tokens * kv_heads * dim).reshape(1, context_tokens, kv_heads, dim)[:, positions]
+        if head_major:
             x = x.transpose(0, 2, 1, 3)
         keys_and_values.append(np.tile(converted(x, dtype), batch))
-    q_numbers = numbers("q", rows * heads * dim).reshape(1, rows, heads, dim).transpose(0, 2, 1, 3)
+    q_numbers = numbers("q", (tokens if causal else 1) * heads * dim).reshape(1, -1, heads, dim)
+    q_numbers = np.tile(q_numbers, (1, rows // q_numbers.shape[1], 1, 1)).transpose(0, 2, 1, 3)
     q_numbers = np.tile(q_numbers, (batch, 1, 1, 1))
 
     each = 2 * keys_and_values[0].size + batch * heads * rows * dim * 4 + graph_overhead() + (1 << 16)
-    memory = case["layers"] * each + q_numbers.nbytes + 2 * tokens * rows + (1 << 20)
+    memory = layers * each + q_numbers.nbytes + 2 * tokens * rows + (1 << 20)
     context = init(InitParams(memory, None, False))
     if not context:
         raise MemoryError(f"{memory} bytes")
@@ -103,14 +120,19 @@ def prepare(case, variant):
     q = new_tensor(context, F32, dim, rows, heads, batch)
     fill(q, converted(q_numbers, F32))
     mask = None
-    if causal:
+    if causal or unified:
+        hidden = np.triu(np.ones((rows, tokens), dtype=bool), 1)
+        if unified:
+            owner = np.arange(tokens - case["prefix"]) // (context_tokens - case["prefix"])
+            hidden[:, : case["prefix"]] = False
+            hidden[:, case["prefix"] :] = owner[None, :] != np.arange(rows)[:, None]
         mask = new_tensor(context, F16, tokens, rows, 1, 1)
-        fill(mask, np.triu(np.full((rows, tokens), -np.inf, dtype=np.float16), 1).view(np.uint8).reshape(-1))
+        fill(mask, np.where(hidden, -np.inf, 0).astype(np.float16).view(np.uint8).reshape(-1))
     graphs, outputs = [], []
-    for _ in range(case["layers"]):
+    for _ in range(layers):
         kv = []
         for x in keys_and_values:
-            if variant == "head-major":
+            if head_major:
                 tensor = new_tensor(context, dtype, dim, tokens, kv_heads, batch)
                 view = tensor
             else:  # as llama.cpp stores them

@@ -1,7 +1,8 @@
 """llama.cpp end to end: sequences of a given length decode one token each per step, all in one batch.
 
-Flash attention is on, keys and values are f16, and each sequence has its own buffer: with one buffer for all, every
-sequence's attention passes over the tokens of the others."""
+Flash attention is on, and keys and values are f16. Each sequence has its own buffer: with one buffer for all (unified),
+every sequence's attention passes over the tokens of the others. What all sequences begin with is computed once; in a
+unified buffer it is also stored once."""
 
 import ctypes
 import os
@@ -31,20 +32,29 @@ vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 contexts = []
 
 
-def prepare(case, _variant):
+def rounded(tokens):
+    """A buffer's tokens are a multiple of 256."""
+    return -(-tokens // 256) * 256
+
+
+def prepare(case, variant):
     batch, context = case["batch"], case["context"]
-    # Each buffer is rounded up to a multiple of 256 tokens.
-    room = -(-(context + case["room"]) // 256) * 256
+    unified = variant.startswith("unified")
+    # Without a shared prefix the sequences are copies of one.
+    prefix = case["prefix"] or context
     parameters = llama.llama_context_default_params()
-    parameters.n_ctx = batch * room
+    if unified:
+        parameters.n_ctx = rounded(prefix + batch * (context - prefix + case["room"]))
+    else:
+        parameters.n_ctx = batch * rounded(context + case["room"])
     parameters.n_seq_max = batch
     parameters.n_batch = parameters.n_ubatch = PIECE
     parameters.n_threads = parameters.n_threads_batch = THREADS
     parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    parameters.kv_unified = False
+    parameters.kv_unified = unified
     llama_context = llama.llama_init_from_model(model, parameters)
     if not llama_context:
-        raise MemoryError(f"cannot create a context of {batch} x {room} tokens")
+        raise MemoryError(f"cannot create a context for {batch} sequences of {context} tokens")
     contexts.append(llama_context)
     memory = llama.llama_get_memory(llama_context)
     rows = llama.llama_batch_init(max(PIECE, batch), 0, 1)
@@ -64,19 +74,28 @@ def prepare(case, _variant):
         logits = np.ctypeslib.as_array(llama.llama_get_logits(llama_context), (n, vocabulary))
         return logits.argmax(axis=1).tolist()
 
-    # One prompt is computed; the others get copies of its keys and values.
-    prompt = [((i * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 33) % vocabulary for i in range(context)]
+    def prefill(sequence, prompt, position):
+        for first in range(0, len(prompt), PIECE):
+            piece = prompt[first : first + PIECE]
+            places = range(position + first, position + first + len(piece))
+            compute(piece, places, [sequence] * len(piece), lambda i: i + 1 == len(piece))
+            token = likeliest(1)[0]
+        return token
+
+    # What all share is computed once; the others get its keys and values.
+    own = context - prefix
+    prompt = [((i * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 33) % vocabulary for i in range(prefix + batch * own)]
     started = time.perf_counter_ns()
-    for first in range(0, context, PIECE):
-        piece = prompt[first : first + PIECE]
-        compute(piece, range(first, first + len(piece)), [0] * len(piece), lambda i: i + 1 == len(piece))
-        next_token = likeliest(1)[0]
-    prefill = time.perf_counter_ns() - started
+    next_tokens = [prefill(0, prompt[:prefix], 0)] * batch
+    time_of_prefix = time.perf_counter_ns() - started
     for sequence in range(1, batch):
         llama.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+    if own:
+        tails = [prompt[prefix + i * own :][:own] for i in range(batch)]
+        next_tokens = [prefill(i, tail, prefix) for i, tail in enumerate(tails)]
 
     def run(times):
-        tokens = [next_token] * batch
+        tokens = next_tokens
         total = 0
         for step in range(times):
             started = time.perf_counter_ns()
@@ -87,7 +106,7 @@ def prepare(case, _variant):
             llama.llama_memory_seq_rm(memory, sequence, context, -1)
         return total
 
-    return run, [prefill]
+    return run, [time_of_prefix]
 
 
 def clear():

@@ -7,9 +7,9 @@
 The peer sends the first line without a request, to say its name: {"name": "PyTorch 2.13.0", "threads": 2}. The answer
 to a request that fails is {"error": "..."}; the peer then goes on with the next line.
 
-A case has `kind` (decode, prefill, append, generate), `heads`, `kv_heads`, `head_dim`, `batch`, `context`, `room`
-(tokens that each sequence may grow by), `dtype` (f32, f16, bf16, int8) and `layers` (the number of copies of keys and
-values that calls rotate over). The numbers come from `numbers`, so that every contender computes the same and the
+A case has `kind` (decode, shared, prefill, append, generate), `heads`, `kv_heads`, `head_dim`, `batch`, `context`,
+`prefix` (how many tokens of the context all sequences share), `room` (tokens that each sequence may grow by), `dtype`
+(f32, f16, bf16, int8) and `layers` (the number of copies of keys and values that calls rotate over). The numbers come from `numbers`, so that every contender computes the same and the
 driver can compare `output`, the last token's `(heads, head_dim)`.
 """
 
@@ -33,6 +33,18 @@ def numbers(kind, count):
     x *= np.uint32(0x85EBCA77)
     x ^= x >> np.uint32(13)
     return ((x & np.uint32(0xFFFF)).astype(np.float32) / 32768.0 - 1.0) * np.float32(width)
+
+
+def layers_of_copies(case, bytes_each):
+    """Returns the number of layers of a peer that gives every sequence its own copy of what all share. They read at
+    least as many bytes as the case's layers."""
+    tokens = case["batch"] * case["context"]
+    unique = tokens - (case["batch"] - 1) * case["prefix"]
+    layers = -(-case["layers"] * unique // tokens)
+    size = layers * 2 * tokens * case["kv_heads"] * case["head_dim"] * bytes_each
+    if size > 5 << 30:
+        raise MemoryError(f"copies for each sequence take {size / (1 << 30):.1f} GiB")
+    return layers
 
 
 def clocked(call):

@@ -1,32 +1,35 @@
 """PyTorch's scaled dot product attention over a contiguous cache `(batch, kv_heads, tokens, head_dim)`, and two ways to
-append to such a cache."""
+append to such a cache. Sequences that begin alike are computed in two ways: each has a copy of what all share; or the
+queries of all attend to it as rows of one sequence, and the result is merged with that of what is their own (cascade).
+"""
 
 import os
 
 import torch
 import torch.nn.functional as F
-from protocol import clocked, numbers, serve
+from protocol import clocked, layers_of_copies, numbers, serve
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-# Both ways of decoding read the same caches.
+# All ways of decoding from copies read the same caches.
 caches = {}
+
+
+def sequence(case, kind):
+    """Returns the keys or values of one sequence, `(1, kv_heads, tokens, head_dim)`."""
+    tokens, kv_heads, dim = case["context"], case["kv_heads"], case["head_dim"]
+    x = torch.from_numpy(numbers(kind, tokens * kv_heads * dim)).view(tokens, kv_heads, dim)
+    return x.transpose(0, 1).to(DTYPES[case["dtype"]]).unsqueeze(0)
 
 
 def layers(case):
     key = tuple(sorted(case.items()))
     if key not in caches:
         caches.clear()
-        tokens, kv_heads, dim = case["context"], case["kv_heads"], case["head_dim"]
-
-        def one(kind):
-            x = torch.from_numpy(numbers(kind, tokens * kv_heads * dim)).view(tokens, kv_heads, dim)
-            x = x.transpose(0, 1).to(DTYPES[case["dtype"]])
-            return x.unsqueeze(0).repeat(case["batch"], 1, 1, 1)
-
-        k, v = one("k"), one("v")
-        caches[key] = [(k, v)] + [(k.clone(), v.clone()) for _ in range(case["layers"] - 1)]
+        count = layers_of_copies(case, DTYPES[case["dtype"]].itemsize)
+        k, v = (sequence(case, kind).repeat(case["batch"], 1, 1, 1) for kind in "kv")
+        caches[key] = [(k, v)] + [(k.clone(), v.clone()) for _ in range(count - 1)]
     return caches[key]
 
 
@@ -49,8 +52,35 @@ def decode(case, variant):
         k, v = cache[turn % len(cache)]
         return F.scaled_dot_product_attention(folded, k, v)
 
-    call = {"plain": plain, "group as rows": group_as_rows}[variant]
+    call = group_as_rows if variant.endswith("group as rows") else plain
     return clocked(call), call(0)[-1].float().flatten().tolist()
+
+
+def cascade(case):
+    batch, kv_heads, dim, prefix = case["batch"], case["kv_heads"], case["head_dim"], case["prefix"]
+    whole = [sequence(case, kind) for kind in "kv"]
+    shared = [x[:, :, :prefix].contiguous() for x in whole]
+    own = [x[:, :, prefix:].repeat(batch, 1, 1, 1) for x in whole]
+    cache = [tuple(x.clone() for x in shared + own) for _ in range(case["layers"])]
+    q = queries(case, 1).view(batch, kv_heads, -1, dim)
+    # The only attention of PyTorch for CPUs that returns the logarithms of the sums, which the merge needs.
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def call(turn):
+        shared_k, shared_v, own_k, own_v = cache[turn % len(cache)]
+        rows = q.transpose(0, 1).reshape(1, kv_heads, -1, dim)
+        y, sums = attend(rows, shared_k, shared_v)
+        y = y.view(kv_heads, batch, -1, dim).transpose(0, 1)
+        sums = sums.view(kv_heads, batch, -1).transpose(0, 1)
+        own_y, own_sums = attend(q, own_k, own_v)
+        share = torch.sigmoid(sums - own_sums.view(sums.shape)).unsqueeze(-1)
+        return torch.lerp(own_y.float(), y.float(), share).to(q.dtype).view(batch, -1, 1, dim)
+
+    return clocked(call), call(0)[-1].float().flatten().tolist()
+
+
+def shared(case, variant):
+    return cascade(case) if variant == "cascade" else decode(case, variant)
 
 
 def prefill(case, variant):
@@ -86,7 +116,7 @@ def append(case, variant):
 
 def prepare(case, variant):
     with torch.inference_mode():
-        run, output = {"decode": decode, "prefill": prefill, "append": append}[case["kind"]](case, variant)
+        run, output = {"decode": decode, "shared": shared, "prefill": prefill, "append": append}[case["kind"]](case, variant)
 
     def inferring(times):
         with torch.inference_mode():

@@ -42,9 +42,14 @@ def prepare(case, variant):
     kv_heads, dim, dtype = case["kv_heads"], case["head_dim"], DTYPES[case["dtype"]]
     kernel = isa(case, block_size)
 
-    # For each layer (blocks, kv_heads, block_size of K then of V, head_dim), the layout of its backend.
-    blocks_each = -(-context // block_size)
-    blocks = batch * blocks_each
+    # For each layer (blocks, kv_heads, block_size of K then of V, head_dim), the layout of its backend. The first blocks
+    # are those that all sequences share.
+    shared = case["prefix"] // block_size
+    own = -(-context // block_size) - shared
+    blocks = shared + batch * own
+    table = torch.empty(batch, shared + own, dtype=torch.int32)
+    table[:, :shared] = torch.arange(shared)
+    table[:, shared:] = torch.arange(shared, blocks).view(batch, own)
     shape = (case["layers"], blocks, kv_heads, 2 * block_size, dim)
     length = torch.Size(shape).numel()
     if memory.get("dtype") != dtype or memory["bytes"].numel() < length:
@@ -62,9 +67,10 @@ def prepare(case, variant):
         keys, values = cache.chunk(2, dim=2)
         torch.ops._C.cpu_attn_reshape_and_cache(k, v, keys, values, slots, kernel)
 
+    positions = torch.arange(context)
     for sequence in range(batch):
-        first = sequence * blocks_each * block_size
-        write(caches[0], torch.arange(first, first + context, dtype=torch.int64), k, v)
+        blocks_of = table[sequence].to(torch.int64)[positions // block_size]
+        write(caches[0], blocks_of * block_size + positions % block_size, k, v)
     caches[1:] = caches[0]
 
     if case["kind"] == "append":
@@ -76,11 +82,10 @@ def prepare(case, variant):
         append(0)
         return clocked(append), []
 
-    rows = 1 if case["kind"] == "decode" else context
+    rows = context if case["kind"] == "prefill" else 1
     q = packed("q", rows, heads).repeat(batch, 1, 1)
     starts = torch.arange(0, (batch + 1) * rows, rows, dtype=torch.int32)
     lengths = torch.full((batch,), context, dtype=torch.int32)
-    table = torch.arange(blocks, dtype=torch.int32).view(batch, blocks_each)
     output = torch.empty_like(q)
     # vLLM computes the plan once per step, for all layers.
     plan = torch.ops._C.get_scheduler_metadata(

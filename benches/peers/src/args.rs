@@ -48,6 +48,8 @@ pub struct Args {
 pub enum Part {
     /// Attention of one new token for each sequence
     Decode,
+    /// The same for sequences that begin with the same tokens
+    Shared,
     /// Causal attention of a whole prompt
     Prefill,
     /// Appending a token's keys and values to a cache
@@ -60,7 +62,8 @@ pub enum Part {
 
 impl Part {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 5] = [Self::Decode, Self::Prefill, Self::Append, Self::Allocation, Self::Generation];
+    pub const ALL: [Self; 6] =
+        [Self::Decode, Self::Shared, Self::Prefill, Self::Append, Self::Allocation, Self::Generation];
 }
 
 impl Args {

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// The work of a case.
 #[derive(Debug, Clone, Serialize)]
 pub struct Case {
-    /// `decode`, `prefill`, `append` or `generate`.
+    /// `decode`, `shared`, `prefill`, `append` or `generate`.
     pub kind: &'static str,
     /// Query heads.
     pub heads: usize,
@@ -29,6 +29,8 @@ pub struct Case {
     pub batch: usize,
     /// Tokens of each sequence.
     pub context: usize,
+    /// How many of them, at the beginning, all sequences share.
+    pub prefix: usize,
     /// Tokens that each sequence may grow by.
     pub room: usize,
     /// `f32`, `f16`, `bf16` or `int8`.
@@ -223,6 +225,7 @@ mod tests {
             head_dim: 8,
             batch: 1,
             context: 1,
+            prefix: 0,
             room: 0,
             dtype: "f32",
             layers: 1,

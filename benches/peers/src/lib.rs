@@ -4,8 +4,9 @@
 //! cargo run --release --manifest-path benches/peers/Cargo.toml
 //! ```
 //!
-//! A *part* (decode, prefill, append, allocation, generation) has cases. A case has contenders: ours, the machine's
-//! floor, and the peers. They take turns, round after round ([`harness::Race`], [`turns`]); a ratio is the median of each round's ratio.
+//! A *part* (decode, shared, prefill, append, allocation, generation) has cases. A case has contenders: ours, the
+//! floors of the machine, and the peers. They take turns, round after round ([`harness::Race`], [`turns`]); a ratio is the
+//! median of each round's ratio.
 //! Peers in Python are long-lived processes ([`child`]) that answer each line of JSON with a line of JSON. They run in
 //! a virtual environment that is created if it does not exist ([`environment`]). A contender whose result differs from
 //! ours is not measured.
@@ -17,9 +18,11 @@ pub mod bookkeeping;
 pub mod candle;
 pub mod child;
 pub mod environment;
+pub mod field;
 pub mod floor;
 pub mod generation;
 pub mod idle;
+pub mod machine;
 pub mod numbers;
 pub mod paged;
 pub mod table;

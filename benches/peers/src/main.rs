@@ -8,9 +8,9 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use harness::{Record, target};
 use peers::args::{Args, Effort, Part};
-use peers::attention::Machine;
 use peers::environment::{Environment, Script};
 use peers::floor::Floor;
+use peers::machine::Machine;
 use peers::{append, attention, bookkeeping, generation, table};
 
 /// The environment variable from which rayon and candle read their number of threads.
@@ -55,7 +55,7 @@ fn measure(args: &Args, threads: usize) -> Result<()> {
 
     let mut scripts = Vec::new();
     if effort != Effort::Smoke {
-        if args.wants(Part::Decode) || args.wants(Part::Prefill) {
+        if [Part::Decode, Part::Shared, Part::Prefill].into_iter().any(|part| args.wants(part)) {
             scripts.extend(Script::ATTENTION);
         } else if args.wants(Part::Append) {
             scripts.extend([Script::Torch, Script::Vllm]);
@@ -73,17 +73,16 @@ fn measure(args: &Args, threads: usize) -> Result<()> {
     let folder = target().join("peers");
     let python = Environment::prepare(&folder, &scripts, threads, model.as_deref());
 
+    let mut machine = Machine { threads: &pool, floor: &mut floor, python: &python, effort };
     for part in Part::ALL.into_iter().filter(|part| args.wants(*part)) {
         match part {
-            Part::Decode | Part::Prefill => {
-                let measure = if part == Part::Decode { attention::decode } else { attention::prefill };
-                let mut machine = Machine { threads: &pool, floor: &mut floor, python: &python, effort };
-                measure(&mut machine, &mut record)?;
-            }
-            Part::Append => append::append(threads, &python, effort, &mut record)?,
+            Part::Decode => attention::decode(&mut machine, &mut record)?,
+            Part::Shared => attention::shared(&mut machine, &mut record)?,
+            Part::Prefill => attention::prefill(&mut machine, &mut record)?,
+            Part::Append => append::append(threads, machine.python, effort, &mut record)?,
             Part::Allocation => bookkeeping::measure(&mut record)?,
             Part::Generation => match &model {
-                Some(path) => generation::generation(path, &pool, &mut floor, &python, effort, &mut record)?,
+                Some(path) => generation::generation(path, &mut machine, &mut record)?,
                 None => eprintln!("skipped generation: a smoke test has no model unless --model names one"),
             },
         }

@@ -1,5 +1,6 @@
 //! Our contender: attention over blocks, and appending.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -34,7 +35,7 @@ pub fn storage(case: &Case) -> Result<KvDtype> {
 /// # Errors
 ///
 /// If the case's dtype does not exist.
-pub fn rows(case: &Case, kind: Kind, tokens: std::ops::Range<usize>, heads: usize) -> Result<Tensor> {
+pub fn rows(case: &Case, kind: Kind, tokens: Range<usize>, heads: usize) -> Result<Tensor> {
     let dtype = match storage(case)? {
         KvDtype::Int8 => DType::F32,
         dtype => dtype.tensor_dtype(),
@@ -55,8 +56,25 @@ pub fn last(y: &Tensor) -> Result<Vec<f32>> {
 
 fn cache(case: &Case) -> Result<KvCache> {
     let shape = KvShape::new(case.layers, case.kv_heads, case.head_dim);
-    let blocks = case.batch * (case.context + case.room).div_ceil(BLOCK_SIZE);
+    // One more for each: the last block of a shared prefix, if it is not full, is copied.
+    let own = (case.context - case.prefix + case.room).div_ceil(BLOCK_SIZE) + 1;
+    let blocks = case.prefix.div_ceil(BLOCK_SIZE) + case.batch * own;
     Ok(KvCache::builder(shape).blocks(blocks).block_size(BLOCK_SIZE).dtype(storage(case)?).build()?)
+}
+
+/// Appends the tokens `range` of a case, with ids that count from `ids` at the case's first token.
+fn fill(cache: &KvCache, table: &mut BlockTable, case: &Case, range: Range<usize>, ids: u32) -> Result<()> {
+    if range.is_empty() {
+        return Ok(());
+    }
+    let k = rows(case, Kind::Key, range.clone(), case.kv_heads)?;
+    let v = rows(case, Kind::Value, range.clone(), case.kv_heads)?;
+    let mut step = cache.step();
+    step.push(table, &range.map(|token| ids + token as u32).collect::<Vec<_>>())?;
+    for layer in 0..case.layers {
+        step.write(layer, &k, &v)?;
+    }
+    Ok(step.commit()?)
 }
 
 /// A cache with sequences that have all their tokens but the last.
@@ -75,18 +93,12 @@ impl Decode {
     /// If the cache cannot be created or written.
     pub fn new(case: &Case) -> Result<Self> {
         let cache = cache(case)?;
-        let history = case.context - 1;
-        let (k, v) =
-            (rows(case, Kind::Key, 0..history, case.kv_heads)?, rows(case, Kind::Value, 0..history, case.kv_heads)?);
-        let mut tables: Vec<_> = (0..case.batch).map(|_| cache.table()).collect();
-        for (table, first) in tables.iter_mut().zip((0..).step_by(case.context)) {
-            let mut step = cache.step();
+        let mut shared = cache.table();
+        fill(&cache, &mut shared, case, 0..case.prefix, 0)?;
+        let mut tables: Vec<_> = (0..case.batch).map(|_| shared.fork()).collect();
+        for (table, ids) in tables.iter_mut().zip((0..).step_by(case.context)) {
             // Every sequence has different tokens, or they would share blocks.
-            step.push(table, &(first..).take(history).collect::<Vec<u32>>())?;
-            for layer in 0..case.layers {
-                step.write(layer, &k, &v)?;
-            }
-            step.commit()?;
+            fill(&cache, table, case, case.prefix..case.context - 1, ids)?;
         }
         Ok(Self { case: case.clone(), cache, tables })
     }

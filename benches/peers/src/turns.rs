@@ -9,8 +9,8 @@ use rayon::ThreadPool;
 
 use crate::args::Effort;
 
-/// The name of the machine's floor in a race.
-pub const FLOOR: &str = "floor";
+/// The names of the machine's floors in a race: of reading, and of arithmetic.
+pub const FLOORS: [&str; 2] = ["floor of reading", "floor of arithmetic"];
 
 /// About how long a turn is. The work is repeated for that long, because threads have to wake up and a peer in another
 /// process has to receive the request.
@@ -107,7 +107,7 @@ pub fn take(mut contenders: Vec<Contender<'_>>, effort: Effort) -> Result<Race> 
     Race::run(rounds, &mut contenders)
 }
 
-/// Records the median time of the first contender, with its ratios to the floor and to each of the others.
+/// Records the median time of the first contender, with its ratios to the larger floor and to each of the others.
 pub fn record_time(race: &Race, record: &mut Record, case: &str) {
     record_value(race, record, case, "time", race.time(0), "ns");
 }
@@ -118,8 +118,9 @@ pub fn record_rate(race: &Race, record: &mut Record, case: &str, tokens: f64) {
 }
 
 fn record_value(race: &Race, record: &mut Record, case: &str, metric: &str, value: f64, unit: &str) {
-    let floor_ratio = race.find(FLOOR).map(|floor| race.ratio(floor, 0));
-    let peers = race.names().iter().enumerate().skip(1).filter(|(_, name)| *name != FLOOR);
+    let floor_ratio = FLOORS.iter().filter_map(|floor| race.find(floor)).map(|floor| race.ratio(floor, 0));
+    let floor_ratio = floor_ratio.reduce(f64::max);
+    let peers = race.names().iter().enumerate().skip(1).filter(|(_, name)| !FLOORS.contains(&name.as_str()));
     record.compared(case, metric, value, unit, floor_ratio, peers.map(|(i, name)| (name.clone(), race.ratio(i, 0))));
 }
 

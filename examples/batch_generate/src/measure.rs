@@ -15,52 +15,93 @@ const ROUNDS: usize = 7;
 /// Tokens that each sequence decodes in a round.
 pub(crate) const TOKENS: usize = 8;
 
-/// Sequences with the same number of tokens each, in a cache of their own. They share no blocks.
+/// Sequences with the same number of tokens each, in a cache of their own: once in blocks that no two of them share, and
+/// once in blocks that they share as far as their tokens are the same.
 #[derive(Debug)]
 pub struct Filled<'m> {
     model: &'m Model,
     cache: KvCache,
-    tables: Vec<BlockTable>,
+    own: Vec<BlockTable>,
+    shared: Vec<BlockTable>,
     context: usize,
+    room: usize,
     /// The token that each sequence computes next.
     next: Vec<u32>,
     prefill: Work,
 }
 
+/// The blocks in which sequences have their context, and how those that they share are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blocks {
+    /// No two sequences share a block.
+    Own,
+    /// They share the blocks of the tokens that they begin with, and the cache reads each for all of them.
+    Shared,
+    /// They share these blocks, and each is read for every sequence.
+    SharedReadApart,
+}
+
 impl<'m> Filled<'m> {
-    /// Computes a prompt of `context` tokens, in chunks of the engine's size, and gives each of `batch` sequences a
-    /// copy of its blocks. The cache has room for `room` more tokens of each.
+    /// Computes a prompt of `context` tokens, in chunks of the engine's size, and gives it to each of `batch`
+    /// sequences. The cache has room for `room` more tokens of each.
     ///
     /// # Errors
     ///
     /// If the batch or the context is 0, `context + room` is more than the model's context, the memory cannot be
     /// allocated, or a step fails.
     pub fn new(model: &'m Model, dtype: KvDtype, batch: usize, context: usize, room: usize) -> Result<Self> {
-        check_one(batch, context, room, LanguageModel::context(model))?;
-        let total = context + room;
+        Self::behind(model, dtype, batch, context, 0, room)
+    }
+
+    /// The same with `tail` more tokens of its own for each sequence, as the prompts behind one system prompt of
+    /// `context` tokens.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn behind(
+        model: &'m Model,
+        dtype: KvDtype,
+        batch: usize,
+        context: usize,
+        tail: usize,
+        room: usize,
+    ) -> Result<Self> {
+        check_one(batch, context, tail.saturating_add(room), LanguageModel::context(model))?;
+        let total = context + tail + room;
         let block_size = 16;
         // One more for each: the last block of a fork, if it is not full, is a copy.
-        let blocks = batch.saturating_mul(total.div_ceil(block_size) + 1);
+        let own_blocks = batch.saturating_mul(total.div_ceil(block_size) + 1);
+        let shared_blocks = total.div_ceil(block_size) + batch.saturating_mul((tail + room).div_ceil(block_size) + 2);
+        let blocks = own_blocks.saturating_add(shared_blocks);
         let cache = KvCache::builder_of(model.groups()).block_size(block_size).blocks(blocks).dtype(dtype).build()?;
 
+        let compute = |table: &mut BlockTable, tokens: &[u32]| -> Result<u32> {
+            let mut next = 0;
+            for chunk in tokens.chunks(STEP_TOKENS) {
+                let mut step = cache.step();
+                step.push(table, chunk)?;
+                next = likeliest(&model.forward(&step)?.to_vec2::<f32>()?[0])?;
+                step.commit()?;
+            }
+            Ok(next)
+        };
         // Private: otherwise sequences with equal tokens would share blocks, and less memory would be read.
         let mut first = cache.table_with(&TableOptions::default().private());
-        let prompt = prompt(context, model.vocabulary());
+        let prompt = prompt(context + batch * tail, model.vocabulary());
+        let (prompt, tails) = prompt.split_at(context);
         let started = Instant::now();
-        let mut next = 0;
-        for chunk in prompt.chunks(STEP_TOKENS) {
-            let mut step = cache.step();
-            step.push(&mut first, chunk)?;
-            let logits = model.forward(&step)?.to_vec2::<f32>()?;
-            next = likeliest(&logits[0])?;
-            step.commit()?;
-        }
+        let after_prompt = compute(&mut first, prompt)?;
         let prefill = Work { tokens: context, time: started.elapsed() };
 
-        // A copy in host memory can be swapped in any number of times, each time into other blocks.
-        let copy = first.swap_out()?;
-        let tables = (0..batch).map(|_| copy.swap_in()).collect::<Result<_, _>>()?;
-        Ok(Self { model, cache, tables, context, next: vec![next; batch], prefill })
+        let mut shared: Vec<_> = (0..batch).map(|_| first.fork()).collect();
+        let mut next = vec![after_prompt; batch];
+        for ((table, next), tail) in shared.iter_mut().zip(&mut next).zip(tails.chunks(tail.max(1))) {
+            *next = compute(table, tail)?;
+        }
+        // What is swapped in takes blocks of its own.
+        let own = shared.iter().map(|table| Ok(table.fork().swap_out()?.swap_in()?)).collect::<Result<_>>()?;
+        Ok(Self { model, cache, own, shared, context: context + tail, room, next, prefill })
     }
 
     /// Decodes `tokens` tokens of each sequence, one per step, each the most likely one; in forks, so that every call
@@ -69,20 +110,11 @@ impl<'m> Filled<'m> {
     /// # Errors
     ///
     /// If there is no room for them, or a step fails.
-    pub fn decode(&self, tokens: usize) -> Result<Decoded> {
-        self.decode_in(self.tables.iter().map(BlockTable::fork).collect(), tokens)
-    }
-
-    /// The same with sequences that share all blocks of the context.
-    ///
-    /// # Errors
-    ///
-    /// As [`decode`](Self::decode).
-    pub fn decode_shared(&self, tokens: usize) -> Result<Decoded> {
-        self.decode_in(self.tables.iter().map(|_| self.tables[0].fork()).collect(), tokens)
-    }
-
-    fn decode_in(&self, mut forks: Vec<BlockTable>, tokens: usize) -> Result<Decoded> {
+    pub fn decode(&self, blocks: Blocks, tokens: usize) -> Result<Decoded> {
+        ensure!(tokens <= self.room, "each sequence has room for {} more tokens, not for {tokens}", self.room);
+        let tables = if blocks == Blocks::Own { &self.own } else { &self.shared };
+        let attention = self.model.attention().shared_reads(blocks != Blocks::SharedReadApart);
+        let mut forks: Vec<_> = tables.iter().map(BlockTable::fork).collect();
         let mut next = self.next.clone();
         let mut decoded = Decoded { tokens: vec![Vec::new(); self.batch()], time: Duration::ZERO };
         for _ in 0..tokens {
@@ -91,7 +123,7 @@ impl<'m> Filled<'m> {
             for (table, token) in forks.iter_mut().zip(&next) {
                 step.push(table, &[*token])?;
             }
-            let logits = self.model.forward(&step)?.to_vec2::<f32>()?;
+            let logits = self.model.forward_with(&step, &attention)?.to_vec2::<f32>()?;
             step.commit()?;
             for (token, logits) in next.iter_mut().zip(&logits) {
                 *token = likeliest(logits)?;
@@ -106,7 +138,7 @@ impl<'m> Filled<'m> {
 
     /// The number of sequences.
     pub fn batch(&self) -> usize {
-        self.tables.len()
+        self.next.len()
     }
 
     /// The number of tokens of each sequence.
@@ -114,7 +146,7 @@ impl<'m> Filled<'m> {
         self.context
     }
 
-    /// The tokens of the one prompt that was computed, and the time it took.
+    /// The tokens of the prompt that all have, and the time it took to compute it.
     pub fn prefill(&self) -> Work {
         self.prefill
     }
@@ -177,7 +209,7 @@ impl Measured {
                 let rate = |decoded: Decoded| (batch * TOKENS) as f64 / decoded.time.as_secs_f64();
                 let rates = filled
                     .iter()
-                    .map(|filled| Ok([rate(filled.decode(TOKENS)?), rate(filled.decode_shared(TOKENS)?)]))
+                    .map(|filled| Ok([rate(filled.decode(Blocks::Own, TOKENS)?), rate(filled.decode(Blocks::Shared, TOKENS)?)]))
                     .collect::<Result<Vec<_>>>()?;
                 // The first round is a warm-up.
                 if round > 0 {

@@ -5,9 +5,11 @@
 mod common;
 
 use batch_generate::engine::{Request, STEP_TOKENS, Settings, generate};
-use batch_generate::measure::{Filled, Measured, Rates, prompt};
+use batch_generate::measure::{Blocks, Filled, Measured, Rates, prompt};
 use batch_generate::sampling::Sampling;
 use paged_attention::{KvCache, KvDtype};
+
+const BLOCKS: [Blocks; 3] = [Blocks::Own, Blocks::Shared, Blocks::SharedReadApart];
 
 #[test]
 fn copies_of_a_prompt_continue_as_in_the_engine() {
@@ -24,13 +26,37 @@ fn copies_of_a_prompt_continue_as_in_the_engine() {
         assert_eq!((filled.batch(), filled.context(), filled.prefill().tokens), (batch, context, context));
         for tokens in [8, 3, 8] {
             // The prefill gives the first token of the answer.
-            let decoded = filled.decode(tokens).unwrap();
-            assert_eq!(decoded.tokens, vec![expected[1..=tokens].to_vec(); batch], "{batch} x {context}");
-            assert!(!decoded.time.is_zero());
-            assert_eq!(filled.decode_shared(tokens).unwrap().tokens, decoded.tokens, "{batch} x {context}");
+            for blocks in BLOCKS {
+                let decoded = filled.decode(blocks, tokens).unwrap();
+                assert_eq!(decoded.tokens, vec![expected[1..=tokens].to_vec(); batch], "{batch} x {context} {blocks:?}");
+                assert!(!decoded.time.is_zero());
+            }
         }
-        assert!(filled.decode(64).is_err(), "there is room for 8 tokens, rounded up to a block");
-        assert_eq!(filled.decode(1).unwrap().tokens[0], expected[1..2], "an error leaves no tokens behind");
+        assert!(filled.decode(Blocks::Own, 9).is_err(), "there is room for 8 tokens");
+    }
+}
+
+#[test]
+fn prompts_behind_a_system_prompt_continue_as_in_the_engine() {
+    let (_folder, model) = common::tiny();
+    let (batch, system, tail, tokens) = (3, 21, 7, 4);
+    let all = prompt(system + batch * tail, common::VOCABULARY);
+    let requests: Vec<_> = all[system..]
+        .chunks(tail)
+        .map(|tail| Request { prompt: [&all[..system], tail].concat(), max_tokens: tokens + 1 })
+        .collect();
+    let cache = KvCache::builder_of(model.groups()).blocks(32).build().unwrap();
+    let settings =
+        Settings { max_batch: batch, step_tokens: STEP_TOKENS, samples: 1, seed: 0, sampling: Sampling::greedy() };
+    let outcome = generate(&model, &cache, &requests, &settings, |_| false, |_| ()).unwrap();
+
+    let filled = Filled::behind(&model, KvDtype::F32, batch, system, tail, tokens).unwrap();
+    assert_eq!((filled.context(), filled.prefill().tokens), (system + tail, system));
+    for blocks in BLOCKS {
+        let decoded = filled.decode(blocks, tokens).unwrap();
+        for (answer, tokens) in outcome.answers.iter().zip(&decoded.tokens) {
+            assert_eq!(answer.tokens[1..], tokens[..], "{blocks:?}");
+        }
     }
 }
 

@@ -12,7 +12,7 @@ mod norm;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::Embedding;
-use paged_attention::{LayerGroup, Step};
+use paged_attention::{Attention, LayerGroup, Step};
 
 use crate::config::{Config, RopeFactors};
 use crate::engine::LanguageModel;
@@ -110,8 +110,17 @@ impl Model {
     ///
     /// If a token is not in the vocabulary, a position is beyond the model's context, or a tensor operation fails.
     pub fn forward(&self, step: &Step<'_>) -> candle_core::Result<Tensor> {
-        let attention = self.config.attention();
-        let attend = |i: usize, q: &Tensor, k: &Tensor, v: &Tensor| step.attend(i, q, k, v, &attention);
+        self.forward_with(step, &self.attention())
+    }
+
+    /// The model's attention.
+    pub(crate) fn attention(&self) -> Attention {
+        self.config.attention()
+    }
+
+    /// The same with other options of [`attention`](Self::attention).
+    pub(crate) fn forward_with(&self, step: &Step<'_>, attention: &Attention) -> candle_core::Result<Tensor> {
+        let attend = |i: usize, q: &Tensor, k: &Tensor, v: &Tensor| step.attend(i, q, k, v, attention);
         self.logits(&step.token_ids()?, &step.positions()?, &step.logits_rows()?, attend)
     }
 

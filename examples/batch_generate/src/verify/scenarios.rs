@@ -199,7 +199,7 @@ impl Verifier<'_> {
         let length = LONGEST.min(self.paged.context()) - prompt.len();
         let cache = |dtype| KvCache::builder_of(self.paged.groups()).blocks(32).dtype(dtype).build();
         let [full, bytes] = [cache(KvDtype::F32)?, cache(KvDtype::Int8)?];
-        let attention = self.paged.config().attention();
+        let attention = self.paged.attention();
         // The largest difference, the sum of differences, the sum of absolute values, and the count.
         let sums = Cell::new([0f64; 4]);
         let (mut table, mut other) = (full.table(), bytes.table());
