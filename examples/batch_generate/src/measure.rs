@@ -209,7 +209,9 @@ impl Measured {
                 let rate = |decoded: Decoded| (batch * TOKENS) as f64 / decoded.time.as_secs_f64();
                 let rates = filled
                     .iter()
-                    .map(|filled| Ok([rate(filled.decode(Blocks::Own, TOKENS)?), rate(filled.decode(Blocks::Shared, TOKENS)?)]))
+                    .map(|filled| {
+                        Ok([rate(filled.decode(Blocks::Own, TOKENS)?), rate(filled.decode(Blocks::Shared, TOKENS)?)])
+                    })
                     .collect::<Result<Vec<_>>>()?;
                 // The first round is a warm-up.
                 if round > 0 {

@@ -28,7 +28,11 @@ fn copies_of_a_prompt_continue_as_in_the_engine() {
             // The prefill gives the first token of the answer.
             for blocks in BLOCKS {
                 let decoded = filled.decode(blocks, tokens).unwrap();
-                assert_eq!(decoded.tokens, vec![expected[1..=tokens].to_vec(); batch], "{batch} x {context} {blocks:?}");
+                assert_eq!(
+                    decoded.tokens,
+                    vec![expected[1..=tokens].to_vec(); batch],
+                    "{batch} x {context} {blocks:?}"
+                );
                 assert!(!decoded.time.is_zero());
             }
         }

@@ -10,7 +10,7 @@ use super::Call;
 use super::algorithm::{Attend, CHUNK, NewToken, Scratch, Task};
 use super::format::{Format, Number};
 use super::merged::{Merged, Part};
-use super::queries::Queries;
+use super::queries::{Prepare, Queries};
 use super::recompute::{Inputs, TokenHead};
 use super::state::State;
 use super::tasks::{Member, QueryTile, TaskSpec, Tasks};
@@ -114,7 +114,9 @@ impl<'a, S: Number> Job<'a, S> {
         let members = &self.tasks.members[spec.members.clone()];
         if let [member] = members {
             let state = self.attend(spec, members, 0..usize::MAX, None, inputs, worker);
-            self.submit(member, &spec.heads, state, inputs, worker);
+            let Member { query_tile, turn, .. } = *member;
+            let part = Part { heads: spec.heads.clone(), turn, state };
+            self.submit(query_tile, |merged| merged.add(part), inputs, worker);
             return;
         }
         let start = spec.chunks[0].start * CHUNK;
@@ -129,10 +131,12 @@ impl<'a, S: Number> Job<'a, S> {
             for alike in members.chunk_by(|_, member| until < CHUNK && !ends(member)) {
                 let part = state.part(rows, first..first + self.rows(alike, inputs.group()));
                 first += self.rows(alike, inputs.group());
-                match until < CHUNK {
-                    true => left.push((alike, until, Some(part))),
-                    false => self.submit(&alike[0], &spec.heads, part, inputs, worker),
+                if until < CHUNK {
+                    left.push((alike, until, Some(part.copy())));
+                    continue;
                 }
+                let Member { query_tile, turn, .. } = alike[0];
+                self.submit(query_tile, |merged| merged.add_rows(&spec.heads, turn, &part), inputs, worker);
             }
             worker.spare.get_or_insert(state);
         }
@@ -154,7 +158,7 @@ impl<'a, S: Number> Job<'a, S> {
         inputs: &Inputs<'_, F, S>,
         worker: &mut Worker<F>,
     ) -> State {
-        let Call { layout, attention, kernel, .. } = *self.call;
+        let Call { attention, kernel, .. } = *self.call;
         let tiles = || members.iter().map(|member| member.query_tile);
         let other_tiles = !worker.ready.0.iter().copied().eq(tiles());
         if other_tiles {
@@ -168,7 +172,8 @@ impl<'a, S: Number> Job<'a, S> {
         }
         if other_tiles || worker.ready.1 != spec.heads.start {
             worker.ready.1 = spec.heads.start;
-            inputs.queries.prepare::<F>(&worker.tokens, &spec.heads, layout.kv_heads, &mut worker.queries);
+            let (queries, tokens, key_heads, to) = (&inputs.queries, &worker.tokens, &spec.heads, &mut worker.queries);
+            kernel.run(Prepare::<F, S> { queries, tokens, key_heads, group: inputs.group(), to });
         }
         let task = Task {
             blocks: inputs.blocks(self.tasks.query_tiles[members[0].query_tile].planned, false),
@@ -193,20 +198,20 @@ impl<'a, S: Number> Job<'a, S> {
         state
     }
 
-    /// Stores the state of a member of a task. The thread that stores the last state of a query tile finishes the tile.
+    /// Adds the state of a member of a task to those of its query tile: `add` returns whether it is the last, and then
+    /// this thread finishes the tile.
     fn submit<F: Format>(
         &self,
-        member: &Member,
-        heads: &Range<usize>,
-        state: State,
+        query_tile: usize,
+        add: impl FnOnce(&mut Merged) -> bool,
         inputs: &Inputs<'_, F, S>,
         worker: &mut Worker<F>,
     ) {
         // A thread that panics leaves a state missing, and then no thread finishes the query tile.
-        let mut results = self.results[member.query_tile].lock().unwrap_or_else(PoisonError::into_inner);
-        if results.merged.add(Part { heads: heads.clone(), turn: member.turn, state }) {
+        let mut results = self.results[query_tile].lock().unwrap_or_else(PoisonError::into_inner);
+        if add(&mut results.merged) {
             let merged = std::mem::replace(&mut results.merged, Merged::of(0));
-            let tile = &self.tasks.query_tiles[member.query_tile];
+            let tile = &self.tasks.query_tiles[query_tile];
             self.finish(tile, merged, &mut results.rows, inputs, &mut worker.scratch);
         }
     }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::state::State;
+use super::state::{Rows, State};
 
 /// The states of a query tile's rows, merged as far as they have been computed.
 pub(super) struct Merged {
@@ -32,14 +32,17 @@ impl Part {
         self.heads.start < heads.end && heads.start < self.heads.end
     }
 
+    /// The rows of one of its key heads.
+    fn rows(&self, head: usize) -> Rows<'_> {
+        let rows = self.state.rows() / self.heads.len().max(1);
+        let first = (head - self.heads.start) * rows;
+        self.state.part(self.state.rows(), first..first + rows)
+    }
+
     /// The same, each key head for itself.
     fn by_head(self) -> impl Iterator<Item = Part> {
-        let rows = self.state.rows() / self.heads.len().max(1);
-        let first = self.heads.start;
-        self.heads.map(move |head| {
-            let at = (head - first) * rows;
-            Part { heads: head..head + 1, turn: self.turn, state: self.state.part(self.state.rows(), at..at + rows) }
-        })
+        let heads = self.heads.clone();
+        heads.map(move |head| Part { heads: head..head + 1, turn: self.turn, state: self.rows(head).copy() })
     }
 }
 
@@ -51,11 +54,29 @@ impl Merged {
 
     /// Adds the state of a task. Returns whether it was the last.
     pub(super) fn add(&mut self, part: Part) -> bool {
-        match self.is_next(&part) {
+        match self.is_next(&part.heads, part.turn) {
             true => self.merge(part),
             false => self.early.push(part),
         }
-        while let Some(next) = self.early.iter().position(|part| self.is_next(part)) {
+        self.is_complete()
+    }
+
+    /// The same for the state of a task of several query tiles. It is copied if it cannot be merged now.
+    pub(super) fn add_rows(&mut self, heads: &Range<usize>, turn: usize, rows: &Rows<'_>) -> bool {
+        let is_next = self.is_next(heads, turn);
+        match self.parts.iter_mut().find(|own| is_next && own.heads == *heads) {
+            Some(own) => {
+                own.state.merge_rows(rows);
+                own.turn += 1;
+                self.is_complete()
+            }
+            None => self.add(Part { heads: heads.clone(), turn, state: rows.copy() }),
+        }
+    }
+
+    /// Merges what has its turn now that one more task was added. Returns whether that was the last.
+    fn is_complete(&mut self) -> bool {
+        while let Some(next) = self.early.iter().position(|part| self.is_next(&part.heads, part.turn)) {
             let part = self.early.swap_remove(next);
             self.merge(part);
         }
@@ -64,9 +85,9 @@ impl Merged {
     }
 
     /// Whether all tasks before this one are merged.
-    fn is_next(&self, part: &Part) -> bool {
-        let turn = |head: usize| self.parts.iter().find(|own| own.heads.contains(&head)).map_or(0, |own| own.turn);
-        part.heads.clone().all(|head| turn(head) == part.turn)
+    fn is_next(&self, heads: &Range<usize>, turn: usize) -> bool {
+        let next = |head: usize| self.parts.iter().find(|own| own.heads.contains(&head)).map_or(0, |own| own.turn);
+        heads.clone().all(|head| next(head) == turn)
     }
 
     fn merge(&mut self, part: Part) {
@@ -80,7 +101,10 @@ impl Merged {
             let whole = self.parts.extract_if(.., |own| own.heads.len() > 1 && own.overlaps(&part.heads));
             let whole: Vec<Part> = whole.collect();
             self.parts.extend(whole.into_iter().flat_map(Part::by_head));
-            part.by_head().for_each(|part| self.merge(part));
+            for own in self.parts.iter_mut().filter(|own| own.overlaps(&part.heads)) {
+                own.state.merge_rows(&part.rows(own.heads.start));
+                own.turn += 1;
+            }
         }
     }
 

@@ -12,7 +12,7 @@
 use super::Call;
 use super::algorithm::{Attend, NewToken, Scratch, Task, chunks};
 use super::format::{Format, Number};
-use super::queries::Queries;
+use super::queries::{Prepare, Queries};
 use super::state::State;
 use super::tile::Blocks;
 use crate::dense::Row;
@@ -81,10 +81,17 @@ impl<'a, F: Format, S: Number> Inputs<'a, F, S> {
         &TokenHead { planned, token, head }: &TokenHead<'a>,
         scratch: &mut Scratch<F>,
     ) -> State {
-        let Call { layout, attention, kernel, .. } = *self.call;
+        let Call { attention, kernel, .. } = *self.call;
         let (tokens, heads) = ([NewToken::of(planned, token, attention)], head..head + 1);
         let mut queries = F::Queries::default();
-        self.queries.prepare::<F>(&tokens, &heads, layout.kv_heads, &mut queries);
+        let (rows, key_heads) = (&self.queries, &heads);
+        kernel.run(Prepare::<F, S> {
+            queries: rows,
+            tokens: &tokens,
+            key_heads,
+            group: self.group(),
+            to: &mut queries,
+        });
         let [NewToken { visible, .. }] = &tokens;
         let task = Task {
             blocks: self.blocks(planned, true),

@@ -43,20 +43,9 @@ impl State {
         self.accumulators.fill([0.0; LANES]);
     }
 
-    /// The states of some rows of each head, where there are `rows` rows of each.
-    pub(super) fn part(&self, rows: usize, part: Range<usize>) -> Self {
-        let Self { vectors, .. } = *self;
-        let of = |head: usize| head * rows + part.start..head * rows + part.end;
-        let heads = 0..self.running_max.len() / rows.max(1);
-        Self {
-            running_max: heads.clone().flat_map(|head| &self.running_max[of(head)]).copied().collect(),
-            running_sum: heads.clone().flat_map(|head| &self.running_sum[of(head)]).copied().collect(),
-            accumulators: heads
-                .flat_map(|head| &self.accumulators[of(head).start * vectors..of(head).end * vectors])
-                .copied()
-                .collect(),
-            vectors,
-        }
+    /// The states of the rows `part` of each head, where there are `rows` rows of each.
+    pub(super) fn part(&self, rows: usize, part: Range<usize>) -> Rows<'_> {
+        Rows { state: self, rows, part }
     }
 
     /// The accumulators of these rows.
@@ -89,15 +78,21 @@ impl State {
 
     /// Merges `other`, the state of the same rows over later tokens, into this one.
     pub(super) fn merge(&mut self, other: &Self) {
-        for row in 0..self.running_max.len() {
-            let (a, b) = (self.running_max[row], other.running_max[row]);
+        self.merge_rows(&other.part(other.rows(), 0..other.rows()));
+    }
+
+    /// The same, with the state of the same rows among others.
+    pub(super) fn merge_rows(&mut self, others: &Rows<'_>) {
+        let other = others.state;
+        for (row, other_row) in others.of_heads().flatten().enumerate() {
+            let (a, b) = (self.running_max[row], other.running_max[other_row]);
             // A row that has seen no token has only zeros, which add nothing. NaN in the accumulators stays NaN.
             let max = if b > a { b } else { a };
             let (rescale, other_rescale) = (exp2(a - finite(max)), exp2(b - finite(max)));
             self.running_max[row] = max;
-            self.running_sum[row] = self.running_sum[row] * rescale + other.running_sum[row] * other_rescale;
+            self.running_sum[row] = self.running_sum[row] * rescale + other.running_sum[other_row] * other_rescale;
             let own = self.accumulators[row * self.vectors..][..self.vectors].as_flattened_mut();
-            let others = other.accumulators[row * self.vectors..][..self.vectors].as_flattened();
+            let others = other.accumulators[other_row * self.vectors..][..self.vectors].as_flattened();
             for (x, y) in own.iter_mut().zip(others) {
                 *x = *x * rescale + y * other_rescale;
             }
@@ -146,6 +141,36 @@ impl State {
         for (out, x) in out.iter_mut().zip(accumulators) {
             *out = x * by + 0.0;
         }
+    }
+}
+
+/// The states of some rows of each head.
+pub(super) struct Rows<'a> {
+    state: &'a State,
+    /// How many rows each head has, and which of them.
+    rows: usize,
+    part: Range<usize>,
+}
+
+impl Rows<'_> {
+    /// The indices of each head's rows.
+    fn of_heads(&self) -> impl Iterator<Item = Range<usize>> {
+        let Self { rows, part, .. } = self;
+        (0..self.state.rows() / (*rows).max(1)).map(move |head| head * rows + part.start..head * rows + part.end)
+    }
+
+    /// A copy.
+    pub(super) fn copy(&self) -> State {
+        let State { vectors, .. } = *self.state;
+        let rows = self.of_heads().map(|rows| rows.len()).sum();
+        let (mut running_max, mut running_sum) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        let mut accumulators = Vec::with_capacity(rows * vectors);
+        for rows in self.of_heads() {
+            running_max.extend_from_slice(&self.state.running_max[rows.clone()]);
+            running_sum.extend_from_slice(&self.state.running_sum[rows.clone()]);
+            accumulators.extend_from_slice(&self.state.accumulators[rows.start * vectors..rows.end * vectors]);
+        }
+        State { running_max, running_sum, accumulators, vectors }
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use block_pool::KvLayout;
 use smallvec::{SmallVec, smallvec};
 
 use super::Call;
@@ -22,7 +23,10 @@ const TASK_ROWS_OF_KEYS: usize = 128;
 
 /// The most rows of a task of several sequences, which bounds the memory for its states. (A part of them is computed at a
 /// time: see `algorithm`.)
-const SHARED_TASK_ROWS: usize = 512;
+const MOST_SHARED_ROWS: usize = 512;
+
+/// The fewest, if the threads have too few tasks otherwise.
+const FEWEST_SHARED_ROWS: usize = 16;
 
 /// The fewest tasks per thread, if heads can be split: some threads start late.
 const TASKS_PER_THREAD: usize = 8;
@@ -124,9 +128,10 @@ impl<'a> Tasks<'a> {
             for (i, tile) in self.query_tiles.iter().enumerate().filter(|(_, tile)| tile.by_chunk) {
                 tile_of[tile.sequence] = Some(i);
             }
+            let rows = self.shared_rows(call);
             let group = call.heads / call.layout.kv_heads;
             for (set, members) in call.plan.shared(call.layout.block_size).sets() {
-                for part in self.parts(set.chunk, members, &tile_of, group) {
+                for part in self.parts(set.chunk, members, &tile_of, group, rows) {
                     part.iter().for_each(|&(tile, _)| together[tile].push(set.chunk));
                     let unit = Unit { chunks: [set.chunk..set.chunk + 1, 0..0], members: part };
                     match runs.last_mut().filter(|run| run.units.last().is_some_and(|last| last.is_like(&unit))) {
@@ -149,9 +154,24 @@ impl<'a> Tasks<'a> {
         runs
     }
 
+    /// How many rows a task of several sequences may have: so few that one head of a chunk is one of enough tasks.
+    fn shared_rows(&self, call: &Call<'_>) -> usize {
+        let KvLayout { kv_heads, .. } = *call.layout;
+        let work = self.query_tiles.iter().map(|tile| tile.work(&tile.chunks)).fold(0, usize::saturating_add);
+        let of_task = work.saturating_mul(kv_heads) / (TASKS_PER_THREAD * rayon::current_num_threads());
+        (of_task / CHUNK).saturating_mul(call.heads / kv_heads).clamp(FEWEST_SHARED_ROWS, MOST_SHARED_ROWS)
+    }
+
     /// The query tiles of a set that see the chunk, and how many tokens of it each has in common with the one before,
-    /// in parts of two or more tiles that are small enough for a task.
-    fn parts(&self, chunk: usize, members: &[shared::Member], tile_of: &[Option<usize>], group: usize) -> Vec<Members> {
+    /// in parts of two or more tiles, with about `most` rows.
+    fn parts(
+        &self,
+        chunk: usize,
+        members: &[shared::Member],
+        tile_of: &[Option<usize>],
+        group: usize,
+        most: usize,
+    ) -> Vec<Members> {
         let mut common = CHUNK;
         let seeing = members.iter().filter_map(|member| {
             common = common.min(member.common);
@@ -161,7 +181,7 @@ impl<'a> Tasks<'a> {
         let seeing: Vec<(usize, usize)> = seeing.collect();
         let rows = |(tile, _): &(usize, usize)| self.query_tiles[*tile].tokens.len() * group;
         let all: usize = seeing.iter().map(rows).sum();
-        let enough = all.div_ceil(all.div_ceil(SHARED_TASK_ROWS).max(1));
+        let enough = all.div_ceil(all.div_ceil(most).max(1));
         let mut parts = vec![Members::new()];
         let mut rows_of_part = 0;
         for member in seeing {

@@ -140,6 +140,7 @@ impl<T: Number> Format for Float<T> {
         queries.numbers.clear();
     }
 
+    #[inline(always)]
     fn prepare(queries: &mut Rows, rows: &[f32], head_dim: usize, factor: f32) {
         queries.head_dim = head_dim;
         let mut rows = rows.chunks_exact(head_dim);

@@ -21,6 +21,8 @@ mod keys;
 mod scores;
 mod sums;
 
+use std::array::from_fn;
+
 use block_pool::{BYTE_STRIP, KvLayout, PANEL, QUAD};
 
 use super::{Buffers, Format, ROWS};
@@ -79,8 +81,11 @@ struct Quantiser {
 
 impl Quantiser {
     /// The quantiser that maps the largest of the row's absolute values to `limit`.
+    #[inline(always)]
     fn of(row: &[f32], limit: f32) -> Self {
-        let largest = row.iter().fold(0f32, |m, x| if x.abs() > m || x.is_nan() { x.abs() } else { m });
+        // Absolute values are in the order of their bits, and NaN has the largest.
+        let bits = row.iter().fold(0, |bits: i32, x| bits.max(x.abs().to_bits() as i32));
+        let largest = f32::from_bits(bits as u32);
         let scale = largest / limit;
         if !largest.is_finite() {
             return Self { scale: f32::NAN, first: 0.0, then: 0.0, limit };
@@ -97,7 +102,7 @@ impl Quantiser {
     }
 
     /// The integer that is nearest to a number of the row, in units of the scale.
-    #[inline]
+    #[inline(always)]
     fn quantise(&self, x: f32) -> i32 {
         /// `1.5 * 2^23`: adding it rounds to an integer.
         const ROUND: f32 = 12_582_912.0;
@@ -191,6 +196,7 @@ impl Format for Int8 {
         queries.offsets.clear();
     }
 
+    #[inline(always)]
     fn prepare(queries: &mut Rows, rows: &[f32], head_dim: usize, factor: f32) {
         let Rows { quads, scales, offsets } = queries;
         let start = quads.len();
@@ -199,12 +205,21 @@ impl Format for Int8 {
         for (r, row) in rows.chunks_exact(head_dim).enumerate() {
             let quantiser = Quantiser::of(row, Q_LARGEST);
             let mut sum = 0;
-            for (dim, x) in row.iter().enumerate() {
-                let x = quantiser.quantise(*x);
-                let high = (x + (1 << (Q_SHIFT - 1))) >> Q_SHIFT;
-                let [highs, lows] = &mut quads[start + dim / 4][r];
-                (highs[dim % 4], lows[dim % 4]) = (high as i8, (x - (high << Q_SHIFT)) as i8);
-                sum += x;
+            let (vectors, rest) = row.as_chunks();
+            // Dimensions beyond the last are 0.
+            let mut last = [0f32; LANES];
+            last[..rest.len()].copy_from_slice(rest);
+            let vectors = vectors.iter().chain((!rest.is_empty()).then_some(&last));
+            for (quads, numbers) in quads[start..].chunks_mut(LANES / 4).zip(vectors) {
+                let integers = numbers.map(|x| quantiser.quantise(x));
+                let high = integers.map(|x| (x + (1 << (Q_SHIFT - 1))) >> Q_SHIFT);
+                let low: [i8; LANES] = from_fn(|i| (integers[i] - (high[i] << Q_SHIFT)) as i8);
+                let high = high.map(|high| high as i8);
+                let split = high.as_chunks().0.iter().zip(low.as_chunks().0);
+                for (quad, (high, low)) in quads.iter_mut().zip(split) {
+                    quad[r] = [*high, *low];
+                }
+                sum += integers.iter().sum::<i32>();
             }
             row_scales[r] = quantiser.scale * factor;
             row_offsets[r] = sum * OFFSET;
