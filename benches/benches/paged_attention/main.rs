@@ -8,13 +8,15 @@
 //!   four interleaved streams, which gives the highest bandwidth of this memory.
 //! - Sequences in one block, and in blocks in random order, are compared with sequences in blocks in order.
 //! - Two callers, each with a thread and a sequence of its own in one cache, are compared with one caller.
-//! - Sequences that begin alike are compared with one sequence, and with reading what they share for each.
+//! - Sequences that begin alike are compared with one sequence, and with reading what they share for each. Finding out
+//!   what they share is measured by itself where they share nothing.
 //! - candle's grouped matrix products and its flash attention read a contiguous cache that already exists.
 
 mod case;
 mod decode;
 mod floor;
 mod orders;
+mod planning;
 mod prefill;
 mod shared;
 mod together;
@@ -99,6 +101,15 @@ fn cases() -> Vec<(&'static str, Case, Measure)> {
             if context == 4096 {
                 all.push(("shared ", Case { threads: 1, ..case }, one_level.2));
                 all.push(tree);
+            }
+        }
+    }
+    let contexts: &[usize] = if is_smoke_test() { &[64] } else { &[512, 4096] };
+    for (heads, kv_heads, head_dim) in [(32, 8, 128), (9, 3, 64)] {
+        for (&context, batch) in contexts.iter().flat_map(|context| [2, 8, 64].map(|batch| (context, batch))) {
+            for dtype in [KvDtype::F32, KvDtype::Int8] {
+                let case = Case { heads, kv_heads, head_dim, batch, context, dtype, threads: 2, ..any };
+                all.push(("planning ", case, planning::planning));
             }
         }
     }

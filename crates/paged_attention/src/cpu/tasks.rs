@@ -7,7 +7,6 @@
 use std::ops::Range;
 
 use block_pool::KvLayout;
-use smallvec::{SmallVec, smallvec};
 
 use super::Call;
 use super::algorithm::{CHUNK, chunks};
@@ -82,27 +81,58 @@ impl<'a> Tasks<'a> {
         let query_tiles = split_queries(call);
         let mut tasks = Self { query_tiles, specs: Vec::new(), members: Vec::new() };
         let kv_heads = call.layout.kv_heads;
-        let runs = tasks.runs(call);
-        let count: usize = runs.iter().map(|run| if run.by_chunk { run.units.len() } else { kv_heads }).sum();
+        let runs = tasks.shared_runs(call);
+        // For each query tile, which of its chunks are read together with others.
+        let mut together: Vec<Vec<usize>> = Vec::new();
+        for unit in runs.iter().flatten() {
+            together.resize_with(tasks.query_tiles.len(), Vec::new);
+            unit.members.iter().for_each(|&(tile, _)| together[tile].push(unit.chunk));
+        }
+        let together = |tile: usize| together.get(tile).map_or(&[][..], Vec::as_slice);
+        let alone = tasks.query_tiles.iter().enumerate().map(|(i, tile)| match tile.by_chunk {
+            true => tile.chunks.iter().map(Range::len).sum::<usize>() - together(i).len(),
+            false => kv_heads,
+        });
+        let count = runs.iter().map(Vec::len).sum::<usize>() + alone.sum::<usize>();
         let enough = TASKS_PER_THREAD * rayon::current_num_threads();
         let step = kv_heads.div_ceil(enough.div_ceil(count.max(1)));
-        // A task of several sequences is as much work as many others.
-        let work = |unit: &Unit| -> usize {
-            unit.members.iter().map(|&(tile, _)| tasks.query_tiles[tile].work(&unit.chunks)).sum()
-        };
-        let all = runs.iter().flat_map(|run| &run.units).map(work).fold(0, usize::saturating_add);
-        let shared = runs.iter().flat_map(|run| &run.units).filter(|unit| unit.members.len() > 1);
-        let largest = shared.map(work).max().unwrap_or(0);
-        let shared_step = step.min(kv_heads.div_ceil(largest.div_ceil((all / enough).max(1)).max(1)));
-        for run in runs {
-            let step = match run.units.first().is_some_and(|unit| unit.members.len() > 1) {
-                true => shared_step,
-                false if run.by_chunk => step,
-                false => 1,
-            };
-            tasks.push(&run, step, kv_heads);
+        let shared_step = step.min(tasks.shared_step(&runs, kv_heads, enough));
+        for run in &runs {
+            for heads in steps(kv_heads, shared_step) {
+                for Unit { members, chunk } in run {
+                    tasks.push(members, heads.clone(), [*chunk..chunk + 1, 0..0]);
+                }
+            }
+        }
+        for i in 0..tasks.query_tiles.len() {
+            let QueryTile { by_chunk, ref chunks, .. } = tasks.query_tiles[i];
+            let chunks = chunks.clone();
+            for heads in steps(kv_heads, if by_chunk { step } else { 1 }) {
+                if !by_chunk {
+                    tasks.push(&[(i, 0)], heads, chunks.clone());
+                    continue;
+                }
+                for chunk in chunks.iter().cloned().flatten().filter(|chunk| !together(i).contains(chunk)) {
+                    tasks.push(&[(i, 0)], heads.clone(), [chunk..chunk + 1, 0..0]);
+                }
+            }
         }
         tasks
+    }
+
+    /// How many key heads a task of several sequences has: each is as much work as many others.
+    fn shared_step(&self, runs: &[Vec<Unit>], kv_heads: usize, enough: usize) -> usize {
+        let work = |unit: &Unit| -> usize {
+            let chunks = [unit.chunk..unit.chunk + 1, 0..0];
+            unit.members.iter().map(|&(tile, _)| self.query_tiles[tile].work(&chunks)).sum()
+        };
+        let largest = runs.iter().flatten().map(work).max().unwrap_or(0);
+        kv_heads.div_ceil(largest.div_ceil((self.all_work() / enough).max(1)).max(1))
+    }
+
+    /// The work of all query tiles in one key head.
+    fn all_work(&self) -> usize {
+        self.query_tiles.iter().map(|tile| tile.work(&tile.chunks)).fold(0, usize::saturating_add)
     }
 
     /// The work of these tasks: new tokens times the tokens that they see, over all key heads.
@@ -117,39 +147,27 @@ impl<'a> Tasks<'a> {
         start..(start + 1).max(self.specs.partition_point(|task| task.work_until <= enough))
     }
 
-    /// Splits the query tiles by chunks where they are few tokens, together with others that read the same blocks.
-    fn runs(&self, call: &Call<'_>) -> Vec<Run> {
-        let mut runs: Vec<Run> = Vec::new();
-        // For each query tile, which of its chunks are read together with others.
-        let mut together = vec![Vec::new(); self.query_tiles.len()];
-        if call.attention.shared_reads && self.query_tiles.len() > 1 {
-            // Sequences with few new tokens have one query tile.
-            let mut tile_of = vec![None; call.plan.sequences.len()];
-            for (i, tile) in self.query_tiles.iter().enumerate().filter(|(_, tile)| tile.by_chunk) {
-                tile_of[tile.sequence] = Some(i);
-            }
-            let rows = self.shared_rows(call);
-            let group = call.heads / call.layout.kv_heads;
-            for (set, members) in call.plan.shared(call.layout.block_size).sets() {
-                for part in self.parts(set.chunk, members, &tile_of, group, rows) {
-                    part.iter().for_each(|&(tile, _)| together[tile].push(set.chunk));
-                    let unit = Unit { chunks: [set.chunk..set.chunk + 1, 0..0], members: part };
-                    match runs.last_mut().filter(|run| run.units.last().is_some_and(|last| last.is_like(&unit))) {
-                        Some(run) => run.units.push(unit),
-                        None => runs.push(Run { by_chunk: true, units: vec![unit] }),
-                    }
+    /// What query tiles read together: runs of chunks with the same query tiles.
+    fn shared_runs(&self, call: &Call<'_>) -> Vec<Vec<Unit>> {
+        let mut runs: Vec<Vec<Unit>> = Vec::new();
+        if !call.attention.shared_reads || self.query_tiles.len() < 2 {
+            return runs;
+        }
+        // Sequences with few new tokens have one query tile.
+        let mut tile_of = vec![None; call.plan.sequences.len()];
+        for (i, tile) in self.query_tiles.iter().enumerate().filter(|(_, tile)| tile.by_chunk) {
+            tile_of[tile.sequence] = Some(i);
+        }
+        let rows = self.shared_rows(call);
+        let group = call.heads / call.layout.kv_heads;
+        for (set, members) in call.plan.shared(call.layout.block_size).sets() {
+            for members in self.parts(set.chunk, members, &tile_of, group, rows) {
+                let unit = Unit { members, chunk: set.chunk };
+                match runs.last_mut().filter(|run| run.last().is_some_and(|last| last.is_like(&unit))) {
+                    Some(run) => run.push(unit),
+                    None => runs.push(vec![unit]),
                 }
             }
-        }
-        for (i, (tile, together)) in self.query_tiles.iter().zip(together).enumerate() {
-            let unit = |chunks| Unit { chunks, members: smallvec![(i, 0)] };
-            let alone = |chunk: &usize| !together.contains(chunk);
-            let alone = tile.chunks.iter().cloned().flatten().filter(alone);
-            let units = match tile.by_chunk {
-                true => alone.map(|chunk| unit([chunk..chunk + 1, 0..0])).collect(),
-                false => vec![unit(tile.chunks.clone())],
-            };
-            runs.push(Run { by_chunk: tile.by_chunk, units });
         }
         runs
     }
@@ -157,8 +175,7 @@ impl<'a> Tasks<'a> {
     /// How many rows a task of several sequences may have: so few that one head of a chunk is one of enough tasks.
     fn shared_rows(&self, call: &Call<'_>) -> usize {
         let KvLayout { kv_heads, .. } = *call.layout;
-        let work = self.query_tiles.iter().map(|tile| tile.work(&tile.chunks)).fold(0, usize::saturating_add);
-        let of_task = work.saturating_mul(kv_heads) / (TASKS_PER_THREAD * rayon::current_num_threads());
+        let of_task = self.all_work().saturating_mul(kv_heads) / (TASKS_PER_THREAD * rayon::current_num_threads());
         (of_task / CHUNK).saturating_mul(call.heads / kv_heads).clamp(FEWEST_SHARED_ROWS, MOST_SHARED_ROWS)
     }
 
@@ -182,11 +199,11 @@ impl<'a> Tasks<'a> {
         let rows = |(tile, _): &(usize, usize)| self.query_tiles[*tile].tokens.len() * group;
         let all: usize = seeing.iter().map(rows).sum();
         let enough = all.div_ceil(all.div_ceil(most).max(1));
-        let mut parts = vec![Members::new()];
+        let mut parts: Vec<Members> = vec![Vec::new()];
         let mut rows_of_part = 0;
         for member in seeing {
             if rows_of_part >= enough {
-                parts.push(Members::new());
+                parts.push(Vec::new());
                 rows_of_part = 0;
             }
             rows_of_part += rows(&member);
@@ -196,42 +213,35 @@ impl<'a> Tasks<'a> {
         parts
     }
 
-    /// Adds the tasks of a run, of `step` key heads each: what reads memory in sequence comes in sequence.
-    fn push(&mut self, run: &Run, step: usize, kv_heads: usize) {
-        for head in (0..kv_heads).step_by(step) {
-            let heads = head..kv_heads.min(head + step);
-            for Unit { members, chunks } in &run.units {
-                let first = self.members.len();
-                let mut work = 0usize;
-                for &(query_tile, common) in members {
-                    let tile = &mut self.query_tiles[query_tile];
-                    let turn = if run.by_chunk { tile.index_of(chunks[0].start).unwrap_or(0) } else { 0 };
-                    tile.tasks += 1;
-                    work = work.saturating_add(tile.work(chunks).saturating_mul(heads.len()));
-                    self.members.push(Member { query_tile, turn, common });
-                }
-                let members = first..self.members.len();
-                let work_until = self.work(0..self.specs.len()).saturating_add(work);
-                self.specs.push(TaskSpec { members, heads: heads.clone(), chunks: chunks.clone(), work_until });
-            }
+    /// Adds a task.
+    fn push(&mut self, members: &[(usize, usize)], heads: Range<usize>, chunks: [Range<usize>; 2]) {
+        let first = self.members.len();
+        let mut work = 0usize;
+        for &(query_tile, common) in members {
+            let tile = &mut self.query_tiles[query_tile];
+            let turn = if tile.by_chunk { tile.index_of(chunks[0].start).unwrap_or(0) } else { 0 };
+            tile.tasks += 1;
+            work = work.saturating_add(tile.work(&chunks).saturating_mul(heads.len()));
+            self.members.push(Member { query_tile, turn, common });
         }
+        let members = first..self.members.len();
+        let work_until = self.work(0..self.specs.len()).saturating_add(work);
+        self.specs.push(TaskSpec { members, heads, chunks, work_until });
     }
 }
 
-/// Units of the same query tiles.
-struct Run {
-    /// Whether each chunk is a task of its own.
-    by_chunk: bool,
-    units: Vec<Unit>,
+/// The key heads in parts of `step`.
+fn steps(kv_heads: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..kv_heads).step_by(step).map(move |head| head..kv_heads.min(head + step))
 }
 
-/// Query tiles, and how many tokens of the chunk each has in common with the one before.
-type Members = SmallVec<[(usize, usize); 1]>;
+/// Two or more query tiles, and how many tokens of the chunk each has in common with the one before.
+type Members = Vec<(usize, usize)>;
 
-/// The tasks that differ in their heads only.
+/// The tasks of several query tiles that differ in their heads only.
 struct Unit {
     members: Members,
-    chunks: [Range<usize>; 2],
+    chunk: usize,
 }
 
 impl Unit {
