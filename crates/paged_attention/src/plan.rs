@@ -141,7 +141,7 @@ impl Plan {
         self.slot_mapping.extend((start..start + n).map(slot));
         let span = table.span_of_group(self.group);
         let bidirectional = bidirectional.iter().map(|range| start + range.start..start + range.end).collect();
-        self.sequences.push(Planned { rows, start, dropped, blocks, tokens: start + n, span, bidirectional, freed });
+        self.add(Planned { rows, start, dropped, blocks, tokens: start + n, span, bidirectional, freed });
     }
 
     /// Adds `rows` queries that are not new tokens of the table. The first query is at position `at` of the table, and
@@ -152,7 +152,7 @@ impl Plan {
         let blocks = self.push_blocks(table, tokens, &freed);
         let (rows, span) = (self.next_rows(rows), table.span_of_group(self.group));
         let bidirectional = Vec::new();
-        self.sequences.push(Planned { rows, start, dropped, blocks, tokens, span, bidirectional, freed });
+        self.add(Planned { rows, start, dropped, blocks, tokens, span, bidirectional, freed });
     }
 
     /// Adds `rows` queries, the last of the `tokens` tokens of a sequence, whose blocks are these.
@@ -160,7 +160,13 @@ impl Plan {
         let first = self.blocks.len();
         self.blocks.extend(ids);
         let planned = Planned::of_queries(self.next_rows(rows), tokens.saturating_sub(rows), tokens, Span::all());
-        self.sequences.push(Planned { blocks: first..self.blocks.len(), ..planned });
+        self.add(Planned { blocks: first..self.blocks.len(), ..planned });
+    }
+
+    /// Adds a sequence. What sequences share is found anew.
+    fn add(&mut self, planned: Planned) {
+        self.sequences.push(planned);
+        self.shared = OnceLock::new();
     }
 
     fn next_rows(&self, n: usize) -> Range<usize> {
@@ -182,7 +188,7 @@ impl Plan {
         self.slot_mapping.len()
     }
 
-    /// Which sequences read the same blocks. For a plan that is complete.
+    /// Which sequences read the same blocks.
     pub(crate) fn shared(&self, block_size: usize) -> &cpu::Shared {
         self.shared.get_or_init(|| cpu::Shared::of(self, block_size))
     }

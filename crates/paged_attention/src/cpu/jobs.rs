@@ -39,8 +39,8 @@ struct Results<'a, S> {
 /// What a thread keeps from task to task.
 struct Worker<F: Format> {
     scratch: Scratch<F>,
-    /// The query tiles and the first key head that `tokens` and `queries` were prepared for.
-    ready: (Vec<usize>, usize),
+    /// The query tiles that `tokens` and `queries` were prepared for, and the key heads of `queries`.
+    ready: (Vec<usize>, Range<usize>),
     tokens: Vec<NewToken>,
     queries: F::Queries,
     /// Memory for the states of several members.
@@ -84,7 +84,7 @@ impl<'a, S: Number> Job<'a, S> {
         let inputs = Inputs { call, layer, queries };
         let mut worker = Worker::<F> {
             scratch: Scratch::default(),
-            ready: (Vec::new(), 0),
+            ready: (Vec::new(), 0..0),
             tokens: Vec::new(),
             queries: F::Queries::default(),
             spare: None,
@@ -170,8 +170,8 @@ impl<'a, S: Number> Job<'a, S> {
                 worker.tokens.extend(tile.tokens.clone().map(new));
             }
         }
-        if other_tiles || worker.ready.1 != spec.heads.start {
-            worker.ready.1 = spec.heads.start;
+        if other_tiles || worker.ready.1 != spec.heads {
+            worker.ready.1 = spec.heads.clone();
             let (queries, tokens, key_heads, to) = (&inputs.queries, &worker.tokens, &spec.heads, &mut worker.queries);
             kernel.run(Prepare::<F, S> { queries, tokens, key_heads, group: inputs.group(), to });
         }

@@ -114,3 +114,69 @@ impl Merged {
         self.parts
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::wide::LANES;
+    use super::*;
+
+    const ROWS: usize = 3;
+
+    /// A random number below `n`.
+    fn below(random: &mut u64, n: usize) -> usize {
+        *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*random >> 33) as usize % n
+    }
+
+    /// The state of some rows of a head, of which a turn sees other tokens than the others.
+    fn row(head: usize, turn: usize, row: usize) -> State {
+        let mut state = State::new(1, LANES);
+        state.accumulators(0..1)[0] = std::array::from_fn(|i| ((head * 7 + turn * 31 + row * 5 + i) % 13) as f32 - 6.3);
+        state.set_seen(((head + turn * 3 + row) % 5) as f32, 1.0 + turn as f32);
+        state
+    }
+
+    fn state(heads: Range<usize>, turn: usize) -> State {
+        let rows = heads.flat_map(|head| (0..ROWS).map(move |i| row(head, turn, i)));
+        State::of_rows(rows.collect())
+    }
+
+    #[test]
+    fn parts_of_any_heads_in_any_order_are_merged_in_the_order_of_their_turns() {
+        let mut random = 1;
+        for _ in 0..300 {
+            let (kv_heads, turns) = (1 + below(&mut random, 8), 1 + below(&mut random, 6));
+            let mut parts = Vec::new();
+            for turn in 0..turns {
+                let step = 1 + below(&mut random, kv_heads);
+                for first in (0..kv_heads).step_by(step) {
+                    parts.push((first..kv_heads.min(first + step), turn));
+                }
+            }
+            let mut merged = Merged::of(parts.len());
+            while !parts.is_empty() {
+                let (heads, turn) = parts.swap_remove(below(&mut random, parts.len()));
+                let part = state(heads.clone(), turn);
+                let last = match below(&mut random, 2) {
+                    0 => merged.add(Part { heads, turn, state: part }),
+                    _ => merged.add_rows(&heads, turn, &part.part(part.rows(), 0..part.rows())),
+                };
+                assert_eq!(last, parts.is_empty());
+            }
+            let mut next = 0;
+            for Part { heads, mut state, .. } in merged.into_parts() {
+                assert_eq!(heads.start, next);
+                next = heads.end;
+                for (i, head) in heads.flat_map(|head| [head; ROWS]).enumerate() {
+                    let mut expected = row(head, 0, i % ROWS);
+                    for turn in 1..turns {
+                        expected.merge(&row(head, turn, i % ROWS));
+                    }
+                    assert_eq!(state.lse(i).to_bits(), expected.lse(0).to_bits());
+                    assert_eq!(state.accumulators(i..i + 1), expected.accumulators(0..1));
+                }
+            }
+            assert_eq!(next, kv_heads);
+        }
+    }
+}

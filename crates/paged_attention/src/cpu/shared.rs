@@ -64,8 +64,9 @@ impl Shared {
                 shared.add(plan, chunk, block_size, alike.iter().map(|&(_, sequence)| sequence).collect());
             }
         }
-        // What one set of sequences reads lies side by side.
-        shared.sets.sort_by_key(|set| (shared.members[set.members.start].sequence, set.chunk));
+        // What the same sequences read lies side by side, and a set comes after the larger ones of earlier chunks.
+        let first = |set: &Set| shared.members[set.members.clone()].iter().map(|member| member.sequence).min();
+        shared.sets.sort_by_cached_key(|set| (first(set), set.chunk));
         shared
     }
 

@@ -48,6 +48,24 @@ impl State {
         Rows { state: self, rows, part }
     }
 
+    /// Sets what the first row has seen.
+    #[cfg(test)]
+    pub(super) fn set_seen(&mut self, max: f32, sum: f32) {
+        (self.running_max[0], self.running_sum[0]) = (max, sum);
+    }
+
+    /// Several states one after the other.
+    #[cfg(test)]
+    pub(super) fn of_rows(states: Vec<State>) -> Self {
+        let mut all = State::new(0, states[0].vectors * LANES);
+        for state in states {
+            all.running_max.extend(state.running_max);
+            all.running_sum.extend(state.running_sum);
+            all.accumulators.extend(state.accumulators);
+        }
+        all
+    }
+
     /// The accumulators of these rows.
     pub(super) fn accumulators(&mut self, rows: Range<usize>) -> &mut [[f32; LANES]] {
         &mut self.accumulators[rows.start * self.vectors..rows.end * self.vectors]

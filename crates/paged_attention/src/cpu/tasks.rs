@@ -88,6 +88,7 @@ impl<'a> Tasks<'a> {
             together.resize_with(tasks.query_tiles.len(), Vec::new);
             unit.members.iter().for_each(|&(tile, _)| together[tile].push(unit.chunk));
         }
+        together.iter_mut().for_each(|chunks| chunks.sort_unstable());
         let together = |tile: usize| together.get(tile).map_or(&[][..], Vec::as_slice);
         let alone = tasks.query_tiles.iter().enumerate().map(|(i, tile)| match tile.by_chunk {
             true => tile.chunks.iter().map(Range::len).sum::<usize>() - together(i).len(),
@@ -112,7 +113,8 @@ impl<'a> Tasks<'a> {
                     tasks.push(&[(i, 0)], heads, chunks.clone());
                     continue;
                 }
-                for chunk in chunks.iter().cloned().flatten().filter(|chunk| !together(i).contains(chunk)) {
+                for chunk in chunks.iter().cloned().flatten().filter(|chunk| together(i).binary_search(chunk).is_err())
+                {
                     tasks.push(&[(i, 0)], heads.clone(), [chunk..chunk + 1, 0..0]);
                 }
             }
@@ -199,17 +201,21 @@ impl<'a> Tasks<'a> {
         let rows = |(tile, _): &(usize, usize)| self.query_tiles[*tile].tokens.len() * group;
         let all: usize = seeing.iter().map(rows).sum();
         let enough = all.div_ceil(all.div_ceil(most).max(1));
-        let mut parts: Vec<Members> = vec![Vec::new()];
-        let mut rows_of_part = 0;
-        for member in seeing {
-            if rows_of_part >= enough {
-                parts.push(Vec::new());
-                rows_of_part = 0;
-            }
-            rows_of_part += rows(&member);
-            parts.last_mut().into_iter().for_each(|part| part.push(member));
+        let mut parts: Vec<Members> = Vec::new();
+        let mut left = &seeing[..];
+        while left.len() > 1 {
+            let mut rows_of_part = 0;
+            let fits = left.iter().take_while(|member| {
+                let fits = rows_of_part < enough;
+                rows_of_part += rows(member);
+                fits
+            });
+            // Two or more, and none is left over alone.
+            let n = fits.count().max(2);
+            let n = if left.len() - n == 1 { left.len() } else { n };
+            parts.push(left[..n].to_vec());
+            left = &left[n..];
         }
-        parts.retain(|part| part.len() > 1);
         parts
     }
 
@@ -219,7 +225,11 @@ impl<'a> Tasks<'a> {
         let mut work = 0usize;
         for &(query_tile, common) in members {
             let tile = &mut self.query_tiles[query_tile];
-            let turn = if tile.by_chunk { tile.index_of(chunks[0].start).unwrap_or(0) } else { 0 };
+            let turn = tile.index_of(chunks[0].start).filter(|_| tile.by_chunk).unwrap_or(0);
+            debug_assert!(
+                !tile.by_chunk || tile.index_of(chunks[0].start).is_some(),
+                "a task has chunks that its tiles see"
+            );
             tile.tasks += 1;
             work = work.saturating_add(tile.work(&chunks).saturating_mul(heads.len()));
             self.members.push(Member { query_tile, turn, common });

@@ -71,8 +71,10 @@ impl Step<'_> {
         Some(first..first + self.pushed.get(sequence)?.logits)
     }
 
-    /// How many tokens attention in this layer does not read, because it reads them for another sequence of the step
-    /// that has the same blocks. The fused backend reads what sequences share once for all of them.
+    /// How many tokens lie in blocks that a sequence of this step, with at most 32 new tokens, shares with another such
+    /// sequence, each time but the first. The fused backend reads what they share once for all of them, as far as they
+    /// see it. (More than some 32 rows, new tokens times query heads per key head, are bound by arithmetic and are
+    /// computed for each sequence.)
     ///
     /// # Errors
     ///

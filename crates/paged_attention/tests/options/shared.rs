@@ -1,8 +1,10 @@
 //! Blocks that several sequences share are read once for all of them: each result is the same to the last bit as if every
 //! sequence had been computed alone.
 
-use candle_core::Tensor;
-use paged_attention::{BlockTable, KvCache, KvDtype};
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor};
+use paged_attention::{Attention, BlockTable, KvCache, KvDtype, KvShape};
 
 use crate::case::{Case, Numbers, cases, stores};
 use crate::common::{Configure, Random};
@@ -113,4 +115,67 @@ fn results_are_the_same_as_alone() {
         let shared: usize = each.map(|((_, configure, dtype), seed)| history(case, configure, *dtype, seed)).sum();
         assert!(shared > 1000, "{}: {shared} tokens", case.name);
     }
+}
+
+/// More heads, rows and threads than the histories have: tasks of several sequences have fewer heads than those of one,
+/// are split into parts, and threads go from the ones to the others in any order.
+#[test]
+fn many_sequences_over_one_prompt_are_the_same_as_alone() {
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(6).build().unwrap();
+    for (heads, kv_heads, sequences) in [(32, 8, 32), (8, 8, 40), (48, 4, 20), (16, 1, 3)] {
+        let cache = KvCache::builder(KvShape::new(1, kv_heads, 16)).blocks(4000).build().unwrap();
+        let random = |tokens, heads| Tensor::randn(0f32, 1., (tokens, heads, 16), &Device::Cpu).unwrap();
+        let grow = |table: &mut BlockTable, tokens: Range<u32>| {
+            let mut step = cache.step();
+            let (k, v) = (random(tokens.len(), kv_heads), random(tokens.len(), kv_heads));
+            step.push(table, &tokens.collect::<Vec<_>>()).unwrap();
+            step.write(0, &k, &v).unwrap();
+            step.commit().unwrap();
+        };
+        // The prompt ends in a chunk, and what the sequences have of their own reaches the next.
+        let mut prompt = cache.table();
+        grow(&mut prompt, 0..600);
+        let mut tables: Vec<_> = (0..sequences).map(|_| prompt.fork()).collect();
+        for (table, ids) in tables.iter_mut().zip((1..).map(|i| 1000 * i)) {
+            grow(table, ids..ids + 500);
+        }
+        let (q, k) = (random(sequences, heads), random(sequences, kv_heads));
+        let mut step = cache.step();
+        for table in &mut tables {
+            step.push(table, &[1]).unwrap();
+        }
+        // Nine whole tiles of 64 tokens, for all but the first.
+        assert_eq!(step.shared_tokens(0).unwrap(), (sequences - 1) * 9 * 64);
+        let attend = |shared| {
+            let attention = Attention::scaled_by(16).shared_reads(shared);
+            let y = threads.install(|| step.attend(0, &q, &k, &k, &attention)).unwrap();
+            y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let alone = attend(false);
+        for round in 0..40 {
+            let together = attend(true);
+            let same = alone.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{heads}/{kv_heads}, {sequences} sequences, round {round}");
+        }
+    }
+}
+
+#[test]
+fn sequences_that_are_pushed_later_share_too() {
+    let cache = KvCache::builder(KvShape::new(1, 1, 16)).blocks(64).build().unwrap();
+    let mut tables = vec![cache.table()];
+    let mut step = cache.step();
+    step.push(&mut tables[0], &(0..200).collect::<Vec<_>>()).unwrap();
+    step.write(0, &zeros(200), &zeros(200)).unwrap();
+    step.commit().unwrap();
+    tables.extend([tables[0].fork(), tables[0].fork()]);
+    let mut step = cache.step();
+    for (table, shared) in tables.iter_mut().zip([0, 192, 384]) {
+        step.push(table, &[1]).unwrap();
+        assert_eq!(step.shared_tokens(0).unwrap(), shared);
+    }
+}
+
+fn zeros(tokens: usize) -> Tensor {
+    Tensor::zeros((tokens, 1, 16), DType::F32, &Device::Cpu).unwrap()
 }
