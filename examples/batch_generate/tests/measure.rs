@@ -43,7 +43,8 @@ fn copies_of_a_prompt_continue_as_in_the_engine() {
 #[test]
 fn prompts_behind_a_system_prompt_continue_as_in_the_engine() {
     let (_folder, model) = common::tiny();
-    let (batch, system, tail, tokens) = (3, 21, 7, 4);
+    // More than one tile of tokens is shared.
+    let (batch, system, tail, tokens) = (3, 90, 7, 4);
     let all = prompt(system + batch * tail, common::VOCABULARY);
     let requests: Vec<_> = all[system..]
         .chunks(tail)
@@ -53,6 +54,11 @@ fn prompts_behind_a_system_prompt_continue_as_in_the_engine() {
     let settings =
         Settings { max_batch: batch, step_tokens: STEP_TOKENS, samples: 1, seed: 0, sampling: Sampling::greedy() };
     let outcome = generate(&model, &cache, &requests, &settings, |_| false, |_| ()).unwrap();
+
+    // The prompts wait for the first to compute what they share.
+    let decoded = batch * tokens * (system + tail);
+    assert!(outcome.shared_tokens > 0 && outcome.shared_tokens < outcome.read_tokens, "{}", outcome.shared_tokens);
+    assert!(outcome.read_tokens > decoded, "{}", outcome.read_tokens);
 
     let filled = Filled::behind(&model, KvDtype::F32, batch, system, tail, tokens).unwrap();
     assert_eq!((filled.context(), filled.prefill().tokens), (system + tail, system));

@@ -47,6 +47,13 @@ struct Worker<F: Format> {
     spare: Option<State>,
 }
 
+impl<F: Format> Default for Worker<F> {
+    fn default() -> Self {
+        let (ready, tokens, queries) = ((Vec::new(), 0..0), Vec::new(), F::Queries::default());
+        Self { scratch: Scratch::default(), ready, tokens, queries, spare: None }
+    }
+}
+
 impl<'a, S: Number> Job<'a, S> {
     /// Attention of `q (tokens, heads, head_dim)`. The result is written to `out (tokens, heads, value_dim)`, and the
     /// log-sum-exp of each row, to base two, to `lse (tokens, heads)`.
@@ -78,22 +85,22 @@ impl<'a, S: Number> Job<'a, S> {
     /// Claims and computes tasks until none is left. The job is done when this has returned in every thread that called
     /// it.
     pub(super) fn run<F: Format>(&self, layer: &[F::Number], q: &[S]) {
-        let Self { call, .. } = *self;
-        let head_dim = call.layout.head_dim;
-        let queries = Queries { numbers: q, heads: call.heads, head_dim, factor: call.attention.factor() };
-        let inputs = Inputs { call, layer, queries };
-        let mut worker = Worker::<F> {
-            scratch: Scratch::default(),
-            ready: (Vec::new(), 0..0),
-            tokens: Vec::new(),
-            queries: F::Queries::default(),
-            spare: None,
-        };
+        let (inputs, mut worker) = (self.inputs::<F>(layer, q), Worker::default());
         while let Some(claimed) = self.claim() {
             for spec in &self.tasks.specs[claimed] {
                 self.compute(spec, &inputs, &mut worker);
             }
         }
+    }
+
+    fn inputs<'b, F: Format>(&self, layer: &'b [F::Number], q: &'b [S]) -> Inputs<'b, F, S>
+    where
+        'a: 'b,
+    {
+        let call = self.call;
+        let head_dim = call.layout.head_dim;
+        let queries = Queries { numbers: q, heads: call.heads, head_dim, factor: call.attention.factor() };
+        Inputs { call, layer, queries }
     }
 
     /// Claims consecutive tasks for the calling thread: one thread's share of the work that is left. Neighbouring tasks
@@ -247,6 +254,68 @@ impl<'a, S: Number> Job<'a, S> {
                         S::narrow(&output, &mut out[at * value_dim..][..value_dim]);
                         row += 1;
                     }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use block_pool::{KvShape, Order};
+
+    use super::super::format::Float;
+    use super::*;
+    use crate::plan::Plan;
+    use crate::{Attention, Kernel};
+
+    const DIM: usize = 16;
+
+    /// Numbers between -1 and 1.
+    fn numbers(n: usize) -> Vec<f32> {
+        (0..n as u32).map(|i| (i.wrapping_mul(0x9e37_79b1) >> 16) as f32 / 32768.0 - 1.0).collect()
+    }
+
+    /// Each order of a job's tasks gives the same numbers as every sequence alone, also if one thread computes them all.
+    #[test]
+    fn tasks_can_be_computed_in_any_order() {
+        let mut random = 1u64;
+        let mut below = |n: usize| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) as usize % n
+        };
+        for (heads, kv_heads, sequences) in [(16, 8, 6), (9, 3, 20), (12, 4, 2), (4, 1, 5)] {
+            let layout = KvLayout::new(&KvShape::new(1, kv_heads, DIM), 64, Order::Panels);
+            // 704 tokens of a prompt, of which the second chunk has some, and 500 of their own.
+            let mut plan = Plan::default();
+            for sequence in 0..sequences {
+                let own = (0..8).map(|block| 11 + sequence * 8 + block);
+                plan.push_last(1, 704 + 500, (0..11).chain(own));
+            }
+            let layer = numbers((11 + sequences as usize * 8) * layout.block_elements());
+            let q = numbers(sequences as usize * heads * DIM);
+            let mut expected = Vec::new();
+            for (round, shared) in (0..12).map(|round| (round, round > 0)) {
+                let attention = Attention::scaled_by(DIM).shared_reads(shared);
+                let call =
+                    Call { layout: &layout, plan: &plan, heads, attention: &attention, kernel: Kernel::Portable };
+                let (mut out, mut lse) = (vec![0f32; q.len()], vec![0f32; sequences as usize * heads]);
+                let job = Job::new(&call, &mut out, &mut lse);
+                assert_eq!(job.tasks.specs.iter().any(|spec| spec.members.len() > 1), shared);
+                let (inputs, mut worker) = (job.inputs::<Float<f32>>(&layer, &q), Worker::default());
+                let mut left: Vec<&TaskSpec> = job.tasks.specs.iter().collect();
+                while !left.is_empty() {
+                    // Most often a task of the same first head, whose query rows may be packed already.
+                    let last = worker.ready.1.start;
+                    let like = left.iter().position(|spec| spec.heads.start == last).filter(|_| below(4) > 0);
+                    let next = like.unwrap_or_else(|| below(left.len()));
+                    job.compute(left.swap_remove(next), &inputs, &mut worker);
+                }
+                drop(job);
+                let bits: Vec<u32> = out.iter().chain(&lse).map(|x| x.to_bits()).collect();
+                match round {
+                    0 => expected = bits,
+                    _ => assert!(bits == expected, "{heads}/{kv_heads}, {sequences} sequences, round {round}"),
                 }
             }
         }
