@@ -9,8 +9,9 @@ to a request that fails is {"error": "..."}; the peer then goes on with the next
 
 A case has `kind` (decode, shared, prefill, append, generate), `heads`, `kv_heads`, `head_dim`, `batch`, `context`,
 `prefix` (how many tokens of the context all sequences share), `room` (tokens that each sequence may grow by), `dtype`
-(f32, f16, bf16, int8) and `layers` (the number of copies of keys and values that calls rotate over). The numbers come from `numbers`, so that every contender computes the same and the
-driver can compare `output`, the last token's `(heads, head_dim)`.
+(f32, f16, bf16, int8) and `layers` (the number of copies of keys and values that calls rotate over). The numbers come
+from `numbers`, so that every contender computes the same and the driver can compare `output`, the last token's
+`(heads, head_dim)`.
 """
 
 import gc

@@ -116,7 +116,8 @@ def append(case, variant):
 
 def prepare(case, variant):
     with torch.inference_mode():
-        run, output = {"decode": decode, "shared": shared, "prefill": prefill, "append": append}[case["kind"]](case, variant)
+        prepare_kind = {"decode": decode, "shared": shared, "prefill": prefill, "append": append}[case["kind"]]
+        run, output = prepare_kind(case, variant)
 
     def inferring(times):
         with torch.inference_mode():

@@ -42,8 +42,8 @@ def prepare(case, variant):
     kv_heads, dim, dtype = case["kv_heads"], case["head_dim"], DTYPES[case["dtype"]]
     kernel = isa(case, block_size)
 
-    # For each layer (blocks, kv_heads, block_size of K then of V, head_dim), the layout of its backend. The first blocks
-    # are those that all sequences share.
+    # For each layer (blocks, kv_heads, block_size of K then of V, head_dim), the layout of its backend. The first
+    # blocks are those that all sequences share.
     shared = case["prefix"] // block_size
     own = -(-context // block_size) - shared
     blocks = shared + batch * own
