@@ -198,11 +198,17 @@ impl<'a> Tasks<'a> {
             Some((tile, std::mem::replace(&mut common, CHUNK)))
         });
         let seeing: Vec<(usize, usize)> = seeing.collect();
+        // Where blocks differ within a chunk, its rest would be a part of each sequence: that costs more than it saves.
+        seeing.chunk_by(|_, (_, common)| *common == CHUNK).flat_map(|alike| self.parts_of(alike, group, most)).collect()
+    }
+
+    /// Query tiles that have a whole chunk in common, in parts.
+    fn parts_of(&self, seeing: &[(usize, usize)], group: usize, most: usize) -> Vec<Members> {
         let rows = |(tile, _): &(usize, usize)| self.query_tiles[*tile].tokens.len() * group;
         let all: usize = seeing.iter().map(rows).sum();
         let enough = all.div_ceil(all.div_ceil(most).max(1));
         let mut parts: Vec<Members> = Vec::new();
-        let mut left = &seeing[..];
+        let mut left = seeing;
         while left.len() > 1 {
             let mut rows_of_part = 0;
             let fits = left.iter().take_while(|member| {
