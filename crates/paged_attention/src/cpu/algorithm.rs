@@ -56,8 +56,6 @@ pub(super) struct Task<'a, F: Format> {
     pub(super) tokens: &'a [NewToken],
     /// The task's chunks: two ranges, the second after the first.
     pub(super) chunks: [Range<usize>; 2],
-    /// The positions to compute within these chunks. They begin at a tile.
-    pub(super) within: Range<usize>,
 }
 
 /// A new token whose rows are computed.
@@ -115,8 +113,7 @@ impl<F: Format> Default for Scratch<F> {
     }
 }
 
-/// A task, buffers for it, and the states of its rows, `(heads, tokens, group)`: what they have seen so far of the
-/// first of its chunks.
+/// A task, buffers for it, and the states of its rows, `(heads, tokens, group)`, that have seen no token.
 pub(super) struct Attend<'a, 'b, F: Format>(
     pub(super) &'b Task<'a, F>,
     pub(super) &'b mut Scratch<F>,
@@ -141,8 +138,7 @@ fn attend<V: Wide, F: Format>(task: &Task<'_, F>, scratch: &mut Scratch<F>, tota
     let mut partial = None;
     let mut tiles = [Vec::new(), Vec::new()];
     for (i, chunk) in task.chunks.iter().cloned().flatten().enumerate() {
-        let start = task.within.start.max(chunk * CHUNK);
-        let positions = start..task.end().min(task.within.end).min((chunk + 1) * CHUNK);
+        let positions = chunk * CHUNK..task.end().min((chunk + 1) * CHUNK);
         let state = match i {
             0 => &mut *total,
             _ => partial.get_or_insert_with(|| State::new(task.heads.len() * rows, task.blocks.dims())),

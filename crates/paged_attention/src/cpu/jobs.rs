@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use block_pool::KvLayout;
 
 use super::Call;
-use super::algorithm::{Attend, CHUNK, NewToken, Scratch, Task};
+use super::algorithm::{Attend, NewToken, Scratch, Task};
 use super::format::{Format, Number};
 use super::merged::{Merged, Part};
 use super::queries::{Prepare, Queries};
@@ -115,38 +115,24 @@ impl<'a, S: Number> Job<'a, S> {
         Some(range(start))
     }
 
-    /// Computes a task. As long as the tokens of its members are the same, all their rows are computed together; from
-    /// where they differ on, the rows of those that still have the same tokens.
+    /// Computes a task: all rows of its members together.
     fn compute<F: Format>(&self, spec: &TaskSpec, inputs: &Inputs<'_, F, S>, worker: &mut Worker<F>) {
         let members = &self.tasks.members[spec.members.clone()];
-        if let [member] = members {
-            let state = self.attend(spec, members, 0..usize::MAX, None, inputs, worker);
-            let Member { query_tile, turn, .. } = *member;
+        let state = self.attend(spec, members, inputs, worker);
+        if let &[Member { query_tile, turn }] = members {
             let part = Part { heads: spec.heads.clone(), turn, state };
             self.submit(query_tile, |merged| merged.add(part), inputs, worker);
             return;
         }
-        let start = spec.chunks[0].start * CHUNK;
-        let mut left = vec![(members, 0, None)];
-        while let Some((members, from, state)) = left.pop() {
-            let until = members[1..].iter().map(|member| member.common).min().unwrap_or(CHUNK);
-            let state = self.attend(spec, members, start + from..start + until, state, inputs, worker);
-            let ends = |member: &Member| until < CHUNK && member.common <= until;
-            let rows = self.rows(members, inputs.group());
-            let mut first = 0;
-            // Those that differ from here on, or each for itself if all tokens were the same.
-            for alike in members.chunk_by(|_, member| until < CHUNK && !ends(member)) {
-                let part = state.part(rows, first..first + self.rows(alike, inputs.group()));
-                first += self.rows(alike, inputs.group());
-                if until < CHUNK {
-                    left.push((alike, until, Some(part.copy())));
-                    continue;
-                }
-                let Member { query_tile, turn, .. } = alike[0];
-                self.submit(query_tile, |merged| merged.add_rows(&spec.heads, turn, &part), inputs, worker);
-            }
-            worker.spare.get_or_insert(state);
+        let rows = self.rows(members, inputs.group());
+        let mut first = 0;
+        for member in members {
+            let own = first..first + self.rows(std::slice::from_ref(member), inputs.group());
+            first = own.end;
+            let part = state.part(rows, own);
+            self.submit(member.query_tile, |merged| merged.add_rows(&spec.heads, member.turn, &part), inputs, worker);
         }
+        worker.spare = Some(state);
     }
 
     /// How many rows these members have in a key head.
@@ -154,14 +140,11 @@ impl<'a, S: Number> Job<'a, S> {
         members.iter().map(|member| self.tasks.query_tiles[member.query_tile].tokens.len() * group).sum()
     }
 
-    /// Computes the rows of these members over the positions `within` of a task's chunks, on top of `state`. They have
-    /// the same tokens there.
+    /// Computes the rows of a task's members, which have the same tokens there.
     fn attend<F: Format>(
         &self,
         spec: &TaskSpec,
         members: &[Member],
-        within: Range<usize>,
-        state: Option<State>,
         inputs: &Inputs<'_, F, S>,
         worker: &mut Worker<F>,
     ) -> State {
@@ -190,17 +173,16 @@ impl<'a, S: Number> Job<'a, S> {
             heads: spec.heads.clone(),
             tokens: &worker.tokens,
             chunks: spec.chunks.clone(),
-            within,
         };
         let rows = spec.heads.len() * worker.tokens.len() * inputs.group();
         let dims = task.blocks.dims();
-        let mut state = state.unwrap_or_else(|| match worker.spare.take_if(|_| members.len() > 1) {
+        let mut state = match worker.spare.take_if(|_| members.len() > 1) {
             Some(mut spare) => {
                 spare.reset(rows, dims);
                 spare
             }
             None => State::new(rows, dims),
-        });
+        };
         kernel.run(Attend(&task, &mut worker.scratch, &mut state));
         state
     }

@@ -100,7 +100,6 @@ impl<'a, F: Format, S: Number> Inputs<'a, F, S> {
             group: self.group(),
             heads,
             chunks: chunks(&[0..visible.sink_tokens, visible.recent.clone()]),
-            within: 0..usize::MAX,
             tokens: &tokens,
         };
         let mut state = State::new(self.group(), task.blocks.dims());

@@ -64,8 +64,6 @@ pub(super) struct Member {
     pub(super) query_tile: usize,
     /// The place of the task among those of the query tile in its key heads, in the order of their chunks.
     pub(super) turn: usize,
-    /// How many tokens of the chunk are the same as those of the member before.
-    pub(super) common: usize,
 }
 
 /// The tasks of a step.
@@ -86,7 +84,7 @@ impl<'a> Tasks<'a> {
         let mut together: Vec<Vec<usize>> = Vec::new();
         for unit in runs.iter().flatten() {
             together.resize_with(tasks.query_tiles.len(), Vec::new);
-            unit.members.iter().for_each(|&(tile, _)| together[tile].push(unit.chunk));
+            unit.members.iter().for_each(|&tile| together[tile].push(unit.chunk));
         }
         together.iter_mut().for_each(|chunks| chunks.sort_unstable());
         let together = |tile: usize| together.get(tile).map_or(&[][..], Vec::as_slice);
@@ -110,12 +108,12 @@ impl<'a> Tasks<'a> {
             let chunks = chunks.clone();
             for heads in steps(kv_heads, if by_chunk { step } else { 1 }) {
                 if !by_chunk {
-                    tasks.push(&[(i, 0)], heads, chunks.clone());
+                    tasks.push(&[i], heads, chunks.clone());
                     continue;
                 }
                 for chunk in chunks.iter().cloned().flatten().filter(|chunk| together(i).binary_search(chunk).is_err())
                 {
-                    tasks.push(&[(i, 0)], heads.clone(), [chunk..chunk + 1, 0..0]);
+                    tasks.push(&[i], heads.clone(), [chunk..chunk + 1, 0..0]);
                 }
             }
         }
@@ -126,7 +124,7 @@ impl<'a> Tasks<'a> {
     fn shared_step(&self, runs: &[Vec<Unit>], kv_heads: usize, enough: usize) -> usize {
         let work = |unit: &Unit| -> usize {
             let chunks = [unit.chunk..unit.chunk + 1, 0..0];
-            unit.members.iter().map(|&(tile, _)| self.query_tiles[tile].work(&chunks)).sum()
+            unit.members.iter().map(|&tile| self.query_tiles[tile].work(&chunks)).sum()
         };
         let largest = runs.iter().flatten().map(work).max().unwrap_or(0);
         kv_heads.div_ceil(largest.div_ceil((self.all_work() / enough).max(1)).max(1))
@@ -181,8 +179,8 @@ impl<'a> Tasks<'a> {
         (of_task / CHUNK).saturating_mul(call.heads / kv_heads).clamp(FEWEST_SHARED_ROWS, MOST_SHARED_ROWS)
     }
 
-    /// The query tiles of a set that see the chunk, and how many tokens of it each has in common with the one before,
-    /// in parts of two or more tiles, with about `most` rows.
+    /// The query tiles of a set that see the chunk and have all of it in common, in parts of two or more tiles, with about
+    /// `most` rows.
     fn parts(
         &self,
         chunk: usize,
@@ -199,21 +197,23 @@ impl<'a> Tasks<'a> {
         });
         let seeing: Vec<(usize, usize)> = seeing.collect();
         // Where blocks differ within a chunk, its rest would be a part of each sequence: that costs more than it saves.
-        seeing.chunk_by(|_, (_, common)| *common == CHUNK).flat_map(|alike| self.parts_of(alike, group, most)).collect()
+        let alike = seeing.chunk_by(|_, (_, common)| *common == CHUNK);
+        let tiles = alike.map(|alike| alike.iter().map(|&(tile, _)| tile).collect::<Vec<_>>());
+        tiles.flat_map(|tiles| self.parts_of(&tiles, group, most)).collect()
     }
 
     /// Query tiles that have a whole chunk in common, in parts.
-    fn parts_of(&self, seeing: &[(usize, usize)], group: usize, most: usize) -> Vec<Members> {
-        let rows = |(tile, _): &(usize, usize)| self.query_tiles[*tile].tokens.len() * group;
-        let all: usize = seeing.iter().map(rows).sum();
+    fn parts_of(&self, tiles: &[usize], group: usize, most: usize) -> Vec<Members> {
+        let rows = |tile: &usize| self.query_tiles[*tile].tokens.len() * group;
+        let all: usize = tiles.iter().map(rows).sum();
         let enough = all.div_ceil(all.div_ceil(most).max(1));
         let mut parts: Vec<Members> = Vec::new();
-        let mut left = seeing;
+        let mut left = tiles;
         while left.len() > 1 {
             let mut rows_of_part = 0;
-            let fits = left.iter().take_while(|member| {
+            let fits = left.iter().take_while(|tile| {
                 let fits = rows_of_part < enough;
-                rows_of_part += rows(member);
+                rows_of_part += rows(tile);
                 fits
             });
             // Two or more, and none is left over alone.
@@ -226,10 +226,10 @@ impl<'a> Tasks<'a> {
     }
 
     /// Adds a task.
-    fn push(&mut self, members: &[(usize, usize)], heads: Range<usize>, chunks: [Range<usize>; 2]) {
+    fn push(&mut self, members: &[usize], heads: Range<usize>, chunks: [Range<usize>; 2]) {
         let first = self.members.len();
         let mut work = 0usize;
-        for &(query_tile, common) in members {
+        for &query_tile in members {
             let tile = &mut self.query_tiles[query_tile];
             let turn = tile.index_of(chunks[0].start).filter(|_| tile.by_chunk).unwrap_or(0);
             debug_assert!(
@@ -238,7 +238,7 @@ impl<'a> Tasks<'a> {
             );
             tile.tasks += 1;
             work = work.saturating_add(tile.work(&chunks).saturating_mul(heads.len()));
-            self.members.push(Member { query_tile, turn, common });
+            self.members.push(Member { query_tile, turn });
         }
         let members = first..self.members.len();
         let work_until = self.work(0..self.specs.len()).saturating_add(work);
@@ -251,8 +251,8 @@ fn steps(kv_heads: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
     (0..kv_heads).step_by(step).map(move |head| head..kv_heads.min(head + step))
 }
 
-/// Two or more query tiles, and how many tokens of the chunk each has in common with the one before.
-type Members = Vec<(usize, usize)>;
+/// Two or more query tiles.
+type Members = Vec<usize>;
 
 /// The tasks of several query tiles that differ in their heads only.
 struct Unit {
@@ -263,7 +263,7 @@ struct Unit {
 impl Unit {
     /// Whether another unit has the same query tiles.
     fn is_like(&self, other: &Self) -> bool {
-        self.members.iter().map(|member| member.0).eq(other.members.iter().map(|member| member.0))
+        self.members == other.members
     }
 }
 
