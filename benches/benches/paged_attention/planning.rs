@@ -28,7 +28,7 @@ pub(crate) fn planning(case: &Case, record: &mut Record) -> Result<()> {
                 step.push(table, &[0])?;
             }
             let started = Instant::now();
-            assert_eq!(black_box(step.shared_tokens(0)?), 0);
+            assert_eq!(black_box(step.shared_tokens(0, &attention)?), 0);
             let planning = started.elapsed();
             turns.set(turns.get() + 1);
             let started = Instant::now();

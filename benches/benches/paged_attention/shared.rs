@@ -73,7 +73,7 @@ pub(crate) fn shared(case: &Case, tree: Tree, record: &mut Record) -> Result<()>
     let multiply_adds = 2 * batch * (context + TAIL) * heads * head_dim;
     let chains = multiply_adds / benches::CHAINS / threads;
     let attention = Attention::new(case.scale());
-    let apart = attention.clone().shared_reads(false);
+    let apart = attention.clone().shared_reads_from(usize::MAX);
     let mut contenders: Vec<Contender<'_>> = vec![
         Contender::timed("shared", |_| attend(&step, &q, &k, &attention)),
         Contender::timed("apart", |_| attend(&step, &q, &k, &apart)),

@@ -19,13 +19,24 @@ pub struct Attention {
     pub(crate) soft_cap: Option<f32>,
     pub(crate) slopes: Option<Arc<[f32]>>,
     pub(crate) sink_logits: Option<Arc<[f32]>>,
-    pub(crate) shared_reads: bool,
+    pub(crate) shared_reads_from: usize,
 }
+
+/// Shorter beginnings stay in a core's cache, from which each sequence reads them about as fast.
+const SHARED_READS_FROM: usize = 2048;
 
 impl Attention {
     /// Causal attention with the given scale, usually `1 / sqrt(head_dim)`.
     pub fn new(scale: f32) -> Self {
-        Self { scale, causal: true, window: None, soft_cap: None, slopes: None, sink_logits: None, shared_reads: true }
+        Self {
+            scale,
+            causal: true,
+            window: None,
+            soft_cap: None,
+            slopes: None,
+            sink_logits: None,
+            shared_reads_from: SHARED_READS_FROM,
+        }
     }
 
     /// Causal attention with the scale `1 / sqrt(head_dim)` ("Attention Is All You Need", section 3.2.1).
@@ -84,11 +95,13 @@ impl Attention {
         Self { sink_logits: None, ..self.clone() }
     }
 
-    /// Sets whether the fused backend reads blocks that several sequences of a step have in common once for all of them:
-    /// true by default. The results are the same to the last bit; this is for tests and benchmarks.
+    /// Sets how long the common beginning of several sequences of a step has to be, in tokens, for the fused backend to
+    /// read its blocks once for all of them: 2048 by default. A shorter one stays in a core's cache, from which each
+    /// sequence reads it about as fast. From 0 on, every chunk of 512 tokens that sequences have in common is read once;
+    /// `usize::MAX` reads all of them apart. The results are the same to the last bit.
     #[must_use]
-    pub fn shared_reads(self, shared_reads: bool) -> Self {
-        Self { shared_reads, ..self }
+    pub fn shared_reads_from(self, tokens: usize) -> Self {
+        Self { shared_reads_from: tokens, ..self }
     }
 
     /// The slopes of the ALiBi paper for `heads` query heads. If `heads` is a power of two `n`, they are `2^(-8 i / n)`

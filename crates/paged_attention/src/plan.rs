@@ -1,7 +1,7 @@
 //! The plan of a step: the rows, blocks and slots of its sequences. It is computed once and read by every layer.
 
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use block_table::{BlockTable, Span};
 
@@ -118,7 +118,7 @@ pub(crate) struct Plan {
     /// For each row, the slot that its key and value are written to.
     pub(crate) slot_mapping: Vec<u32>,
     /// Found by the first layer that asks.
-    shared: OnceLock<cpu::Shared>,
+    shared: Mutex<Option<Arc<cpu::Shared>>>,
 }
 
 impl Plan {
@@ -166,7 +166,7 @@ impl Plan {
     /// Adds a sequence. What sequences share is found anew.
     fn add(&mut self, planned: Planned) {
         self.sequences.push(planned);
-        self.shared = OnceLock::new();
+        self.shared = Mutex::default();
     }
 
     fn next_rows(&self, n: usize) -> Range<usize> {
@@ -188,9 +188,13 @@ impl Plan {
         self.slot_mapping.len()
     }
 
-    /// Which sequences read the same blocks.
-    pub(crate) fn shared(&self, block_size: usize) -> &cpu::Shared {
-        self.shared.get_or_init(|| cpu::Shared::of(self, block_size))
+    /// Which sequences read the same blocks, for at least `fewest_tokens`.
+    pub(crate) fn shared(&self, block_size: usize, fewest_tokens: usize) -> Arc<cpu::Shared> {
+        let mut found = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*found {
+            Some(shared) if shared.fewest_tokens == fewest_tokens => Arc::clone(shared),
+            _ => Arc::clone(found.insert(Arc::new(cpu::Shared::of(self, block_size, fewest_tokens)))),
+        }
     }
 
     /// A plan that only writes.

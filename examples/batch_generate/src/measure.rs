@@ -113,7 +113,10 @@ impl<'m> Filled<'m> {
     pub fn decode(&self, blocks: Blocks, tokens: usize) -> Result<Decoded> {
         ensure!(tokens <= self.room, "each sequence has room for {} more tokens, not for {tokens}", self.room);
         let tables = if blocks == Blocks::Own { &self.own } else { &self.shared };
-        let attention = self.model.attention().shared_reads(blocks != Blocks::SharedReadApart);
+        let attention = match blocks {
+            Blocks::SharedReadApart => self.model.attention().shared_reads_from(usize::MAX),
+            Blocks::Own | Blocks::Shared => self.model.attention(),
+        };
         let mut forks: Vec<_> = tables.iter().map(BlockTable::fork).collect();
         let mut next = self.next.clone();
         let mut decoded = Decoded { tokens: vec![Vec::new(); self.batch()], time: Duration::ZERO };

@@ -9,7 +9,7 @@ use paged_attention::{Attention, KvCache, KvDtype, KvShape, LayerGroup, Step, Ta
 
 const VOCABULARY: usize = 5;
 const END: u32 = 4;
-const CONTEXT: usize = 400;
+const CONTEXT: usize = 4096;
 const HEAD_DIM: usize = 4;
 const SHAPE: KvShape = KvShape::new(2, 1, HEAD_DIM);
 
@@ -22,6 +22,10 @@ impl LanguageModel for StandIn {
         CONTEXT
     }
 
+    fn attention(&self) -> Attention {
+        Attention::scaled_by(HEAD_DIM)
+    }
+
     fn forward(&self, step: &Step<'_>) -> Result<Tensor> {
         let (tokens, positions) = (step.token_ids()?.to_vec1::<u32>()?, step.positions()?.to_vec1::<u32>()?);
         let mut states: Vec<u64> =
@@ -32,7 +36,7 @@ impl LanguageModel for StandIn {
                 let numbers: Vec<f32> = states.iter().flat_map(row).collect();
                 Tensor::from_vec(numbers, (states.len(), 1, HEAD_DIM), &Device::Cpu)
             };
-            let y = step.attend(layer, &rows(0)?, &rows(1)?, &rows(2)?, &Attention::scaled_by(HEAD_DIM))?;
+            let y = step.attend(layer, &rows(0)?, &rows(1)?, &rows(2)?, &self.attention())?;
             let seen = y.flatten_from(1)?.to_vec2::<f32>()?; // (tokens, head_dim)
             states = seen.iter().map(|row| row.iter().fold(3, |state, x| mix(state, x.to_bits()))).collect();
         }
@@ -126,6 +130,15 @@ fn duplicates_that_fill_the_pool_to_the_last_block_finish() {
             run(45usize.div_ceil(block_size) + spare, block_size, &requests, &settings());
         }
     }
+}
+
+#[test]
+fn what_samples_of_a_long_prompt_read_together_is_counted() {
+    let requests = [Request { prompt: (0..2100).map(|i| i * i % 7).collect(), max_tokens: 5 }];
+    let outcome = run(600, 16, &requests, &Settings { samples: 3, ..settings() });
+    // Four chunks of 512 tokens, in each step but the prompt's, for all samples but the first.
+    assert!(outcome.shared_tokens > 0 && outcome.shared_tokens.is_multiple_of(2048), "{}", outcome.shared_tokens);
+    assert!(outcome.shared_tokens < outcome.read_tokens);
 }
 
 #[test]

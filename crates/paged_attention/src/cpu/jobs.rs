@@ -278,7 +278,7 @@ mod tests {
             let q = numbers(sequences as usize * heads * DIM);
             let mut expected = Vec::new();
             for (round, shared) in (0..12).map(|round| (round, round > 0)) {
-                let attention = Attention::scaled_by(DIM).shared_reads(shared);
+                let attention = Attention::scaled_by(DIM).shared_reads_from(if shared { 0 } else { usize::MAX });
                 let call =
                     Call { layout: &layout, plan: &plan, heads, attention: &attention, kernel: Kernel::Portable };
                 let (mut out, mut lse) = (vec![0f32; q.len()], vec![0f32; sequences as usize * heads]);

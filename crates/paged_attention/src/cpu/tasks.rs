@@ -10,7 +10,6 @@ use block_pool::KvLayout;
 
 use super::Call;
 use super::algorithm::{CHUNK, chunks};
-use super::shared;
 use crate::plan::Planned;
 
 /// The most rows of a task over the tokens of one sequence, unless the group of one token has more: few enough that the
@@ -82,9 +81,9 @@ impl<'a> Tasks<'a> {
         let runs = tasks.shared_runs(call);
         // For each query tile, which of its chunks are read together with others.
         let mut together: Vec<Vec<usize>> = Vec::new();
-        for unit in runs.iter().flatten() {
+        for run in &runs {
             together.resize_with(tasks.query_tiles.len(), Vec::new);
-            unit.members.iter().for_each(|&tile| together[tile].push(unit.chunk));
+            run.members.iter().for_each(|&tile| together[tile].extend(run.chunks.clone()));
         }
         together.iter_mut().for_each(|chunks| chunks.sort_unstable());
         let together = |tile: usize| together.get(tile).map_or(&[][..], Vec::as_slice);
@@ -92,14 +91,14 @@ impl<'a> Tasks<'a> {
             true => tile.chunks.iter().map(Range::len).sum::<usize>() - together(i).len(),
             false => kv_heads,
         });
-        let count = runs.iter().map(Vec::len).sum::<usize>() + alone.sum::<usize>();
+        let count = runs.iter().map(|run| run.chunks.len()).sum::<usize>() + alone.sum::<usize>();
         let enough = TASKS_PER_THREAD * rayon::current_num_threads();
         let step = kv_heads.div_ceil(enough.div_ceil(count.max(1)));
         let shared_step = step.min(tasks.shared_step(&runs, kv_heads, enough));
         for run in &runs {
             for heads in steps(kv_heads, shared_step) {
-                for Unit { members, chunk } in run {
-                    tasks.push(members, heads.clone(), [*chunk..chunk + 1, 0..0]);
+                for chunk in run.chunks.clone() {
+                    tasks.push(&run.members, heads.clone(), [chunk..chunk + 1, 0..0]);
                 }
             }
         }
@@ -121,12 +120,12 @@ impl<'a> Tasks<'a> {
     }
 
     /// How many key heads a task of several sequences has: each is as much work as many others.
-    fn shared_step(&self, runs: &[Vec<Unit>], kv_heads: usize, enough: usize) -> usize {
-        let work = |unit: &Unit| -> usize {
-            let chunks = [unit.chunk..unit.chunk + 1, 0..0];
-            unit.members.iter().map(|&tile| self.query_tiles[tile].work(&chunks)).sum()
+    fn shared_step(&self, runs: &[SharedRun], kv_heads: usize, enough: usize) -> usize {
+        let work = |run: &SharedRun| -> usize {
+            let chunks = [run.chunks.start..run.chunks.start + 1, 0..0];
+            run.members.iter().map(|&tile| self.query_tiles[tile].work(&chunks)).sum()
         };
-        let largest = runs.iter().flatten().map(work).max().unwrap_or(0);
+        let largest = runs.iter().map(work).max().unwrap_or(0);
         kv_heads.div_ceil(largest.div_ceil((self.all_work() / enough).max(1)).max(1))
     }
 
@@ -147,10 +146,11 @@ impl<'a> Tasks<'a> {
         start..(start + 1).max(self.specs.partition_point(|task| task.work_until <= enough))
     }
 
-    /// What query tiles read together: runs of chunks with the same query tiles.
-    fn shared_runs(&self, call: &Call<'_>) -> Vec<Vec<Unit>> {
-        let mut runs: Vec<Vec<Unit>> = Vec::new();
-        if !call.attention.shared_reads || self.query_tiles.len() < 2 {
+    /// What query tiles read together.
+    fn shared_runs(&self, call: &Call<'_>) -> Vec<SharedRun> {
+        let mut runs: Vec<SharedRun> = Vec::new();
+        let fewest_tokens = call.attention.shared_reads_from;
+        if fewest_tokens == usize::MAX || self.query_tiles.len() < 2 {
             return runs;
         }
         // Sequences with few new tokens have one query tile.
@@ -160,13 +160,17 @@ impl<'a> Tasks<'a> {
         }
         let rows = self.shared_rows(call);
         let group = call.heads / call.layout.kv_heads;
-        for (set, members) in call.plan.shared(call.layout.block_size).sets() {
-            for members in self.parts(set.chunk, members, &tile_of, group, rows) {
-                let unit = Unit { members, chunk: set.chunk };
-                match runs.last_mut().filter(|run| run.last().is_some_and(|last| last.is_like(&unit))) {
-                    Some(run) => run.push(unit),
-                    None => runs.push(vec![unit]),
-                }
+        for run in &call.plan.shared(call.layout.block_size, fewest_tokens).runs {
+            let tiles: Vec<usize> = run.sequences.iter().filter_map(|&sequence| tile_of[sequence]).collect();
+            let seeing = |chunk: &usize| -> Vec<usize> {
+                let sees = |tile: &usize| self.query_tiles[*tile].index_of(*chunk).is_some();
+                tiles.iter().copied().filter(sees).collect()
+            };
+            let chunks: Vec<(usize, Vec<usize>)> = run.chunks.clone().map(|chunk| (chunk, seeing(&chunk))).collect();
+            for alike in chunks.chunk_by(|a, b| a.1 == b.1) {
+                let chunks = alike[0].0..alike[0].0 + alike.len();
+                let parts = self.parts_of(&alike[0].1, group, rows);
+                runs.extend(parts.into_iter().map(|members| SharedRun { members, chunks: chunks.clone() }));
             }
         }
         runs
@@ -179,35 +183,12 @@ impl<'a> Tasks<'a> {
         (of_task / CHUNK).saturating_mul(call.heads / kv_heads).clamp(FEWEST_SHARED_ROWS, MOST_SHARED_ROWS)
     }
 
-    /// The query tiles of a set that see the chunk and have all of it in common, in parts of two or more tiles, with about
-    /// `most` rows.
-    fn parts(
-        &self,
-        chunk: usize,
-        members: &[shared::Member],
-        tile_of: &[Option<usize>],
-        group: usize,
-        most: usize,
-    ) -> Vec<Members> {
-        let mut common = CHUNK;
-        let seeing = members.iter().filter_map(|member| {
-            common = common.min(member.common);
-            let tile = tile_of[member.sequence].filter(|&tile| self.query_tiles[tile].index_of(chunk).is_some())?;
-            Some((tile, std::mem::replace(&mut common, CHUNK)))
-        });
-        let seeing: Vec<(usize, usize)> = seeing.collect();
-        // Where blocks differ within a chunk, its rest would be a part of each sequence: that costs more than it saves.
-        let alike = seeing.chunk_by(|_, (_, common)| *common == CHUNK);
-        let tiles = alike.map(|alike| alike.iter().map(|&(tile, _)| tile).collect::<Vec<_>>());
-        tiles.flat_map(|tiles| self.parts_of(&tiles, group, most)).collect()
-    }
-
-    /// Query tiles that have a whole chunk in common, in parts.
-    fn parts_of(&self, tiles: &[usize], group: usize, most: usize) -> Vec<Members> {
+    /// Query tiles that have whole chunks in common, in parts of two or more, with about `most` rows.
+    fn parts_of(&self, tiles: &[usize], group: usize, most: usize) -> Vec<Vec<usize>> {
         let rows = |tile: &usize| self.query_tiles[*tile].tokens.len() * group;
         let all: usize = tiles.iter().map(rows).sum();
         let enough = all.div_ceil(all.div_ceil(most).max(1));
-        let mut parts: Vec<Members> = Vec::new();
+        let mut parts = Vec::new();
         let mut left = tiles;
         while left.len() > 1 {
             let mut rows_of_part = 0;
@@ -251,20 +232,10 @@ fn steps(kv_heads: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
     (0..kv_heads).step_by(step).map(move |head| head..kv_heads.min(head + step))
 }
 
-/// Two or more query tiles.
-type Members = Vec<usize>;
-
-/// The tasks of several query tiles that differ in their heads only.
-struct Unit {
-    members: Members,
-    chunk: usize,
-}
-
-impl Unit {
-    /// Whether another unit has the same query tiles.
-    fn is_like(&self, other: &Self) -> bool {
-        self.members == other.members
-    }
+/// Two or more query tiles that read these chunks together.
+struct SharedRun {
+    members: Vec<usize>,
+    chunks: Range<usize>,
 }
 
 impl QueryTile<'_> {

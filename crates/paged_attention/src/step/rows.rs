@@ -5,8 +5,8 @@ use std::ops::Range;
 use candle_core::{Result, Tensor};
 
 use super::{Pushed, Step};
-use crate::StepMetadata;
 use crate::plan::Planned;
+use crate::{Attention, StepMetadata};
 
 impl Step<'_> {
     /// The number of sequences in the step.
@@ -71,18 +71,18 @@ impl Step<'_> {
         Some(first..first + self.pushed.get(sequence)?.logits)
     }
 
-    /// How many tokens lie in blocks that a sequence of this step, with at most 32 new tokens, shares with another such
-    /// sequence, each time but the first. The fused backend reads what they share once for all of them, as far as they
-    /// see it. (More than some 32 rows, new tokens times query heads per key head, are bound by arithmetic and are
-    /// computed for each sequence.)
+    /// How many tokens this attention reads with those of another sequence: the fused backend reads what sequences with
+    /// at most 32 new tokens have in common once for all of them, in whole chunks of 512 tokens, if it is
+    /// [long enough](Attention::shared_reads_from), as far as they see it. (More than some 32 rows, new tokens times
+    /// query heads per key head, are bound by arithmetic and are computed for each sequence.)
     ///
     /// # Errors
     ///
     /// [`AttendError::NoLayer`](crate::AttendError::NoLayer), wrapped, when the layer does not exist.
-    pub fn shared_tokens(&self, layer: usize) -> Result<usize> {
+    pub fn shared_tokens(&self, layer: usize, attention: &Attention) -> Result<usize> {
         let target = self.cache.layer(layer)?;
-        let plan = &self.plans[target.group];
-        Ok(plan.shared(target.layout.block_size).tokens(plan))
+        let (plan, block_size) = (&self.plans[target.group], target.layout.block_size);
+        Ok(plan.shared(block_size, attention.shared_reads_from).tokens(plan, block_size))
     }
 
     /// What kernels of others take to read and write one layer of this step: slot mapping, block tables, lengths. It is

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use candle_core::Tensor;
-use paged_attention::{KvCache, Snapshot, Step};
+use paged_attention::{Attention, KvCache, Snapshot, Step};
 
 use crate::sampling::Sampling;
 pub use check::check;
@@ -34,6 +34,9 @@ pub const STEP_TOKENS: usize = 512;
 pub trait LanguageModel {
     /// The maximum number of tokens in a sequence.
     fn context(&self) -> usize;
+
+    /// The options of its attention.
+    fn attention(&self) -> Attention;
 
     /// One forward pass: the logits of the step's [`logits_rows`](Step::logits_rows), `(rows, vocabulary)` of f32.
     ///

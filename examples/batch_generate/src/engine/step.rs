@@ -127,7 +127,7 @@ impl Engine<'_> {
         let logits = model.forward(&step)?.to_vec2::<f32>()?;
         let tokens = step.tokens();
         self.outcome.read_tokens += read;
-        self.outcome.shared_tokens += step.shared_tokens(0)?;
+        self.outcome.shared_tokens += step.shared_tokens(0, &model.attention())?;
         step.commit()?;
         self.outcome.computed_prompt_tokens += prompt_tokens;
         let logits = complete.into_iter().zip(logits).collect();

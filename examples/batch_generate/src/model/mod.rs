@@ -113,11 +113,6 @@ impl Model {
         self.forward_with(step, &self.attention())
     }
 
-    /// The model's attention.
-    pub(crate) fn attention(&self) -> Attention {
-        self.config.attention()
-    }
-
     /// The same with other options of [`attention`](Self::attention).
     pub(crate) fn forward_with(&self, step: &Step<'_>, attention: &Attention) -> candle_core::Result<Tensor> {
         let attend = |i: usize, q: &Tensor, k: &Tensor, v: &Tensor| step.attend(i, q, k, v, attention);
@@ -161,6 +156,10 @@ impl Model {
 impl LanguageModel for Model {
     fn context(&self) -> usize {
         self.context
+    }
+
+    fn attention(&self) -> Attention {
+        self.config.attention()
     }
 
     fn forward(&self, step: &Step<'_>) -> candle_core::Result<Tensor> {
