@@ -20,6 +20,10 @@ loom:
     RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom \
         cargo test --release --package paged-kv-pool --package paged-kv-table --no-default-features --test loom
 
+# Processes that store blocks in a file are killed at random instants: `just kills 500`
+kills times="500":
+    DISK_TIER_KILLS={{times}} cargo test --package paged-kv-disk --test kills -- --nocapture
+
 lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets --features batch_generate/verify -- -D warnings

@@ -5,11 +5,12 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File, TryLockError};
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
-use std::{env, io, thread};
+use std::{env, thread};
 
 use anyhow::{Context, Error, Result, bail, ensure};
 use hf_hub::api::Progress;
@@ -130,10 +131,17 @@ struct Pinned {
 
 impl Pinned {
     fn verify(&self, path: &Path) -> Result<()> {
-        let mut hasher = Sha256::new();
-        File::open(path)
-            .and_then(|mut file| io::copy(&mut file, &mut hasher))
-            .with_context(|| format!("cannot read {}", path.display()))?;
+        let cannot_read = || format!("cannot read {}", path.display());
+        let (mut hasher, mut part) = (Sha256::new(), vec![0; 1 << 16]);
+        let mut file = File::open(path).with_context(cannot_read)?;
+        loop {
+            match file.read(&mut part) {
+                Ok(0) => break,
+                Ok(read) => hasher.update(&part[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error).with_context(cannot_read),
+            }
+        }
         let mut sum = String::new();
         for byte in hasher.finalize() {
             write!(sum, "{byte:02x}")?;

@@ -1,0 +1,68 @@
+//! What a tier is opened with.
+
+use std::time::Duration;
+
+use crate::OpenError;
+
+/// The sizes of the blocks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Geometry {
+    /// Tokens in a block.
+    pub block_size: usize,
+    /// The bytes of a block of each group of layers. Every slot has room for the largest.
+    pub bytes: Vec<usize>,
+}
+
+impl Geometry {
+    /// The bytes of the largest block, if the geometry makes sense.
+    pub(crate) fn check(&self) -> Result<usize, OpenError> {
+        let largest = self.bytes.iter().copied().max().unwrap_or(0);
+        let is_small = |n: usize| n <= u32::MAX as usize;
+        // Far below what positions in a file could not hold.
+        match self.block_size > 0 && !self.bytes.is_empty() && is_small(self.block_size) && is_small(largest) {
+            true => Ok(largest),
+            false => {
+                let groups = self.bytes.len();
+                Err(OpenError::Geometry { block_size: self.block_size, groups, bytes: largest })
+            }
+        }
+    }
+}
+
+/// The limits and the secret of a tier.
+#[derive(Clone)]
+pub struct Options {
+    pub(crate) max_bytes: u64,
+    pub(crate) max_age: Option<Duration>,
+    pub(crate) secret: Option<Vec<u8>>,
+}
+
+impl Options {
+    /// A file of at most this many bytes. Where it is longer already, it is cut.
+    pub fn new(max_bytes: u64) -> Self {
+        Self { max_bytes, max_age: None, secret: None }
+    }
+
+    /// Blocks are not found any more when they were stored longer ago than this.
+    #[must_use]
+    pub fn max_age(self, age: Duration) -> Self {
+        Self { max_age: Some(age), ..self }
+    }
+
+    /// Derives all keys from these bytes, which are not stored: without them nothing of the file is found. They should
+    /// have 32 random bytes, or as much that cannot be guessed.
+    #[must_use]
+    pub fn secret(self, secret: &[u8]) -> Self {
+        Self { secret: Some(secret.to_vec()), ..self }
+    }
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { max_bytes, max_age, secret } = self;
+        let mut out = f.debug_struct("Options");
+        out.field("max_bytes", max_bytes).field("max_age", max_age);
+        // Not the bytes: what is printed for debugging ends in logs.
+        out.field("secret", &secret.as_ref().map(|_| "...")).finish()
+    }
+}
