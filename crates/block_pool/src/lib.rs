@@ -23,6 +23,7 @@ mod stats;
 mod storage;
 mod swap;
 mod sync;
+mod tier;
 mod window;
 
 #[cfg(feature = "candle")]
@@ -30,7 +31,7 @@ mod pages;
 #[cfg(feature = "candle")]
 mod tensors;
 
-pub use blocks::Blocks;
+pub use blocks::{Blocks, CachedPrefix};
 pub use dtype::KvDtype;
 pub use error::{AlreadyCached, Inconsistent, OutOfBlocks, OutOfWindow, PoolError, ReserveError, StorageError};
 pub use events::{KvEvent, KvEvents};
@@ -47,6 +48,7 @@ pub use span::Span;
 pub use stats::{PrefixMatch, Stats};
 pub use storage::BlockStorage;
 pub use swap::SwappedBlocks;
+pub use tier::{Tier, TierCursor};
 pub use window::Window;
 
 #[cfg(feature = "candle")]

@@ -322,6 +322,16 @@ impl BlockPool {
         self.ledger().check_counted(group, &counted)
     }
 
+    /// How often the prefix cache was [reset](Self::reset_prefix_cache).
+    pub fn epoch(&self) -> u64 {
+        self.ledger().epoch()
+    }
+
+    /// The bytes of a block of a group, all its layers; 0 if there is no such group.
+    pub fn bytes_per_block(&self, group: usize) -> usize {
+        if group < self.groups().len() { self.storage(group).bytes_per_block() } else { 0 }
+    }
+
     pub(crate) fn storage(&self, group: usize) -> &dyn BlockStorage {
         &*self.0.storages[group]
     }

@@ -8,13 +8,16 @@ mod sequences;
 mod swap;
 mod sync;
 mod table;
+mod tiers;
 
 pub use admission::{Admission, Admitted, Need, Room, preemption_victim};
 pub use block_pool::{
     BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, KvEvent, KvEvents, OutOfBlocks, OutOfWindow, PoolError,
-    PoolGroup, PrefixKey, PrefixMatch, ReserveError, Salt, SaltFrom, Snapshot, Span, Stats, StorageError, Window,
+    PoolGroup, PrefixKey, PrefixMatch, ReserveError, Salt, SaltFrom, Snapshot, Span, Stats, StorageError, Tier,
+    TierCursor, Window,
 };
 pub use error::{NotReserved, SaltTooLate};
 pub use sequences::{CheckedOut, SequenceError, SequenceId, Sequences};
 pub use swap::SwappedTable;
 pub use table::{BlockTable, TableOptions};
+pub use tiers::{FetchedPrefix, StoredPrefix};

@@ -20,6 +20,7 @@
 //! All methods take `&self` and block while they read or write; no lock is held meanwhile. A file has one writer, which is
 //! enforced by a lock, and any number of [readers](DiskTier::open_read_only).
 
+mod below_pool;
 mod buffer;
 mod error;
 mod file_header;

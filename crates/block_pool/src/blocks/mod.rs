@@ -3,11 +3,15 @@
 //! - this file: what a sequence has, and forks;
 //! - `reserve`: allocating blocks, and making one writable;
 //! - `shrink`: freeing blocks;
-//! - `prefix`: matching and caching.
+//! - `prefix`: matching and caching;
+//! - `content`: their bytes, and what is cached of them.
 
+mod content;
 mod prefix;
 mod reserve;
 mod shrink;
+
+pub use content::CachedPrefix;
 
 use std::fmt;
 use std::ops::{Deref, Range};

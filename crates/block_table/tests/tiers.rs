@@ -1,0 +1,298 @@
+//! Sequences that store blocks in a tier and start with blocks from there: every slot has what its tokens say, also if
+//! the tier fails, and whatever happens in between.
+
+#![allow(clippy::unwrap_used)]
+
+#[allow(dead_code)]
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+use block_table::{
+    BlockPool, BlockTable, PoolGroup, PrefixKey, ReserveError, Salt, SaltFrom, StorageError, TableOptions, Tier,
+    TierCursor, Window,
+};
+use common::{Slots, content};
+
+/// What a block is found by: nothing is hashed.
+type Place = (PrefixKey, Vec<SaltFrom>, Vec<u32>, usize);
+
+/// A tier that fails on command.
+#[derive(Debug, Default)]
+struct Memory(Mutex<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    blocks: HashMap<Place, Vec<u8>>,
+    /// Every how many loads one fails; 0 is never.
+    failing_loads: usize,
+    failing_stores: bool,
+    loads: usize,
+}
+
+struct Cursor<'a> {
+    tier: &'a Memory,
+    at: Place,
+    loaded: Vec<u8>,
+}
+
+impl Tier for Memory {
+    fn cursor<'a>(&'a self, key: &PrefixKey) -> Box<dyn TierCursor + 'a> {
+        Box::new(Cursor { tier: self, at: (key.clone(), Vec::new(), Vec::new(), 0), loaded: Vec::new() })
+    }
+}
+
+impl Cursor<'_> {
+    fn at(&self, group: usize) -> Place {
+        let (key, salts, tokens, _) = self.at.clone();
+        (key, salts, tokens, group)
+    }
+}
+
+impl TierCursor for Cursor<'_> {
+    fn advance(&mut self, tokens: &[u32], salts: &[SaltFrom]) {
+        self.at.1.extend_from_slice(salts);
+        self.at.2.extend_from_slice(tokens);
+    }
+
+    fn contains(&self, group: usize) -> bool {
+        self.tier.0.lock().unwrap().blocks.contains_key(&self.at(group))
+    }
+
+    fn load(&mut self, group: usize) -> Option<&[u8]> {
+        let at = self.at(group);
+        let mut inner = self.tier.0.lock().unwrap();
+        inner.loads += 1;
+        if inner.failing_loads > 0 && inner.loads.is_multiple_of(inner.failing_loads) {
+            return None;
+        }
+        self.loaded = inner.blocks.get(&at)?.clone();
+        Some(&self.loaded)
+    }
+
+    fn store(&mut self, group: usize, bytes: &[u8]) -> Result<bool, StorageError> {
+        let at = self.at(group);
+        let mut inner = self.tier.0.lock().unwrap();
+        if inner.failing_stores {
+            return Err(StorageError::new("the tier is set to fail"));
+        }
+        Ok(inner.blocks.insert(at, bytes.to_vec()).is_none())
+    }
+}
+
+/// A sequence, and what is written to its slots: it depends on its salt.
+struct Sequence {
+    table: BlockTable,
+    /// The salt, and the tokens.
+    all: Vec<u32>,
+}
+
+impl Sequence {
+    fn new(pool: &BlockPool, salt: u32) -> Self {
+        let mut options = TableOptions::default();
+        if salt > 0 {
+            options = options.salt(Salt::new(&[salt as u8]));
+        }
+        Self { table: BlockTable::with_options(pool, &options), all: vec![salt] }
+    }
+
+    fn tokens(&self) -> &[u32] {
+        &self.all[1..]
+    }
+
+    /// Computes the tokens that the table does not have. Returns whether the pool had room.
+    fn compute(&mut self, slots: &[Slots]) -> bool {
+        let done = self.table.len();
+        if self.table.reserve(self.tokens().len() - done).is_err() {
+            return false;
+        }
+        for (group, slots) in slots.iter().enumerate() {
+            for position in done..self.tokens().len() {
+                let slot = self.table.slot_of_group(group, position).unwrap();
+                slots.write(slot, content(&self.all[..position + 2]));
+            }
+        }
+        self.table.commit_tokens(&self.all[done + 1..]).unwrap();
+        true
+    }
+
+    /// Every slot of the table has what was written for its tokens.
+    fn check(&self, slots: &[Slots]) {
+        for (group, slots) in slots.iter().enumerate() {
+            for position in 0..self.table.len() {
+                if let Some(slot) = self.table.slot_of_group(group, position) {
+                    assert_eq!(slots.get(slot), content(&self.all[..position + 2]), "group {group}, {position}");
+                }
+            }
+        }
+    }
+}
+
+fn random(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut state = seed;
+    move |n| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % n
+    }
+}
+
+fn history(groups: &[PoolGroup], seed: u64) -> usize {
+    let mut below = random(seed);
+    let (block_size, tier) = ([1, 3, 4][seed as usize % 3], Memory::default());
+    let mut gained = 0;
+    // Each pool is another process.
+    for _ in 0..4 {
+        let (pool, slots) = Slots::pool_of_groups(60 * groups.len(), block_size, groups);
+        let mut running: Vec<Sequence> = Vec::new();
+        for _ in 0..60 {
+            {
+                let mut inner = tier.0.lock().unwrap();
+                inner.failing_loads = [0, 0, 0, 1, 3, 7][below(6)];
+                inner.failing_stores = below(8) == 0;
+                if below(4) == 0 {
+                    // Blocks leave the tier.
+                    let places: Vec<Place> = inner.blocks.keys().cloned().collect();
+                    places.iter().filter(|_| below(9) == 0).for_each(|place| drop(inner.blocks.remove(place)));
+                }
+            }
+            if below(3) > 0 || running.is_empty() {
+                let mut sequence = Sequence::new(&pool, below(3) as u32);
+                // One of a few texts, up to where it goes on in its own way.
+                let (text, same) = (below(3) as u32 + 10, below(40));
+                sequence.all.extend((0..same as u32).map(|i| text * 100 + i));
+                sequence.all.extend((0..1 + below(9)).map(|_| below(4) as u32));
+                sequence.table.match_prefix(&sequence.all[1..]);
+                sequence.check(&slots);
+                let max_bytes = [usize::MAX, block_size * 8 * below(30)][below(2)];
+                let fetched = sequence.table.fetch(&tier, sequence.tokens(), max_bytes);
+                assert!(fetched.bytes() <= max_bytes);
+                let before = sequence.table.len();
+                match below(9) {
+                    0 => pool.reset_prefix_cache(),
+                    1 => drop(sequence.table.truncate(below(before + 1))),
+                    2 => sequence.table.salt_from(before, Salt::new(b"late")).unwrap(),
+                    // Another sequence computes the same meanwhile.
+                    3 => {
+                        let mut other = Sequence { table: BlockTable::new(&pool), all: sequence.all.clone() };
+                        if other.all[0] == 0 {
+                            other.table.match_prefix(&other.all[1..]);
+                            other.compute(&slots);
+                            running.push(other);
+                        }
+                    }
+                    4 => slots[0].fail(true),
+                    _ => {}
+                }
+                let inserted = sequence.table.insert(&fetched);
+                slots[0].fail(false);
+                let has_late_salt = !sequence.table.salts().is_empty();
+                match inserted {
+                    Ok(tokens) => gained += tokens,
+                    Err(ReserveError::OutOfBlocks(_)) => {}
+                    Err(ReserveError::Storage(_)) => assert_eq!(sequence.table.len(), 0),
+                }
+                sequence.check(&slots);
+                // What it gets under a salt from a position on is other content.
+                if !has_late_salt && sequence.compute(&slots) {
+                    running.push(sequence);
+                }
+            } else {
+                let sequence = running.swap_remove(below(running.len()));
+                sequence.check(&slots);
+                let stored = sequence.table.store_prefix(&tier);
+                assert!(stored.is_ok() || tier.0.lock().unwrap().failing_stores);
+            }
+            running.truncate(5);
+            pool.check().unwrap();
+        }
+        running.iter().for_each(|sequence| sequence.check(&slots));
+        drop(running);
+        assert_eq!(pool.in_use(), 0);
+    }
+    // All that the tier has is what it should have.
+    for ((key, salts, tokens, _), bytes) in &tier.0.lock().unwrap().blocks {
+        assert_eq!(salts, &[]);
+        let all = [&[key.salt.bytes().map_or(0, |salt| u32::from(salt[0]))], &tokens[..]].concat();
+        for (slot, position) in bytes.chunks_exact(8).zip(tokens.len() - block_size..) {
+            assert_eq!(slot, content(&all[..position + 2]).to_le_bytes());
+        }
+    }
+    gained
+}
+
+fn windowed(tokens: usize, sink_tokens: usize) -> PoolGroup {
+    PoolGroup::new(1).span(Window::new(tokens).with_sink_tokens(sink_tokens))
+}
+
+#[test]
+fn random_histories_read_what_was_written() {
+    let full = PoolGroup::new(1);
+    // With a window, what a sequence stores at its end is of use up to there only.
+    let layouts: [(&[PoolGroup], usize); 5] = [
+        (&[full], 3000),
+        (&[full, windowed(7, 0)], 20),
+        (&[windowed(5, 2)], 20),
+        (&[windowed(6, 0), PoolGroup::new(2), windowed(11, 3)], 20),
+        (&[PoolGroup::new(1).span(block_table::Span::chunks(8)), full], 20),
+    ];
+    for (i, (groups, least)) in layouts.into_iter().enumerate() {
+        let gained: usize = (0..60).map(|seed| history(groups, seed)).sum();
+        assert!(gained > least, "layout {i}: {gained} tokens");
+    }
+}
+
+#[test]
+fn a_prefix_is_found_in_another_pool() {
+    let tier = Memory::default();
+    let tokens: Vec<u32> = (0..18).collect();
+    let sequence = |pool: &BlockPool| {
+        let mut sequence = Sequence::new(pool, 0);
+        sequence.all.extend(&tokens);
+        sequence
+    };
+    let (pool, slots) = Slots::pool_of_groups(20, 4, &[PoolGroup::new(1)]);
+    let mut first = sequence(&pool);
+    first.compute(&slots);
+    let stored = first.table.store_prefix(&tier).unwrap();
+    assert_eq!((stored.new, stored.already), (4, 0));
+    assert_eq!(first.table.store_prefix(&tier).unwrap().already, 4);
+
+    let (pool, slots) = Slots::pool_of_groups(20, 4, &[PoolGroup::new(1)]);
+    // Two tokens of the second block are in the pool.
+    let mut other = Sequence::new(&pool, 0);
+    other.all.extend([0, 1, 2, 3, 4, 5, 99, 99, 99]);
+    assert!(other.compute(&slots));
+    let mut second = sequence(&pool);
+    assert_eq!(second.table.match_prefix(&tokens), 6);
+    let fetched = second.table.fetch(&tier, &tokens, usize::MAX);
+    assert_eq!((fetched.len(), fetched.bytes()), (16, 3 * 4 * 8));
+    assert_eq!(second.table.insert(&fetched).unwrap(), 10);
+    second.check(&slots);
+    // Another sequence finds it in the pool.
+    assert_eq!(BlockTable::new(&pool).match_prefix(&tokens), 16);
+    // The tier is not asked for more than it may read.
+    let table = BlockTable::new(&pool);
+    assert_eq!([0, 31, 32, 95, 96].map(|bytes| table.fetch(&tier, &tokens, bytes).len()), [0, 0, 4, 8, 12]);
+    // The last token is computed.
+    assert_eq!(table.fetch(&tier, &tokens[..16], usize::MAX).len(), 12);
+    assert!(BlockTable::with_options(&pool, &TableOptions::default().private()).fetch(&tier, &tokens, 999).is_empty());
+}
+
+#[test]
+fn what_does_not_fit_is_computed() {
+    let tier = Memory::default();
+    let (pool, slots) = Slots::pool_of_groups(20, 4, &[PoolGroup::new(1)]);
+    let mut first = Sequence::new(&pool, 0);
+    first.all.extend(0..40);
+    first.compute(&slots);
+    first.table.store_prefix(&tier).unwrap();
+    let (pool, _slots) = Slots::pool_of_groups(5, 4, &[PoolGroup::new(1)]);
+    let mut table = BlockTable::new(&pool);
+    let fetched = table.fetch(&tier, first.tokens(), usize::MAX);
+    assert!(matches!(table.insert(&fetched), Err(ReserveError::OutOfBlocks(_))));
+    assert_eq!((table.len(), pool.in_use()), (0, 0));
+    // Blocks of one pool are not put into another.
+    let (other, _slots) = Slots::pool_of_groups(50, 4, &[PoolGroup::new(1)]);
+    assert_eq!(BlockTable::new(&other).insert(&fetched).unwrap(), 0);
+}
