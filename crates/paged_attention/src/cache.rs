@@ -129,6 +129,19 @@ impl KvCache {
         self.first().1.device()
     }
 
+    /// What the bytes of the blocks depend on, besides the model and its rotary parameters: the shapes, types, orders and
+    /// spans of the groups, the tokens in a block, and the kernel, whose rounding later layers see. Blocks of two caches
+    /// with equal strings can be exchanged, for example through a [`Tier`](crate::Tier). The string itself may change
+    /// with any version.
+    pub fn block_identity(&self) -> String {
+        let block_size = self.pool.block_size();
+        let mut identity = format!("paged_attention {} {:?} {block_size}", env!("CARGO_PKG_VERSION"), self.kernel);
+        for (group, tensors) in &self.layers.groups {
+            identity += &format!("\n{group:?} {} {:?}", tensors.dtype(), tensors.layout());
+        }
+        identity
+    }
+
     /// The size in bytes of one block over all layers; of one block of each group, if there are several.
     pub fn bytes_per_block(&self) -> usize {
         self.layers.groups.iter().map(|(_, tensors)| tensors.bytes_per_block()).sum()

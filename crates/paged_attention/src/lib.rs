@@ -44,6 +44,7 @@ pub use block_pool::{
     STRIP, Salt, SaltFrom, Snapshot, Span, Stats, StorageError,
 };
 pub use block_table::{
-    Admission, Admitted, BlockTable, CheckedOut, Need, NotReserved, OutOfWindow, Room, SaltTooLate, SequenceError,
-    SequenceId, Sequences, SwappedTable, TableOptions, Window, preemption_victim,
+    Admission, Admitted, BlockTable, CheckedOut, FetchedPrefix, Need, NotReserved, OutOfWindow, Room, SaltTooLate,
+    SequenceError, SequenceId, Sequences, StoredPrefix, SwappedTable, TableOptions, Tier, TierCursor, Window,
+    preemption_victim,
 };

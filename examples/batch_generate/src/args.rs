@@ -53,6 +53,14 @@ pub struct Args {
     #[arg(long, value_name = "TYPE", value_enum, default_value_t = KvDtype::F32)]
     pub kv_dtype: KvDtype,
 
+    /// A file for the keys and values of prompts and answers: what another run has computed is read from there
+    #[arg(long, value_name = "FILE", conflicts_with = "measure")]
+    pub prefix_cache: Option<PathBuf>,
+
+    /// The most that the file of --prefix-cache may take: 500MiB, 20GiB
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "4GiB", requires = "prefix_cache")]
+    pub prefix_cache_size: usize,
+
     /// Maximum number of sequences that run together
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub max_batch: usize,

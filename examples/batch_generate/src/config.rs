@@ -170,6 +170,11 @@ impl Config {
         }
     }
 
+    /// Whether keys are rotated with the factors for long sequences, if the longest has `context` tokens.
+    pub(crate) fn has_long_factors(&self, context: usize) -> bool {
+        matches!(self.rope_factors, RopeFactors::ByLength { original } if context > original)
+    }
+
     /// The number of layers.
     pub(crate) fn layers(&self) -> usize {
         self.windows.len()

@@ -129,23 +129,29 @@ struct Pinned {
     sha256: &'static str,
 }
 
+/// The SHA-256 of a file, in hexadecimal digits.
+pub(crate) fn sha256(path: &Path) -> Result<String> {
+    let cannot_read = || format!("cannot read {}", path.display());
+    let (mut hasher, mut part) = (Sha256::new(), vec![0; 1 << 16]);
+    let mut file = File::open(path).with_context(cannot_read)?;
+    loop {
+        match file.read(&mut part) {
+            Ok(0) => break,
+            Ok(read) => hasher.update(&part[..read]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error).with_context(cannot_read),
+        }
+    }
+    let mut sum = String::new();
+    for byte in hasher.finalize() {
+        write!(sum, "{byte:02x}")?;
+    }
+    Ok(sum)
+}
+
 impl Pinned {
     fn verify(&self, path: &Path) -> Result<()> {
-        let cannot_read = || format!("cannot read {}", path.display());
-        let (mut hasher, mut part) = (Sha256::new(), vec![0; 1 << 16]);
-        let mut file = File::open(path).with_context(cannot_read)?;
-        loop {
-            match file.read(&mut part) {
-                Ok(0) => break,
-                Ok(read) => hasher.update(&part[..read]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).with_context(cannot_read),
-            }
-        }
-        let mut sum = String::new();
-        for byte in hasher.finalize() {
-            write!(sum, "{byte:02x}")?;
-        }
+        let sum = sha256(path)?;
         ensure!(sum == self.sha256, "{} is not the right file: its sha-256 is {sum}", path.display());
         Ok(())
     }

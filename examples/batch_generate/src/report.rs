@@ -50,11 +50,26 @@ struct PrefixReport {
     evictions: u64,
     read_tokens: usize,
     shared_tokens: usize,
+    tier: Option<TierReport>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+struct TierReport {
+    tokens: usize,
+    stored_blocks: usize,
+    failures: usize,
 }
 
 impl Report {
     /// Collects the results. `texts` are the decoded answers, `context` is the model's context.
-    pub fn new(outcome: Outcome, cache: &KvCache, context: usize, prompts: &[String], texts: Vec<String>) -> Self {
+    pub fn new(
+        outcome: Outcome,
+        cache: &KvCache,
+        context: usize,
+        prompts: &[String],
+        texts: Vec<String>,
+        has_tier: bool,
+    ) -> Self {
         let pool = cache.pool();
         let per_token = cache.bytes_per_block() / pool.block_size();
         // With several groups of layers, a block here is one in each.
@@ -74,6 +89,11 @@ impl Report {
                 evictions: pool.stats().evictions,
                 read_tokens: outcome.read_tokens,
                 shared_tokens: outcome.shared_tokens,
+                tier: has_tier.then_some(TierReport {
+                    tokens: outcome.tier_tokens,
+                    stored_blocks: outcome.tier_blocks[0],
+                    failures: outcome.tier_blocks[1],
+                }),
             },
             prefill_tokens_per_s: outcome.prefill.rate(),
             decode_tokens_per_s: outcome.decode.rate(),
@@ -128,6 +148,17 @@ impl Report {
             rate(self.decode_tokens_per_s),
             self.steps
         );
+        if let Some(TierReport { tokens, stored_blocks, failures }) = self.prefix.tier {
+            // What was not computed would have taken about as long as what was.
+            let saved = self.prefill_tokens_per_s.map(|rate| tokens as f64 / rate);
+            let saved = saved.map_or(String::new(), |seconds| format!(", which saved about {seconds:.1} s"));
+            let failed =
+                if failures > 0 { format!("; {failures} sequences could not be stored") } else { String::new() };
+            let _ = writeln!(
+                out,
+                "file      {tokens} prompt tokens were read from the prefix cache{saved}; {stored_blocks} blocks stored{failed}"
+            );
+        }
         out
     }
 }
@@ -159,7 +190,7 @@ mod tests {
         let outcome = Outcome { answers: vec![answer], ..Outcome::default() };
         let cache = KvCache::builder(KvShape::new(1, 1, 2)).blocks(1).build().unwrap();
         let text = "one\t1\n\u{1b}]0;two\u{9b}2J\u{202e}";
-        let report = Report::new(outcome, &cache, 8, &["a\u{7}".into()], vec![text.into()]);
+        let report = Report::new(outcome, &cache, 8, &["a\u{7}".into()], vec![text.into()], false);
         assert_eq!(title(0, "a\u{7}", 90), "── 1 ── a\\u{7}");
         assert!(report.table().contains("  1 a\\u{7} "));
         let json = serde_json::to_value(&report).unwrap();

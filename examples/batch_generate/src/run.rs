@@ -1,10 +1,12 @@
 //! The run of the program, from the arguments to the results.
 
 use std::io::Write as _;
+use std::path::Path;
 
 use anyhow::{Result, ensure};
+use disk_tier::{DiskTier, Geometry, Namespace, Options};
 use indicatif::{ProgressBar, ProgressStyle};
-use paged_attention::{KvCache, KvDtype, LayerGroup};
+use paged_attention::{KvCache, KvDtype, LayerGroup, Tier};
 
 use crate::args::Args;
 use crate::chat::ChatTemplate;
@@ -81,7 +83,13 @@ pub fn run(args: &Args) -> Result<()> {
     let weights = weights(args, &mut gguf, longest)?;
     let model = load(&mut gguf, weights, longest)?;
     let titles: Vec<&str> = prompts.iter().map(|prompt| prompt.prompt.as_str()).collect();
-    let mut outcome = generate(&model, &cache, &requests, &settings, &tokenizer, &titles)?;
+    let tier = args.prefix_cache.as_deref().map(|path| {
+        let rope = if gguf.config().has_long_factors(longest) { "long" } else { "usual" };
+        prefix_cache(path, args, &file.path, [weights.name(), rope], &cache)
+    });
+    let tier = tier.transpose()?;
+    let tier = tier.as_ref().map(|tier| tier as &dyn Tier);
+    let mut outcome = generate(tier, &model, &cache, &requests, &settings, &tokenizer, &titles)?;
     let fullest = outcome.fullest.take();
 
     #[cfg(feature = "verify")]
@@ -93,7 +101,7 @@ pub fn run(args: &Args) -> Result<()> {
 
     let texts = outcome.answers.iter().map(|answer| tokenizer.decode(&answer.tokens)).collect::<Result<Vec<_>>>()?;
     let prompts: Vec<String> = prompts.into_iter().map(|prompt| prompt.prompt).collect();
-    let report = Report::new(outcome, &cache, context, &prompts, texts);
+    let report = Report::new(outcome, &cache, context, &prompts, texts, tier.is_some());
     // A reader that closes the pipe early is not an error.
     let _ = write!(std::io::stdout(), "{}", report.table());
     if let (true, Some(fullest)) = (args.show_pool, fullest) {
@@ -198,7 +206,28 @@ fn load(gguf: &mut Gguf, weights: weights::Weights, longest: usize) -> Result<Mo
     model
 }
 
+/// Opens the file in which keys and values outlive the program.
+fn prefix_cache(
+    path: &Path,
+    args: &Args,
+    model: &Path,
+    [weights, rope]: [&str; 2],
+    cache: &KvCache,
+) -> Result<DiskTier> {
+    let (digest, identity) = (model_file::sha256(model)?, cache.block_identity());
+    // The other rotary parameters are in the model's file.
+    let facts = [("model", &*digest), ("weights", weights), ("rope", rope), ("blocks", &*identity)];
+    let namespace = Namespace::new(facts.map(|(label, value)| (label, value.as_bytes())));
+    let groups = 0..cache.pool().groups().len();
+    let bytes = groups.map(|group| cache.pool().bytes_per_block(group)).collect();
+    let geometry = Geometry { block_size: args.block_size, bytes };
+    let tier = DiskTier::open(path, &namespace, &geometry, &Options::new(args.prefix_cache_size as u64))?;
+    say(&format!("prefix cache: {} ({} blocks)", path.display(), tier.stats().blocks));
+    Ok(tier)
+}
+
 fn generate(
+    tier: Option<&dyn Tier>,
     model: &Model,
     cache: &KvCache,
     requests: &[Request],
@@ -211,7 +240,8 @@ fn generate(
     let titles = prompts.iter().flat_map(|prompt| vec![*prompt; settings.samples]).collect();
     let mut live = Live::new(tokenizer, titles, most, cache.pool().units())?;
     let mut shown = Ok(());
-    let outcome = engine::generate(
+    let outcome = engine::generate_over(
+        tier,
         model,
         cache,
         requests,

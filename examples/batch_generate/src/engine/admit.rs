@@ -56,10 +56,9 @@ impl Engine<'_> {
                 }
                 None => return Ok(()),
             };
-            let sequence = &mut self.sequences[group[0]];
             let mut table = self.cache.table();
-            let matched = table.match_prefix(&sequence.tokens);
-            sequence.count_matched(matched);
+            self.match_prefix(&mut table, group[0]);
+            let sequence = &self.sequences[group[0]];
             promised += needed(&table, &sequence.tokens) + of_samples(&group);
             self.running.push(Running { id: self.tables.insert(table), group });
         }

@@ -9,18 +9,20 @@
 //! - `check` refuses requests that can never be answered.
 //! - `admit` starts waiting requests.
 //! - `step` computes one forward pass, and decides which sequences take part with how many tokens.
+//! - `tier` reads from and stores in what is below the cache.
 //! - `state` has the state of each sequence, and updates it after a step.
 
 mod admit;
 mod check;
 mod state;
 mod step;
+mod tier;
 
 use std::time::Duration;
 
 use anyhow::Result;
 use candle_core::Tensor;
-use paged_attention::{Attention, KvCache, Snapshot, Step};
+use paged_attention::{Attention, KvCache, Snapshot, Step, Tier};
 
 use crate::sampling::Sampling;
 pub use check::check;
@@ -107,6 +109,10 @@ pub struct Outcome {
     pub read_tokens: usize,
     /// Those of them that were read together with those of another sequence, because the blocks were the same.
     pub shared_tokens: usize,
+    /// Tokens of prompts that were read from the tier.
+    pub tier_tokens: usize,
+    /// Blocks that were stored in the tier, and those that were not because it failed.
+    pub tier_blocks: [usize; 2],
     /// New tokens in steps that computed a part of a prompt, and the time of these steps.
     pub prefill: Work,
     /// New tokens in all other steps, and their time.
@@ -164,10 +170,29 @@ pub fn generate(
     requests: &[Request],
     settings: &Settings,
     is_end: impl Fn(u32) -> bool,
+    progress: impl FnMut(Progress<'_>),
+) -> Result<Outcome> {
+    generate_over(None, model, cache, requests, settings, is_end, progress)
+}
+
+/// The same, with a tier below the cache: what prompts have in common with sequences that were stored there is not
+/// computed again, and finished sequences are stored there.
+///
+/// # Errors
+///
+/// As [`generate`]. A tier that fails is no error.
+pub fn generate_over(
+    tier: Option<&dyn Tier>,
+    model: &impl LanguageModel,
+    cache: &KvCache,
+    requests: &[Request],
+    settings: &Settings,
+    is_end: impl Fn(u32) -> bool,
     mut progress: impl FnMut(Progress<'_>),
 ) -> Result<Outcome> {
     check(model.context(), cache, requests, settings)?;
     let mut engine = Engine::new(cache, requests, settings);
+    engine.tier = tier;
     // Why this terminates. The *longest* is the running sequence with the most computed tokens, the earliest among
     // equals. It gets tokens and blocks first in each step, and it is never preempted while another sequence runs. So
     // each step is one of these cases:

@@ -1,7 +1,7 @@
 //! The state of each sequence, and its update after a step.
 
 use anyhow::{Result, bail};
-use paged_attention::{Admission, KvCache, SequenceId, Sequences, preemption_victim};
+use paged_attention::{Admission, KvCache, SequenceId, Sequences, Tier, preemption_victim};
 
 use super::{Answer, Outcome, Progress, Request, Settings};
 use crate::sampling::Random;
@@ -36,6 +36,7 @@ pub(super) struct Running {
 
 pub(super) struct Engine<'a> {
     pub(super) cache: &'a KvCache,
+    pub(super) tier: Option<&'a dyn Tier>,
     pub(super) settings: &'a Settings,
     pub(super) sequences: Vec<Sequence>,
     pub(super) tables: Sequences,
@@ -74,6 +75,7 @@ impl<'a> Engine<'a> {
         }
         Self {
             cache,
+            tier: None,
             settings,
             sequences,
             tables: Sequences::new(cache.pool()),
@@ -121,7 +123,9 @@ impl<'a> Engine<'a> {
             let tokens = &sequence.answer.tokens;
             if tokens.len() == sequence.max_tokens || tokens.last().is_some_and(|&token| is_end(token)) {
                 sequence.finished = true;
-                self.tables.remove(self.running.remove(i).id)?;
+                let id = self.running.remove(i).id;
+                self.store(id)?;
+                self.tables.remove(id)?;
             }
         }
         let finished = before - self.running.len();
