@@ -1,6 +1,7 @@
 //! KV events: they inform a router of the prefixes that a pool has cached.
 
-use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::time::Duration;
 
 use crate::{BlockId, GroupBlock, PrefixKey, SaltFrom};
 
@@ -67,6 +68,15 @@ impl KvEvents {
     /// [`RecvError`] when the pool has been dropped.
     pub fn recv(&mut self) -> Result<KvEvent, RecvError> {
         self.past.next().map_or_else(|| self.live.recv(), Ok)
+    }
+
+    /// Waits for the next event for at most this long.
+    ///
+    /// # Errors
+    ///
+    /// [`RecvTimeoutError`] when there is none until then, or the pool has been dropped.
+    pub fn recv_timeout(&mut self, timeout: Duration) -> Result<KvEvent, RecvTimeoutError> {
+        self.past.next().map_or_else(|| self.live.recv_timeout(timeout), Ok)
     }
 
     /// Returns the next event, if there is one now.

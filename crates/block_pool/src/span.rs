@@ -52,6 +52,16 @@ impl Span {
         self.window.is_none() && self.chunk.is_none()
     }
 
+    /// The sliding window, if there is one.
+    pub fn sliding_window(&self) -> Option<Window> {
+        self.window
+    }
+
+    /// How many tokens a chunk has, if tokens see those of their chunk only.
+    pub fn chunk_tokens(&self) -> Option<usize> {
+        self.chunk.map(NonZeroUsize::get)
+    }
+
     /// How many tokens at the start of the sequence every token sees in addition.
     #[inline]
     pub fn sink_tokens(&self) -> usize {
