@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::ledger::{Ledger, Leftovers, Query, Why};
 use crate::list::Ids;
 use crate::storage::NoStorage;
-use crate::sync::{Arc, Mutex, MutexGuard, lock};
+use crate::sync::{Arc, Mutex, MutexGuard, Weak, downgrade, lock, upgrade};
 use crate::{
     BlockId, BlockStorage, Blocks, GroupBlocks, Inconsistent, KvEvents, OutOfBlocks, PoolError, PoolGroup, PrefixKey,
     PrefixMatch, Stats,
@@ -41,6 +41,22 @@ const FREED_AT_ONCE: usize = 1024;
 /// ```
 #[derive(Clone)]
 pub struct BlockPool(Arc<Inner>);
+
+/// A handle that does not keep the pool.
+pub(crate) struct WeakPool(Weak<Inner>);
+
+impl WeakPool {
+    /// The pool, if it has not been dropped.
+    pub(crate) fn upgrade(&self) -> Option<BlockPool> {
+        upgrade(&self.0).map(BlockPool)
+    }
+}
+
+impl fmt::Debug for WeakPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WeakPool")
+    }
+}
 
 struct Inner {
     ledger: Mutex<Ledger>,
@@ -275,8 +291,16 @@ impl BlockPool {
     /// events are made. The tokens that are cached now are copied under the pool's lock: this takes some 40 ns for each
     /// block, and other threads wait meanwhile.
     pub fn subscribe(&self) -> KvEvents {
-        let (past, live) = self.ledger().subscribe();
-        KvEvents::new(past.events(), live)
+        self.subscribe_within(usize::MAX)
+    }
+
+    /// As [`subscribe`](Self::subscribe), with at most this many events that wait in the receiver, so that a receiver that
+    /// does not keep up takes no more memory than that. When there are more, all that wait are discarded, and the stream
+    /// begins again: the next event is [`AllBlocksCleared`](crate::KvEvent::AllBlocksCleared), and then comes what is
+    /// cached by then. So a receiver that applies all events has the right contents, but no history without gaps.
+    pub fn subscribe_within(&self, most_waiting: usize) -> KvEvents {
+        let (past, live) = self.ledger().subscribe(most_waiting);
+        KvEvents::new(past.events(), live, WeakPool(downgrade(&self.0)))
     }
 
     /// Checks every invariant that the pool's own bookkeeping can show. It walks the whole pool. No other thread may be

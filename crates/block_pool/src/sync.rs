@@ -3,10 +3,34 @@
 use std::sync::PoisonError;
 
 #[cfg(not(loom))]
-pub(crate) use std::sync::{Arc, Mutex, MutexGuard};
+pub(crate) use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
+
+/// loom has no weak references: under loom what they point to has always gone.
+#[cfg(loom)]
+pub(crate) struct Weak<T>(std::marker::PhantomData<T>);
+
+#[cfg(not(loom))]
+pub(crate) fn downgrade<T>(arc: &Arc<T>) -> Weak<T> {
+    Arc::downgrade(arc)
+}
+
+#[cfg(loom)]
+pub(crate) fn downgrade<T>(_: &Arc<T>) -> Weak<T> {
+    Weak(std::marker::PhantomData)
+}
+
+#[cfg(not(loom))]
+pub(crate) fn upgrade<T>(weak: &Weak<T>) -> Option<Arc<T>> {
+    weak.upgrade()
+}
+
+#[cfg(loom)]
+pub(crate) fn upgrade<T>(_: &Weak<T>) -> Option<Arc<T>> {
+    None
+}
 
 /// Pauses between two attempts to get a lock that another thread has, as powers of two of spin loop hints: some ten
 /// microseconds in all.

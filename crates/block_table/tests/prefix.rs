@@ -340,6 +340,35 @@ fn events_report_stored_and_removed_blocks_in_order() {
 }
 
 #[test]
+fn a_receiver_that_does_not_keep_up_begins_again() {
+    let (pool, slots) = Slots::pool(4, 2);
+    let mut events = pool.subscribe_within(2);
+    let mut all = pool.subscribe();
+    drop(computed(&pool, &slots, &[1, 2, 3, 4]));
+    // Two events wait, and that is not too many.
+    assert_eq!(events.recv().as_ref(), Ok(&all.recv().unwrap()));
+    assert_eq!(events.try_recv().as_ref(), Ok(&all.recv().unwrap()));
+    assert_eq!((events.try_recv().ok(), all.try_recv().ok()), (None, None));
+
+    drop(pool.allocate(4).unwrap()); // evicts both
+    drop(computed(&pool, &slots, &[5, 6])); // one too many
+    let now = pool.subscribe().try_iter().collect::<Vec<_>>();
+    let received: Vec<KvEvent> = events.try_iter().collect();
+    assert_eq!(received[0], KvEvent::AllBlocksCleared);
+    assert_eq!((received.len(), &received[1..]), (2, &now[..]));
+    // A receiver without a limit has it all.
+    assert_eq!(all.try_iter().count(), 3);
+
+    // From there on it goes on as before.
+    drop(computed(&pool, &slots, &[7, 8]));
+    assert_eq!(events.try_iter().collect::<Vec<_>>(), all.try_iter().collect::<Vec<_>>());
+    events.begin_again();
+    assert_eq!(events.try_iter().count(), 3);
+    drop(pool);
+    assert!(events.recv().is_err(), "a stream does not keep its pool");
+}
+
+#[test]
 fn a_scheduler_can_look_up_what_a_prompt_would_take() {
     let (pool, slots) = Slots::pool(8, 2);
     let short = computed(&pool, &slots, &tokens(0..2));

@@ -1,6 +1,8 @@
-//! Publishing over ZeroMQ: a PUB socket for what happens, and a ROUTER socket for what a subscriber has missed.
+//! Publishing the events of a pool from threads of its own: one reads and translates them, one serves the sockets.
 
-use std::collections::VecDeque;
+mod sent;
+mod sockets;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,20 +11,24 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use block_pool::{BlockPool, KvEvents};
-use bytes::Bytes;
 use thiserror::Error;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqError, ZmqMessage};
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+use zeromq::ZmqError;
 
 use crate::Translator;
 use crate::wire::{EventBatch, Medium};
+use sent::Sent;
+use sockets::{Endpoints, Sockets};
 
 /// How long a stopped publisher may take to notice it.
 const PATIENCE: Duration = Duration::from_millis(50);
 /// The most events of a batch.
 const MOST_EVENTS: usize = 1024;
-/// The sequence number that ends a replay, as vLLM's.
-const END: [u8; 8] = (-1i64).to_be_bytes();
+/// The most events of the pool that wait for this publisher. When there are more, it begins again with what is cached
+/// then. With blocks of 16 tokens they take up to 20 MB.
+const MOST_WAITING: usize = 1 << 16;
+/// The most batches between the two threads. The first one waits when there are more, and events wait in the pool.
+const MOST_BATCHES: usize = 16;
 
 /// Why publishing cannot start.
 #[derive(Debug, Error)]
@@ -37,7 +43,7 @@ pub enum PublishError {
         error: ZmqError,
     },
     /// A thread or its runtime cannot be started.
-    #[error("cannot start a thread to publish events")]
+    #[error("cannot start a thread to publish events: {0}")]
     Thread(#[from] io::Error),
 }
 
@@ -49,13 +55,18 @@ pub enum PublishError {
 /// batch; the last one has the number -1 and no batch.
 ///
 /// The first batches have what is cached when publishing starts. A subscriber that connects later has missed them, and
-/// asks for a replay from 0 on.
+/// asks for a replay from 0 on. When a replay no longer has the first batch that was asked for, the publisher begins
+/// again on the PUB socket: [`AllBlocksCleared`](crate::Event::AllBlocksCleared), and then all that is cached. So every
+/// subscriber that asks gets the right contents in the end. The publisher does the same when it cannot keep up with the
+/// pool: events never wait in more memory than some 20 MB, and never make the pool wait.
+///
+/// Up to 100,000 messages wait for a subscriber that reads slowly; then it loses some, and sees a gap. Sockets have no
+/// authentication: an endpoint is for a network of routers and engines that trust one another.
 #[derive(Debug)]
 pub struct Publisher {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
-    endpoint: String,
-    replay_endpoint: Option<String>,
+    endpoints: Endpoints,
 }
 
 /// How a [`Publisher`] publishes.
@@ -66,7 +77,8 @@ pub struct PublisherBuilder {
     topic: String,
     medium: Medium,
     rank: Option<u32>,
-    buffered: usize,
+    most_batches: usize,
+    most_bytes: usize,
 }
 
 impl PublisherBuilder {
@@ -94,10 +106,17 @@ impl PublisherBuilder {
         Self { rank: Some(rank), ..self }
     }
 
-    /// Sets how many batches are kept for replays: 10,000 by default, as in vLLM.
+    /// Sets how many batches are kept for replays, at most: 10,000 by default, as in vLLM.
     #[must_use]
     pub fn buffered_batches(self, batches: usize) -> Self {
-        Self { buffered: batches, ..self }
+        Self { most_batches: batches, ..self }
+    }
+
+    /// Sets how many bytes of batches are kept for replays, at most: 64 MiB by default. A block of 16 tokens takes about
+    /// 90.
+    #[must_use]
+    pub fn buffered_bytes(self, bytes: usize) -> Self {
+        Self { most_bytes: bytes, ..self }
     }
 
     /// Starts to publish what `pool` has cached, and what changes from now on.
@@ -106,62 +125,28 @@ impl PublisherBuilder {
     ///
     /// [`PublishError`] when an endpoint cannot be bound, or a thread cannot be started.
     pub fn start(self, pool: &BlockPool) -> Result<Publisher, PublishError> {
-        let (sender, batches) = unbounded_channel();
+        let (sender, batches) = channel(MOST_BATCHES);
         let (bound, endpoints) = mpsc::channel();
         let (rank, medium) = (self.rank, self.medium);
-        let sockets = thread::Builder::new().name("kv-events-zmq".into()).spawn(move || self.serve(batches, &bound))?;
+        let again = Arc::new(AtomicBool::new(false));
+        let asked = again.clone();
+        let sockets =
+            thread::Builder::new().name("kv-events-zmq".into()).spawn(move || serve(self, batches, &bound, &asked))?;
         // The thread sends once, or it has panicked.
-        let endpoints = endpoints.recv().unwrap_or_else(|_| Err(io::Error::other("the thread has ended").into()));
-        let (endpoint, replay_endpoint) = endpoints?;
-        let (events, translator) = (pool.subscribe(), Translator::of(pool).medium(medium));
+        let endpoints = endpoints.recv().unwrap_or_else(|_| Err(io::Error::other("the thread has ended").into()))?;
+        let (events, translator) = (pool.subscribe_within(MOST_WAITING), Translator::of(pool).medium(medium));
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let reader = thread::Builder::new()
             .name("kv-events".into())
-            .spawn(move || read(events, translator, rank, &stopped, &sender))?;
-        Ok(Publisher { stop, threads: vec![reader, sockets], endpoint, replay_endpoint })
-    }
-
-    /// Binds the sockets, says so or why not, and sends until there are no more batches.
-    fn serve(self, batches: UnboundedReceiver<Vec<u8>>, bound: &mpsc::Sender<Result<Endpoints, PublishError>>) {
-        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => runtime,
-            Err(error) => return drop(bound.send(Err(error.into()))),
-        };
-        runtime.block_on(async {
-            let (publish, replay, endpoints) = match self.bind().await {
-                Ok(sockets) => sockets,
-                Err(error) => return drop(bound.send(Err(error))),
-            };
-            // The receiver waits for this.
-            let _ = bound.send(Ok(endpoints));
-            let sent = Sent { topic: self.topic.into(), first: 0, batches: VecDeque::new(), most: self.buffered };
-            sent.run(publish, replay, batches).await;
-        });
-    }
-
-    async fn bind(&self) -> Result<(PubSocket, Option<RouterSocket>, Endpoints), PublishError> {
-        let failed = |endpoint: &str| {
-            let endpoint = endpoint.to_owned();
-            move |error| PublishError::Bind { endpoint, error }
-        };
-        let mut publish = PubSocket::new();
-        let endpoint = publish.bind(&self.endpoint).await.map_err(failed(&self.endpoint))?.to_string();
-        let (mut replay, mut replay_endpoint) = (None, None);
-        if let Some(wanted) = &self.replay_endpoint {
-            let mut router = RouterSocket::new();
-            replay_endpoint = Some(router.bind(wanted).await.map_err(failed(wanted))?.to_string());
-            replay = Some(router);
-        }
-        Ok((publish, replay, (endpoint, replay_endpoint)))
+            .spawn(move || read(events, translator, rank, &stopped, &again, &sender))?;
+        Ok(Publisher { stop, threads: vec![reader, sockets], endpoints })
     }
 }
 
-/// The endpoints of both sockets, with the ports that they have got.
-type Endpoints = (String, Option<String>);
-
 impl Publisher {
-    /// Publishes at this endpoint, for example `tcp://*:5557`; with the port 0 the system chooses one.
+    /// Publishes at this endpoint, for example `tcp://*:5557`; with the port 0 the system chooses one. `*` is every IPv4
+    /// address of this machine.
     pub fn builder(endpoint: impl Into<String>) -> PublisherBuilder {
         PublisherBuilder {
             endpoint: endpoint.into(),
@@ -169,18 +154,19 @@ impl Publisher {
             topic: String::new(),
             medium: Medium::Gpu,
             rank: None,
-            buffered: 10_000,
+            most_batches: 10_000,
+            most_bytes: 64 << 20,
         }
     }
 
-    /// Where subscribers connect.
+    /// Where subscribers connect, with the port that was chosen.
     pub fn endpoint(&self) -> &str {
-        &self.endpoint
+        &self.endpoints.publish
     }
 
-    /// Where they ask for a replay.
+    /// Where they ask for a replay, if they can.
     pub fn replay_endpoint(&self) -> Option<&str> {
-        self.replay_endpoint.as_deref()
+        self.endpoints.replay.as_deref()
     }
 }
 
@@ -194,15 +180,19 @@ impl Drop for Publisher {
     }
 }
 
-/// Translates events, and passes them on in batches.
+/// Translates events, and passes them on in batches. Begins again when `again` is set.
 fn read(
     mut events: KvEvents,
     mut translator: Translator,
     rank: Option<u32>,
     stop: &AtomicBool,
-    batches: &UnboundedSender<Vec<u8>>,
+    again: &AtomicBool,
+    batches: &Sender<Vec<u8>>,
 ) {
     while !stop.load(Ordering::Relaxed) {
+        if again.swap(false, Ordering::Relaxed) {
+            events.begin_again();
+        }
         let first = match events.recv_timeout(PATIENCE) {
             Ok(event) => event,
             Err(RecvTimeoutError::Timeout) => continue,
@@ -213,84 +203,32 @@ fn read(
             continue;
         }
         let batch = EventBatch { data_parallel_rank: rank, ..EventBatch::now(translated) };
-        if batches.send(batch.encode()).is_err() {
+        if batches.blocking_send(batch.encode()).is_err() {
             return;
         }
     }
 }
 
-/// What was sent, for replays.
-struct Sent {
-    topic: Bytes,
-    /// The sequence number of the first batch that is kept.
-    first: u64,
-    batches: VecDeque<Bytes>,
-    most: usize,
-}
-
-impl Sent {
-    async fn run(
-        mut self,
-        mut publish: PubSocket,
-        mut replay: Option<RouterSocket>,
-        mut batches: UnboundedReceiver<Vec<u8>>,
-    ) {
-        loop {
-            let request = async {
-                match &mut replay {
-                    Some(router) => router.recv().await,
-                    None => std::future::pending().await,
-                }
-            };
-            let request = tokio::select! {
-                batch = batches.recv() => match batch {
-                    Some(batch) => {
-                        self.publish(&mut publish, batch.into()).await;
-                        continue;
-                    }
-                    None => return,
-                },
-                request = request => request,
-            };
-            if let (Ok(request), Some(router)) = (request, &mut replay) {
-                self.replay(router, &request.into_vec()).await;
-            }
-        }
-    }
-
-    async fn publish(&mut self, socket: &mut PubSocket, batch: Bytes) {
-        let sequence = self.first + self.batches.len() as u64;
-        self.batches.push_back(batch.clone());
-        if self.batches.len() > self.most {
-            self.batches.pop_front();
-            self.first += 1;
-        }
-        let frames = vec![self.topic.clone(), Bytes::copy_from_slice(&sequence.to_be_bytes()), batch];
-        send(socket, frames).await;
-    }
-
-    /// Answers a request: the identity of who asks, an empty frame, and the first sequence number that is wanted.
-    async fn replay(&self, socket: &mut RouterSocket, request: &[Bytes]) {
-        let [identity, _, start] = request else { return };
-        let Some(start) = start.first_chunk().map(|start| u64::from_be_bytes(*start)) else { return };
-        let answer = |topic: &Bytes, sequence: [u8; 8], batch: &Bytes| {
-            let sequence = Bytes::copy_from_slice(&sequence);
-            vec![identity.clone(), Bytes::new(), topic.clone(), sequence, batch.clone()]
+/// Binds the sockets, says so or why not, and sends until there are no more batches.
+fn serve(
+    options: PublisherBuilder,
+    batches: Receiver<Vec<u8>>,
+    bound: &mpsc::Sender<Result<Endpoints, PublishError>>,
+    again: &AtomicBool,
+) {
+    // Nobody waits for the answer any more if it cannot be sent.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return drop(bound.send(Err(error.into()))),
+    };
+    runtime.block_on(async {
+        let (sockets, endpoints) = match Sockets::bind(&options.endpoint, options.replay_endpoint.as_deref()).await {
+            Ok(bound) => bound,
+            Err(error) => return drop(bound.send(Err(error))),
         };
-        let skipped = usize::try_from(start.saturating_sub(self.first)).unwrap_or(usize::MAX);
-        for (sequence, batch) in (self.first..).zip(&self.batches).skip(skipped) {
-            send(socket, answer(&self.topic, sequence.to_be_bytes(), batch)).await;
+        if bound.send(Ok(endpoints)).is_ok() {
+            let sent = Sent::new(options.most_batches, options.most_bytes);
+            sockets.serve(options.topic.into(), sent, batches, again).await;
         }
-        send(socket, answer(&Bytes::new(), END, &Bytes::new())).await;
-    }
-}
-
-/// Sends a message. One that cannot be sent, because the peer has gone or does not keep up, is lost: the peer sees a gap
-/// in the sequence numbers.
-async fn send(socket: &mut impl SocketSend, frames: Vec<Bytes>) {
-    // A message without frames does not exist; these have some.
-    let Ok(message) = ZmqMessage::try_from(frames) else { return };
-    if let Err(error) = socket.send(message).await {
-        tracing::debug!(%error, "events could not be sent");
-    }
+    });
 }

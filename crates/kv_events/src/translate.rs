@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 
 use block_pool::{BlockPool, GroupBlock, KvEvent, PoolGroup, PrefixKey, Salt, SaltFrom};
 
@@ -11,14 +12,25 @@ use crate::wire::{Event, ExtraKeys, Medium, SpecKind};
 ///
 /// Blocks get names: a hash of the tokens and salts from the start of the sequence on, with keys of this process.
 /// Routers need nothing but that a name stays the same; they compute hashes of their own from the tokens. The names of
-/// what is cached are kept, some 30 bytes for each block.
+/// what is cached are kept, some 50 bytes for each block.
+///
+/// All events of a subscription have to pass, in order. A stream that begins again
+/// ([`BlockPool::subscribe_within`]) begins with an event that clears all, so routers begin again, too.
 #[derive(Debug)]
 pub struct Translator {
     medium: Medium,
     block_size: usize,
     groups: Vec<PoolGroup>,
     hasher: RandomState,
-    names: HashMap<GroupBlock, u64>,
+    names: HashMap<GroupBlock, Named>,
+}
+
+/// A block that is cached.
+#[derive(Debug)]
+struct Named {
+    name: u64,
+    /// The position after its last token.
+    end: usize,
 }
 
 impl Translator {
@@ -52,16 +64,23 @@ impl Translator {
     fn translate_one(&mut self, event: KvEvent) -> Option<Event> {
         match event {
             KvEvent::BlockStored { group, block, parent, tokens, key, salts } => {
-                let mut before = parent.and_then(|parent| self.names.get(&parent).copied());
-                // The block's own tokens are the last; those before them are of blocks that were removed.
+                let (mut before, mut start) = match parent {
+                    Some(parent) => self.names.get(&parent).map(|parent| (Some(parent.name), parent.end))?,
+                    None => (None, 0),
+                };
+                // The block's own tokens are the last; those before them are of blocks that were removed. These get the
+                // names that they had, and will have when they are cached again.
                 let first = tokens.len().saturating_sub(self.block_size);
                 for tokens in tokens[..first].chunks(self.block_size) {
-                    before = Some(self.hasher.hash_one((before, tokens, &key)));
+                    let end = start + tokens.len();
+                    before = Some(self.name(before, tokens, &key, salts_at(&salts, start..end)));
+                    start = end;
                 }
-                let tokens = &tokens[first..];
-                let name = self.hasher.hash_one((before, tokens, &key, &salts));
-                self.names.insert(GroupBlock { group, block }, name);
-                let extra_keys = extra_keys(before.is_none(), &key, &salts);
+                let (tokens, end) = (&tokens[first..], start + self.block_size);
+                let salts = salts_at(&salts, start..end);
+                let name = self.name(before, tokens, &key, salts);
+                self.names.insert(GroupBlock { group, block }, Named { name, end });
+                let extra_keys = extra_keys(before.is_none(), &key, salts);
                 let (kind, window) = self.spec(group, &key);
                 Some(Event::BlockStored {
                     block_hashes: vec![name],
@@ -78,7 +97,7 @@ impl Translator {
                 })
             }
             KvEvent::BlockRemoved { group, block } => {
-                let name = self.names.remove(&GroupBlock { group, block })?;
+                let name = self.names.remove(&GroupBlock { group, block })?.name;
                 let group_idx = self.group_idx(group);
                 Some(Event::BlockRemoved { block_hashes: vec![name], medium: self.medium, group_idx })
             }
@@ -88,6 +107,11 @@ impl Translator {
             }
             _ => None,
         }
+    }
+
+    /// The name of a block: a hash of all that a search for it compares.
+    fn name(&self, before: Option<u64>, tokens: &[u32], key: &PrefixKey, salts: &[SaltFrom]) -> u64 {
+        self.hasher.hash_one((before, tokens, key, salts))
     }
 
     fn group_idx(&self, group: usize) -> Option<usize> {
@@ -150,6 +174,12 @@ fn appended(last: &mut Event, event: Event) -> Option<Event> {
         }
         (_, event) => Some(event),
     }
+}
+
+/// The salts that begin at these positions; `salts` are in the order of their positions.
+fn salts_at(salts: &[SaltFrom], positions: Range<usize>) -> &[SaltFrom] {
+    let before = |end: usize| salts.partition_point(|salt| salt.position < end);
+    &salts[before(positions.start)..before(positions.end)]
 }
 
 /// The salts of a block: that of the key in the first block of a sequence, and those that begin in it.

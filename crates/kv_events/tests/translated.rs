@@ -99,3 +99,49 @@ fn groups_have_their_number_and_kind() {
     // The same tokens have the same name in each group, as in vLLM.
     assert_eq!((groups[0].len(), &groups[0]), (2, &groups[1]));
 }
+
+#[test]
+fn a_translator_that_lost_events_clears_all() {
+    let pool = BlockPool::new(8, 2).unwrap();
+    let (mut events, mut translator) = (pool.subscribe_within(3), Translator::of(&pool));
+    let plain = TableOptions::default();
+    drop(compute(&pool, &plain, 0..4));
+    let names = stored(&translator.translate(events.try_iter())[0]).0;
+    // Evicts both blocks, and stores three others: two events too many.
+    drop(pool.allocate(8).unwrap());
+    drop(compute(&pool, &plain, 10..16));
+    let after = translator.translate(events.try_iter());
+    assert_eq!(after[0], Event::AllBlocksCleared {});
+    let (others, parent, tokens, _) = stored(&after[1]);
+    assert_eq!((after.len(), others.len(), parent, tokens), (2, 3, None, (10..16).collect()));
+    // What is stored again has the names that it had.
+    drop(compute(&pool, &plain, 0..4));
+    let again = translator.translate(events.try_iter());
+    assert_eq!((stored(&again[0]).0, again.len()), (names, 1));
+}
+
+#[test]
+fn blocks_after_removed_ones_keep_their_names() {
+    let pool = BlockPool::new(16, 2).unwrap();
+    let (mut events, mut translator) = (pool.subscribe(), Translator::of(&pool));
+    let mut table = BlockTable::with_options(&pool, &TableOptions::default().window(Window::new(2)));
+    // A salt in the second block, which the window passes; then the first two blocks are evicted.
+    table.salt_from(3, Salt::new(b"image")).unwrap();
+    for tokens in [[0, 1], [2, 3], [4, 5], [6, 7]] {
+        table.reserve(2).unwrap();
+        table.commit_tokens(&tokens).unwrap();
+    }
+    let stored_at_once = translator.translate(events.try_iter());
+    let keys: Vec<_> = stored_at_once.iter().flat_map(|event| stored(event).3.unwrap_or_default()).collect();
+    assert!(keys.contains(&Some(vec!["image".to_owned()])), "{stored_at_once:?}");
+    let free = pool.available() - pool.evictable();
+    let all = pool.allocate(free + 2).unwrap();
+    let removed = translator.translate(events.try_iter());
+    let [Event::BlockRemoved { block_hashes: removed, .. }] = &removed[..] else { panic!("{removed:?}") };
+    // A subscriber that comes now is told of them in the event of the next block.
+    events.begin_again();
+    let after = translator.translate(events.try_iter());
+    let (_, parent, tokens, keys) = stored(&after[1]);
+    assert_eq!((removed.len(), parent, tokens, keys), (2, Some(removed[1]), vec![4, 5, 6, 7], None));
+    drop((all, table));
+}

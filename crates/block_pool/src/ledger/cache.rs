@@ -1,13 +1,12 @@
 //! Matching prefixes, and caching blocks.
 
-use std::sync::mpsc::Receiver;
-
 use smallvec::SmallVec;
 
 use super::counts::Why;
 use super::need::{Need, most_units};
 use super::write::cost_of_copy;
 use super::{Group, Ledger, MAX_REF_COUNT, tree_groups};
+use crate::events::Live;
 use crate::list::List;
 use crate::prefix::{Entry, Past, PrefixTree};
 use crate::{AlreadyCached, BlockId, GroupBlock, KvEvent, PrefixKey, PrefixMatch, SaltFrom};
@@ -293,8 +292,9 @@ impl Ledger {
         more
     }
 
-    /// Adds a subscriber. Returns what is cached now, and the receiver of later events.
-    pub(crate) fn subscribe(&mut self) -> (Past, Receiver<KvEvent>) {
-        (self.tree.past(), self.subscribers.add())
+    /// Adds a subscriber for which at most `most` events wait. Returns what is cached now, and the receiver of later
+    /// events.
+    pub(crate) fn subscribe(&mut self, most: usize) -> (Past, Live) {
+        (self.tree.past(), self.subscribers.add(most))
     }
 }
