@@ -22,6 +22,7 @@
 //! [`KvEvent`]: block_pool::KvEvent
 //! [`BlockPool`]: block_pool::BlockPool
 
+mod name;
 #[cfg(feature = "zmq")]
 mod publisher;
 mod translate;

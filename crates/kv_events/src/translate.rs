@@ -1,18 +1,19 @@
 //! From the pool's events to those of routers.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 
 use block_pool::{BlockPool, GroupBlock, KvEvent, PoolGroup, PrefixKey, Salt, SaltFrom};
 
+use crate::name::name;
 use crate::wire::{Event, ExtraKeys, Medium, SpecKind};
 
 /// Turns the events of one pool into those of routers.
 ///
-/// Blocks get names: a hash of the tokens and salts from the start of the sequence on, with keys of this process.
-/// Routers need nothing but that a name stays the same; they compute hashes of their own from the tokens. The names of
-/// what is cached are kept, some 50 bytes for each block.
+/// Blocks get names of 64 bits: a hash (SHA-256) of the tokens, salts and window from the start of the sequence on. The
+/// same prefix has the same name in all engines and at all times. Dynamo's router needs that: it keeps one index by the
+/// names of all engines. Block ids or names with a key of the process would follow one engine only. Names decide nothing
+/// in the pool, which compares tokens. The names of what is cached are kept, some 50 bytes for each block.
 ///
 /// All events of a subscription have to pass, in order. A stream that begins again
 /// ([`BlockPool::subscribe_within`]) begins with an event that clears all, so routers begin again, too.
@@ -21,7 +22,6 @@ pub struct Translator {
     medium: Medium,
     block_size: usize,
     groups: Vec<PoolGroup>,
-    hasher: RandomState,
     names: HashMap<GroupBlock, Named>,
 }
 
@@ -37,7 +37,7 @@ impl Translator {
     /// For the events of this pool, from the first one of a [subscription](BlockPool::subscribe) on.
     pub fn of(pool: &BlockPool) -> Self {
         let (block_size, groups) = (pool.block_size(), pool.groups().to_vec());
-        Self { medium: Medium::Gpu, block_size, groups, hasher: RandomState::new(), names: HashMap::new() }
+        Self { medium: Medium::Gpu, block_size, groups, names: HashMap::new() }
     }
 
     /// Sets the medium, which is [`Medium::Gpu`] by default.
@@ -73,12 +73,12 @@ impl Translator {
                 let first = tokens.len().saturating_sub(self.block_size);
                 for tokens in tokens[..first].chunks(self.block_size) {
                     let end = start + tokens.len();
-                    before = Some(self.name(before, tokens, &key, salts_at(&salts, start..end)));
+                    before = Some(name(before, tokens, &key, salts_at(&salts, start..end)));
                     start = end;
                 }
                 let (tokens, end) = (&tokens[first..], start + self.block_size);
                 let salts = salts_at(&salts, start..end);
-                let name = self.name(before, tokens, &key, salts);
+                let name = name(before, tokens, &key, salts);
                 self.names.insert(GroupBlock { group, block }, Named { name, end });
                 let extra_keys = extra_keys(before.is_none(), &key, salts);
                 let (kind, window) = self.spec(group, &key);
@@ -107,11 +107,6 @@ impl Translator {
             }
             _ => None,
         }
-    }
-
-    /// The name of a block: a hash of all that a search for it compares.
-    fn name(&self, before: Option<u64>, tokens: &[u32], key: &PrefixKey, salts: &[SaltFrom]) -> u64 {
-        self.hasher.hash_one((before, tokens, key, salts))
     }
 
     fn group_idx(&self, group: usize) -> Option<usize> {

@@ -1,0 +1,196 @@
+//! NVIDIA Dynamo's router follows two engines: what it knows of them is what their pools say.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::time::Duration;
+
+use block_table::Salt;
+use router_tests::{BLOCK_SIZE, Engine, Follower, Index};
+
+/// When nothing has come for so long, nothing is on its way.
+const SILENCE: Duration = Duration::from_millis(300);
+
+/// Two engines, and a router that follows them.
+struct Cluster {
+    engines: [Engine; 2],
+    followers: [Follower; 2],
+    index: Index,
+}
+
+impl Cluster {
+    async fn start(blocks: [usize; 2], buffered_batches: usize) -> Self {
+        let engines = blocks.map(|blocks| Engine::start(blocks, buffered_batches).unwrap());
+        let followers = [
+            Follower::connect(0, engines[0].publisher()).await.unwrap(),
+            Follower::connect(1, engines[1].publisher()).await.unwrap(),
+        ];
+        Self { engines, followers, index: Index::default() }
+    }
+
+    async fn follow(&mut self) {
+        for follower in &mut self.followers {
+            // The first batches may have been published before the subscription arrived.
+            follower.catch_up(&mut self.index).await.unwrap();
+            follower.follow(&mut self.index, SILENCE).await.unwrap();
+        }
+    }
+
+    /// How many blocks of a prompt each engine has: by its pool, and by the router's index.
+    fn blocks(&self, prompt: &[u32]) -> ([usize; 2], [usize; 2]) {
+        let found = self.index.blocks(prompt, None);
+        let pools = self.engines.each_ref().map(|engine| engine.cached_blocks(prompt, Salt::none()));
+        (pools, [0, 1].map(|engine| found.get(&engine).copied().unwrap_or(0)))
+    }
+
+    fn assert_follows(&self, prompts: &[Vec<u32>]) {
+        for (i, prompt) in prompts.iter().enumerate() {
+            let (pools, index) = self.blocks(prompt);
+            assert_eq!(index, pools, "prompt {i} of {} tokens", prompt.len());
+        }
+    }
+}
+
+/// Random numbers that are the same every time (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ (mixed >> 31)) % n as u64) as usize
+    }
+}
+
+/// Prompts that begin with parts of some documents, and go on with tokens of their own.
+fn prompts(n: usize, random: &mut Random) -> Vec<Vec<u32>> {
+    let document = |number: u32| (0..20 * BLOCK_SIZE as u32).map(move |token| 1000 * (number + 1) + token);
+    (0..n)
+        .map(|i| {
+            let common = document(random.below(40) as u32).take(random.below(20 * BLOCK_SIZE + 1));
+            let own = 1 + random.below(3 * BLOCK_SIZE) as u32;
+            common.chain((0..own).map(|token| 100_000 + 100 * i as u32 + token)).collect()
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn the_engine_with_the_longest_prefix_is_found() {
+    let mut random = Random(1);
+    let mut cluster = Cluster::start([4096, 4096], 10_000).await;
+    let prompts = prompts(200, &mut random);
+    for prompt in &prompts {
+        // A part of each prompt on the first engine, on the second, on both, or on none.
+        let at = random.below(4);
+        for (engine, of) in cluster.engines.iter().zip([[0, 2], [1, 2]]) {
+            if of.contains(&at) {
+                engine.compute(&prompt[..1 + random.below(prompt.len())], Salt::none()).unwrap();
+            }
+        }
+    }
+    cluster.follow().await;
+    cluster.assert_follows(&prompts);
+    // All cases occur: the first engine has more, the second, both the same, none at all.
+    let counts: Vec<[usize; 2]> = prompts.iter().map(|prompt| cluster.blocks(prompt).0).collect();
+    let count = |case: fn(&[usize; 2]) -> bool| counts.iter().filter(|counts| case(counts)).count();
+    let cases =
+        [count(|[a, b]| a > b), count(|[a, b]| a < b), count(|[a, b]| a == b && *a > 0), count(|n| *n == [0, 0])];
+    assert!(cases.iter().all(|&count| count >= 5), "{cases:?}");
+}
+
+#[tokio::test]
+async fn evictions_and_resets_are_followed() {
+    let mut random = Random(2);
+    // The first pool has room for two or three prompts only.
+    let mut cluster = Cluster::start([50, 4096], 10_000).await;
+    let prompts = prompts(60, &mut random);
+    for (i, prompt) in prompts.iter().enumerate() {
+        for engine in &cluster.engines {
+            engine.compute(prompt, Salt::none()).unwrap();
+        }
+        if i % 15 == 14 {
+            cluster.follow().await;
+            cluster.assert_follows(&prompts);
+        }
+    }
+    assert!(cluster.engines[0].evictions() > 100 && cluster.engines[1].evictions() == 0);
+    let (before, _) = cluster.blocks(&prompts[0]);
+    assert!(before[0] < before[1], "{before:?}");
+
+    cluster.engines[1].reset();
+    cluster.engines[1].compute(&prompts[1], Salt::none()).unwrap();
+    cluster.follow().await;
+    cluster.assert_follows(&prompts);
+    assert_eq!(cluster.engines[1].cached_blocks(&prompts[1], Salt::none()), prompts[1].len() / BLOCK_SIZE);
+}
+
+#[tokio::test]
+async fn lost_messages_are_replayed() {
+    let mut random = Random(3);
+    let mut cluster = Cluster::start([60, 60], 10_000).await;
+    let prompts = prompts(60, &mut random);
+    let (first, rest) = prompts.split_at(20);
+    let (lost, later) = rest.split_at(20);
+    for part in [first, lost, later] {
+        for prompt in part {
+            cluster.engines.iter().for_each(|engine| engine.compute(prompt, Salt::none()).unwrap());
+        }
+        if part == lost {
+            for follower in &mut cluster.followers {
+                assert!(follower.lose(SILENCE).await.unwrap() > 0);
+            }
+            // The router is wrong now, and would stay so.
+            assert!(prompts.iter().any(|prompt| cluster.blocks(prompt).0 != cluster.blocks(prompt).1));
+            continue;
+        }
+        if part == first {
+            cluster.follow().await;
+        } else {
+            // It learns of the gap only from the sequence numbers.
+            for follower in &mut cluster.followers {
+                follower.replayed = 0;
+                follower.follow(&mut cluster.index, SILENCE).await.unwrap();
+                assert!(follower.replayed > 0);
+            }
+        }
+        cluster.assert_follows(&prompts);
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_replayed_is_published_again() {
+    let mut random = Random(4);
+    // Two batches are kept. What was cached, removed and cleared before is not in them.
+    let mut cluster = Cluster::start([60, 60], 2).await;
+    let prompts = prompts(40, &mut random);
+    let (first, rest) = prompts.split_at(20);
+    for part in [first, rest] {
+        for prompt in part {
+            for engine in &cluster.engines {
+                engine.compute(prompt, Salt::none()).unwrap();
+                // A batch of its own.
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        }
+        for follower in &mut cluster.followers {
+            assert!(follower.lose(SILENCE).await.unwrap() > 2);
+        }
+        cluster.follow().await;
+        cluster.assert_follows(&prompts);
+    }
+}
+
+#[tokio::test]
+async fn salts_are_namespaces() {
+    let mut cluster = Cluster::start([100, 100], 10_000).await;
+    let prompt: Vec<u32> = (0..5 * BLOCK_SIZE as u32).collect();
+    // This is how the router knows a salt from the name of an adapter or the hash of an image.
+    let salt = || Salt::new(b"dynamo-cache-salt:tenant");
+    cluster.engines[0].compute(&prompt, salt()).unwrap();
+    cluster.engines[1].compute(&prompt[..2 * BLOCK_SIZE], Salt::none()).unwrap();
+    cluster.follow().await;
+    assert_eq!((cluster.engines[0].cached_blocks(&prompt, salt()), cluster.blocks(&prompt).0), (5, [0, 2]));
+    assert_eq!(cluster.index.blocks(&prompt, Some("tenant")), [(0, 5)].into());
+    assert_eq!(cluster.index.blocks(&prompt, None), [(1, 2)].into());
+    assert_eq!(cluster.index.blocks(&prompt, Some("another")), [].into());
+}
