@@ -1,16 +1,23 @@
-//! KV events for routers: what a pool has cached, in the format that vLLM publishes.
+// Its example needs the sockets.
+#![cfg_attr(feature = "zmq", doc = include_str!("../README.md"))]
+#![cfg_attr(
+    not(feature = "zmq"),
+    doc = "KV events for routers, in the format that vLLM publishes. Without the feature `zmq`:"
+)]
+#![cfg_attr(
+    not(feature = "zmq"),
+    doc = "KV events in the format of vLLM's; without the feature `zmq`, so without sockets."
+)]
 //!
-//! A router in front of several engines sends each request to the engine that holds the longest part of its prompt. It
-//! learns what they hold from their events. vLLM's format has become the common one: NVIDIA Dynamo's router and llm-d
-//! read it. This crate turns the [`KvEvent`]s of a [`BlockPool`] into these events ([`Translator`]), and the events into
-//! bytes ([`EventBatch::encode`]). With the feature `zmq` a `Publisher` sends them over ZeroMQ.
+//! With another transport, or without threads:
 //!
 //! ```
 //! use block_pool::BlockPool;
 //! use kv_events::{EventBatch, Translator};
 //!
 //! let pool = BlockPool::new(8, 16)?;
-//! let mut events = pool.subscribe();
+//! // With at most so many events that wait; when there are more, it begins again with all that is cached.
+//! let mut events = pool.subscribe_within(10_000);
 //! let mut translator = Translator::of(&pool);
 //! // In a loop, or after every step:
 //! let batch = EventBatch::now(translator.translate(events.try_iter()));
@@ -18,9 +25,7 @@
 //! # assert!(batch.events.is_empty() && bytes.len() > 10);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//!
-//! [`KvEvent`]: block_pool::KvEvent
-//! [`BlockPool`]: block_pool::BlockPool
+#![forbid(unsafe_code)]
 
 mod name;
 #[cfg(feature = "zmq")]

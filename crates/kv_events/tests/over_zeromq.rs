@@ -71,9 +71,73 @@ async fn a_subscriber_follows_and_recovers() {
     }
     // An array of three: a time, an array of events, the rank.
     assert_eq!((replayed[0][0], replayed[0].last()), (0x93, Some(&3)));
+}
 
-    let taken = Publisher::builder(publisher.endpoint()).start(&pool).unwrap_err();
-    assert!(matches!(taken, PublishError::Bind { .. }), "{taken}");
-    drop(publisher);
-    drop(pool);
+/// Long enough for whatever happens at all.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[test]
+fn an_endpoint_that_is_taken_is_an_error() {
+    let pool = BlockPool::new(4, 2).unwrap();
+    let publisher = Publisher::builder("tcp://127.0.0.1:0").start(&pool).unwrap();
+    assert_eq!(publisher.replay_endpoint(), None);
+    let free = "tcp://127.0.0.1:0";
+    for (publish, replay) in [(publisher.endpoint(), free), (free, publisher.endpoint())] {
+        let taken = Publisher::builder(publish).replay_endpoint(replay).start(&pool).unwrap_err();
+        assert!(matches!(&taken, PublishError::Bind { endpoint, .. } if endpoint == publisher.endpoint()), "{taken}");
+    }
+    for wrong in ["", "5557", "udp://127.0.0.1:5557"] {
+        assert!(matches!(Publisher::builder(wrong).start(&pool), Err(PublishError::Bind { .. })), "{wrong}");
+    }
+}
+
+#[tokio::test]
+async fn a_star_is_every_address() {
+    let pool = BlockPool::new(4, 2).unwrap();
+    let publisher = Publisher::builder("tcp://*:0").replay_endpoint("tcp://*:0").start(&pool).unwrap();
+    for endpoint in [Some(publisher.endpoint()), publisher.replay_endpoint()] {
+        let (_, port) = endpoint.unwrap().rsplit_once(':').unwrap();
+        std::net::TcpStream::connect(("127.0.0.1", port.parse::<u16>().unwrap())).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn peers_that_do_not_read_hold_up_nobody() {
+    let pool = BlockPool::new(1024, 2).unwrap();
+    let publisher = Publisher::builder("tcp://127.0.0.1:0").replay_endpoint("tcp://127.0.0.1:0").start(&pool).unwrap();
+    let mut reads_not = SubSocket::new();
+    reads_not.connect(publisher.endpoint()).await.unwrap();
+    reads_not.subscribe("").await.unwrap();
+    // Some hundred batches.
+    for i in 0..200 {
+        compute(&pool, 10 * i..10 * i + 2);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // More answers than there is room for.
+    let mut asks_only = DealerSocket::new();
+    asks_only.connect(publisher.replay_endpoint().unwrap()).await.unwrap();
+    for _ in 0..1500 {
+        let request = vec![Bytes::new(), Bytes::copy_from_slice(&0u64.to_be_bytes())];
+        asks_only.send(ZmqMessage::try_from(request).unwrap()).await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut subscriber = SubSocket::new();
+    subscriber.connect(publisher.endpoint()).await.unwrap();
+    subscriber.subscribe("").await.unwrap();
+    let arrives = async {
+        for i in 1000.. {
+            compute(&pool, 10 * i..10 * i + 2);
+            if tokio::time::timeout(Duration::from_millis(50), subscriber.recv()).await.is_ok() {
+                return;
+            }
+        }
+    };
+    let arrived = tokio::time::timeout(PATIENCE, arrives).await;
+    // In a thread, so that the test ends even if this does not.
+    let (dropped, drops) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(publisher);
+        dropped.send(())
+    });
+    assert_eq!((arrived, drops.recv_timeout(PATIENCE)), (Ok(()), Ok(())));
 }

@@ -12,9 +12,6 @@ use super::sent::Sent;
 
 /// The sequence number that ends a replay, as vLLM's.
 const END: [u8; 8] = (-1i64).to_be_bytes();
-/// How long a message of a replay may wait for a peer that does not read. All others wait meanwhile.
-const PATIENCE: Duration = Duration::from_millis(50);
-
 /// Where the sockets are bound, with the ports that they have got.
 #[derive(Debug)]
 pub(super) struct Endpoints {
@@ -120,9 +117,11 @@ async fn replay(router: &mut RouterSocket, request: &Request, topic: &Bytes, sen
     send(router, answer(&Bytes::new(), END, &Bytes::new())).await
 }
 
+/// Sends a message, if there is room for it at once. A peer that does not read must not hold up the others; each has room
+/// for 100,000 messages.
 async fn send(socket: &mut impl SocketSend, frames: Vec<Bytes>) -> Result<(), ZmqError> {
     // Only a message without frames is refused.
     let Ok(message) = ZmqMessage::try_from(frames) else { return Ok(()) };
-    let sent = tokio::time::timeout(PATIENCE, socket.send(message)).await;
+    let sent = tokio::time::timeout(Duration::ZERO, socket.send(message)).await;
     sent.unwrap_or(Err(ZmqError::Other("the peer does not read")))
 }
