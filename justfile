@@ -41,6 +41,10 @@ oldest-rust:
 packages *args:
     .ci/packages {{args}}
 
+# NVIDIA Dynamo's router reads the KV events
+router:
+    cargo test --manifest-path crates/kv_events/router_tests/Cargo.toml
+
 # Licences, duplicates and sources of all dependencies; needs cargo-deny
 deny:
     cargo deny check licenses bans sources

@@ -49,8 +49,8 @@ pub enum PublishError {
 
 /// Publishes the events of a pool until it is dropped, or until the pool is.
 ///
-/// Each message of the PUB socket has three frames, as vLLM's: the topic, a sequence number of 8 bytes (big endian, from
-/// 0 on), and an [`EventBatch`] in MessagePack. A subscriber that sees a gap in the numbers asks the ROUTER socket to
+/// Each message of the PUB socket has three frames, as vLLM's: the topic, a sequence number of 8 bytes (big endian,
+/// from 0 on), and an [`EventBatch`] in MessagePack. A subscriber that sees a gap in the numbers asks the ROUTER socket to
 /// replay: an empty frame and the first number it wants. Each answer has an empty frame, the topic, the number and the
 /// batch; the last one has the number -1 and no batch.
 ///
@@ -112,8 +112,8 @@ impl PublisherBuilder {
         Self { most_batches: batches, ..self }
     }
 
-    /// Sets how many bytes of batches are kept for replays, at most: 64 MiB by default. A block of 16 tokens takes about
-    /// 90.
+    /// Sets how many bytes of batches are kept for replays, at most: 64 MiB by default. A block of 16 tokens takes
+    /// about 90.
     #[must_use]
     pub fn buffered_bytes(self, bytes: usize) -> Self {
         Self { most_bytes: bytes, ..self }
@@ -145,8 +145,8 @@ impl PublisherBuilder {
 }
 
 impl Publisher {
-    /// Publishes at this endpoint, for example `tcp://*:5557`; with the port 0 the system chooses one. `*` is every IPv4
-    /// address of this machine.
+    /// Publishes at this endpoint, for example `tcp://*:5557`; with the port 0 the system chooses one. `*` is every
+    /// IPv4 address of this machine.
     pub fn builder(endpoint: impl Into<String>) -> PublisherBuilder {
         PublisherBuilder {
             endpoint: endpoint.into(),

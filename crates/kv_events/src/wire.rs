@@ -6,6 +6,7 @@ use serde::Serialize;
 
 /// Where the bytes of a block are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub enum Medium {
     /// The engine's own pool. Routers count it first, so a pool in host memory is best published as this, too, if the
     /// engine computes there.
@@ -22,6 +23,7 @@ pub enum Medium {
 /// What the layers of a group keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum SpecKind {
     /// All tokens.
     FullAttention,

@@ -91,8 +91,8 @@ impl Follower {
         Ok(Self { engine, live, replay, next: 0, replayed: 0 })
     }
 
-    /// Reads and drops what arrives until nothing comes for a while, and returns how many batches that were: the network
-    /// loses messages.
+    /// Reads and drops what arrives until nothing comes for a while, as if the network lost it. Returns how many batches
+    /// that were.
     ///
     /// # Errors
     ///
@@ -126,8 +126,8 @@ impl Follower {
         Ok(())
     }
 
-    /// Asks for all batches from the next one on, and applies them. If the first of them are not kept any more, the engine
-    /// begins again on the other socket.
+    /// Asks for all batches from the next one on, and applies them. If the first of them are not kept any more, the
+    /// engine begins again on the other socket.
     ///
     /// # Errors
     ///

@@ -12,6 +12,7 @@ use super::sent::Sent;
 
 /// The sequence number that ends a replay, as vLLM's.
 const END: [u8; 8] = (-1i64).to_be_bytes();
+
 /// Where the sockets are bound, with the ports that they have got.
 #[derive(Debug)]
 pub(super) struct Endpoints {
@@ -117,8 +118,8 @@ async fn replay(router: &mut RouterSocket, request: &Request, topic: &Bytes, sen
     send(router, answer(&Bytes::new(), END, &Bytes::new())).await
 }
 
-/// Sends a message, if there is room for it at once. A peer that does not read must not hold up the others; each has room
-/// for 100,000 messages.
+/// Sends a message, if there is room for it at once. A peer that does not read must not hold up the others; each has
+/// room for 100,000 messages.
 async fn send(socket: &mut impl SocketSend, frames: Vec<Bytes>) -> Result<(), ZmqError> {
     // Only a message without frames is refused.
     let Ok(message) = ZmqMessage::try_from(frames) else { return Ok(()) };
