@@ -15,28 +15,33 @@ fn publishing_threads() -> usize {
     names.filter(|name| name.starts_with("kv-events")).count()
 }
 
+/// Waits for this number of them: a thread takes its name by itself, some time after it was started.
+fn wait_for_threads(n: usize) {
+    let begin = Instant::now();
+    while publishing_threads() != n {
+        assert!(begin.elapsed() < Duration::from_secs(10), "{} threads instead of {n}", publishing_threads());
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn threads_end_with_the_publisher_and_with_the_pool() {
     let pool = BlockPool::new(4, 2).unwrap();
     let start = || Publisher::builder("tcp://127.0.0.1:0").replay_endpoint("tcp://127.0.0.1:0").start(&pool).unwrap();
     let publisher = start();
     let endpoint = publisher.endpoint().to_owned();
-    assert_eq!(publishing_threads(), 2);
-    assert!(Publisher::builder(&endpoint).start(&pool).is_err());
+    wait_for_threads(2);
     drop(publisher);
-    let begin = Instant::now();
-    while publishing_threads() > 0 {
-        assert!(begin.elapsed() < Duration::from_secs(10), "threads go on");
-        std::thread::yield_now();
-    }
+    wait_for_threads(0);
     // The endpoint is free again.
     drop(Publisher::builder(&endpoint).start(&pool).unwrap());
+    wait_for_threads(0);
 
     let publisher = start();
+    wait_for_threads(2);
+    assert!(Publisher::builder(publisher.endpoint()).start(&pool).is_err());
+    wait_for_threads(2);
     drop(pool);
-    while publishing_threads() > 0 {
-        assert!(begin.elapsed() < Duration::from_secs(10), "threads go on");
-        std::thread::yield_now();
-    }
+    wait_for_threads(0);
     drop(publisher);
 }
