@@ -50,9 +50,9 @@ pub enum PublishError {
 /// Publishes the events of a pool until it is dropped, or until the pool is.
 ///
 /// Each message of the PUB socket has three frames, as vLLM's: the topic, a sequence number of 8 bytes (big endian,
-/// from 0 on), and an [`EventBatch`] in MessagePack. A subscriber that sees a gap in the numbers asks the ROUTER socket to
-/// replay: an empty frame and the first number it wants. Each answer has an empty frame, the topic, the number and the
-/// batch; the last one has the number -1 and no batch.
+/// from 0 on), and an [`EventBatch`] in MessagePack. A subscriber that sees a gap in the numbers asks the ROUTER socket
+/// to replay: an empty frame and the first number it wants. Each answer has an empty frame, the topic, the number and
+/// the batch; the last one has the number -1 and no batch.
 ///
 /// The first batches have what is cached when publishing starts. A subscriber that connects later has missed them, and
 /// asks for a replay from 0 on. When a replay no longer has the first batch that was asked for, the publisher begins

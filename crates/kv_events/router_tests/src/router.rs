@@ -91,8 +91,8 @@ impl Follower {
         Ok(Self { engine, live, replay, next: 0, replayed: 0 })
     }
 
-    /// Reads and drops what arrives until nothing comes for a while, as if the network lost it. Returns how many batches
-    /// that were.
+    /// Reads and drops what arrives until nothing comes for a while, as if the network lost it. Returns how many
+    /// batches that were.
     ///
     /// # Errors
     ///

@@ -46,8 +46,8 @@ impl Cluster {
         })
     }
 
-    /// Follows both engines until the index is what the pools say, and stays so. `Ask::First` is how a router starts: the
-    /// first batches may have been published before the subscription arrived.
+    /// Follows both engines until the index is what the pools say, and stays so. `Ask::First` is how a router starts:
+    /// the first batches may have been published before the subscription arrived.
     async fn assert_follows(&mut self, prompts: &[Vec<u32>], ask: Ask) {
         let begin = Instant::now();
         let mut equal = 0;
