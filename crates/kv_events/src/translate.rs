@@ -12,8 +12,8 @@ use crate::wire::{Event, ExtraKeys, Medium, SpecKind};
 ///
 /// Blocks get names of 64 bits: a hash (SHA-256) of the tokens, salts and window from the start of the sequence on. So
 /// the same prefix has the same name in all engines and at all times. Dynamo's router needs that: it keeps one index by
-/// the names of all engines. With a key of each process in the names it would follow one of them only. In the pool names
-/// decide nothing: it compares tokens. The names of what is cached are kept, some 50 bytes for each block.
+/// the names of all engines. With a key of each process in the names it would follow one of them only. In the pool
+/// names decide nothing: it compares tokens. The names of what is cached are kept, some 50 bytes for each block.
 ///
 /// All events of a subscription have to pass, in order. A stream that begins again
 /// ([`BlockPool::subscribe_within`]) begins with an event that clears all, so routers begin again, too.
