@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use block_pool::{BlockPool, PrefixKey, ReserveError, SaltFrom, StorageError, Tier, TierCursor};
 
+use crate::table::Tokens;
 use crate::{BlockTable, NotReserved};
 
 /// Blocks of a prefix that were read from a tier and are not in the pool yet.
@@ -173,14 +174,13 @@ impl BlockTable {
         }
         self.reserve(fetched.len() - start)?;
         // What windows have passed at the new length was not fetched, and must not be cached.
-        self.blocks.free_invisible(fetched.len());
+        let unless_written = Emptied(self);
+        unless_written.0.blocks.free_invisible(fetched.len());
         for &(group, number, at) in &fetched.blocks {
             let bytes = &fetched.bytes[at..at + fetched.pool.bytes_per_block(group)];
-            if let Err(error) = self.blocks.write(group, number, bytes) {
-                let _ = self.truncate(0);
-                return Err(error.into());
-            }
+            unless_written.0.blocks.write(group, number, bytes)?;
         }
+        std::mem::forget(unless_written);
         match self.commit_tokens(&fetched.tokens[start..]) {
             Ok(()) => Ok(self.len.saturating_sub(before)),
             Err(NotReserved { .. }) => Ok(0),
@@ -231,6 +231,18 @@ impl BlockTable {
             }
         }
         Ok(stored)
+    }
+}
+
+/// A table that becomes empty when this is dropped: windows have freed blocks for tokens that it does not have.
+struct Emptied<'a>(&'a mut BlockTable);
+
+impl Drop for Emptied<'_> {
+    fn drop(&mut self) {
+        let BlockTable { blocks, len, tail, .. } = &mut *self.0;
+        (*len, *tail) = (0, Some(Tokens::new()));
+        // The first token sees nothing that was freed, so it cannot fail.
+        let _ = blocks.go_back(0);
     }
 }
 

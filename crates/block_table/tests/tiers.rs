@@ -151,7 +151,8 @@ fn history(groups: &[PoolGroup], seed: u64) -> usize {
                 inner.failing_stores = below(8) == 0;
                 if below(4) == 0 {
                     // Blocks leave the tier.
-                    let places: Vec<Place> = inner.blocks.keys().cloned().collect();
+                    let mut places: Vec<Place> = inner.blocks.keys().cloned().collect();
+                    places.sort_by_cached_key(|place| format!("{place:?}"));
                     places.iter().filter(|_| below(9) == 0).for_each(|place| drop(inner.blocks.remove(place)));
                 }
             }
@@ -180,11 +181,11 @@ fn history(groups: &[PoolGroup], seed: u64) -> usize {
                             running.push(other);
                         }
                     }
-                    4 => slots[0].fail(true),
+                    4 => slots[below(slots.len())].fail(true),
                     _ => {}
                 }
                 let inserted = sequence.table.insert(&fetched);
-                slots[0].fail(false);
+                slots.iter().for_each(|slots| slots.fail(false));
                 let has_late_salt = !sequence.table.salts().is_empty();
                 match inserted {
                     Ok(tokens) => gained += tokens,
