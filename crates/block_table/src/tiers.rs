@@ -11,7 +11,7 @@ use crate::table::Tokens;
 use crate::{BlockTable, NotReserved};
 
 /// Blocks of a prefix that were read from a tier and are not in the pool yet.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct FetchedPrefix {
     pool: BlockPool,
     /// See [`BlockPool::epoch`].
@@ -41,6 +41,13 @@ impl FetchedPrefix {
     /// How many bytes of host memory the blocks take.
     pub fn bytes(&self) -> usize {
         self.bytes.len()
+    }
+}
+
+/// Without tokens and bytes, which may be under a salt.
+impl std::fmt::Debug for FetchedPrefix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FetchedPrefix").field("len", &self.len()).field("bytes", &self.bytes()).finish_non_exhaustive()
     }
 }
 

@@ -13,6 +13,9 @@ pub enum OpenError {
     /// The file exists, is not empty and is not one of a disk tier: it is left as it is.
     #[error("{} is not a file of a disk tier", .0.display())]
     NotATier(PathBuf),
+    /// The secret has no bytes, as if it had not been set.
+    #[error("the secret is empty")]
+    EmptySecret,
     /// The limit has no room for the header and one slot.
     #[error("a limit of {limit} bytes has no room for a block: at least {needed} are needed")]
     LimitTooSmall {
@@ -62,8 +65,9 @@ pub enum StoreError {
         /// The bytes that were given.
         got: usize,
     },
-    /// Every slot is being written by other threads, or the disk is so full that there is none.
-    #[error("no slot is free: all are being written, or the disk is full")]
+    /// Every other slot is being written, or has a block that this one follows: a prefix is longer than the file. Or the
+    /// disk is so full that there is none.
+    #[error("no slot is free: the prefix is longer than the file, all are being written, or the disk is full")]
     NoSlot,
     /// The operating system gave no random bytes.
     #[error("no random bytes: {0}")]

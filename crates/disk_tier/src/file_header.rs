@@ -66,8 +66,8 @@ impl FileHeader {
         if bytes.is_empty() {
             return Found::Empty;
         }
-        if bytes.len() < MAGIC.len() || bytes[..MAGIC.len()] != MAGIC {
-            return Found::Foreign;
+        if !bytes.starts_with(&MAGIC) {
+            return if MAGIC.starts_with(bytes) { Found::Unreadable } else { Found::Foreign };
         }
         let number = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let sum = |bytes: &[u8]| *blake3::hash(&bytes[..BYTES - 32]).as_bytes();
@@ -95,7 +95,8 @@ mod tests {
         assert_eq!((bytes.len(), header.slot_bytes), (BYTES, 8192));
         assert_eq!(FileHeader::decode(&bytes), Found::Header(header));
         assert_eq!(FileHeader::decode(&[]), Found::Empty);
-        assert_eq!(FileHeader::decode(b"PAGEDKV"), Found::Foreign);
+        assert_eq!(FileHeader::decode(b"PAGEDKV"), Found::Unreadable);
+        assert_eq!(FileHeader::decode(b"PAGES"), Found::Foreign);
         for at in 0..BYTES {
             let mut other = bytes.clone();
             other[at] ^= 1;

@@ -34,8 +34,10 @@ impl Namespace {
 pub struct Prefix {
     keys: Keys,
     block_size: usize,
+    /// What the name of the next block is made from: the name of the block before, and salts.
+    chain: Bits,
     /// The name of the block before the next one.
-    last: Bits,
+    before: Bits,
     /// The salts so far, if there are any: what the key of the next block is derived from.
     salts: Option<blake3::Hasher>,
 }
@@ -59,8 +61,8 @@ impl Prefix {
                 hasher.update(&(number as u64).to_le_bytes());
             }
         }
-        let last = *hasher.finalize().as_bytes();
-        let mut prefix = Self { keys: keys.clone(), block_size, last, salts: None };
+        let chain = *hasher.finalize().as_bytes();
+        let mut prefix = Self { keys: keys.clone(), block_size, chain, before: chain, salts: None };
         if let Some(salt) = key.salt.bytes() {
             prefix.add_salt(u64::MAX, salt);
         }
@@ -78,12 +80,13 @@ impl Prefix {
             }
         }
         let mut hasher = self.keys.names();
-        hasher.update(b"block").update(&self.last);
+        hasher.update(b"block").update(&self.chain);
         tokens.iter().for_each(|token| {
             hasher.update(&token.to_le_bytes());
         });
         let name = *hasher.finalize().as_bytes();
-        let parent = std::mem::replace(&mut self.last, name);
+        self.chain = name;
+        let parent = std::mem::replace(&mut self.before, name);
         let seal = self.salts.as_ref().map(|salts| *salts.finalize().as_bytes());
         Place { name, parent, tokens: tokens.into(), seal }
     }
@@ -99,8 +102,8 @@ impl Prefix {
         salts.update(&position.to_le_bytes()).update(&(salt.len() as u64).to_le_bytes()).update(salt);
         let mut hasher = self.keys.names();
         // The key of the blocks, which nobody has without the salts.
-        hasher.update(b"salts").update(&self.last).update(salts.finalize().as_bytes());
-        self.last = *hasher.finalize().as_bytes();
+        hasher.update(b"salts").update(&self.chain).update(salts.finalize().as_bytes());
+        self.chain = *hasher.finalize().as_bytes();
     }
 }
 

@@ -94,8 +94,8 @@ impl Index {
     }
 
     /// Takes a slot to write to: one without a block or, if the file has `most` slots, that of a block that leaves.
-    /// `None` if all are taken.
-    pub(crate) fn take(&mut self, most: u64) -> Option<Taken> {
+    /// It is not the one that the new block follows, whose name is `parent`. `None` if all others are taken.
+    pub(crate) fn take(&mut self, most: u64, parent: &Bits) -> Option<Taken> {
         let mut evicted = 0;
         loop {
             if let Some(slot) = self.free.pop() {
@@ -105,9 +105,9 @@ impl Index {
                 self.slots.push(Slot::Empty);
                 return Some(Taken { slot: self.slots() - 1, evicted, is_new: true });
             }
-            let &(_, name) = self.leaves.first()?;
+            let (_, name) = self.leaves.iter().find(|(_, name)| name != parent)?;
             // Of the last group first.
-            let &(_, slot) = self.places.get(&name)?.slots.last()?;
+            let &(_, slot) = self.places.get(name)?.slots.last()?;
             self.remove(slot);
             evicted += 1;
         }
@@ -174,7 +174,7 @@ mod tests {
 
     /// Stores a block and returns the number of blocks that left.
     fn store(index: &mut Index, most: u64, said: Said) -> u64 {
-        let taken = index.take(most).unwrap();
+        let taken = index.take(most, &said.parent).unwrap();
         index.insert(taken.slot, said);
         taken.evicted
     }
@@ -233,11 +233,22 @@ mod tests {
     }
 
     #[test]
+    fn a_prefix_that_is_longer_than_the_file_keeps_its_beginning() {
+        let mut index = Index::default();
+        for name in 1..4 {
+            store(&mut index, 3, said(name, name - 1, 0));
+        }
+        assert_eq!(index.take(3, &[3; 32]), None);
+        assert_eq!(names(&index), [1, 2, 3]);
+        assert_eq!(index.take(3, &[2; 32]).map(|taken| taken.evicted), Some(1));
+    }
+
+    #[test]
     fn taken_slots_are_no_ones() {
         let mut index = Index::default();
-        let first = index.take(1).unwrap();
-        assert_eq!((first.slot, first.is_new, index.take(1)), (0, true, None));
+        let first = index.take(1, &[0; 32]).unwrap();
+        assert_eq!((first.slot, first.is_new, index.take(1, &[0; 32])), (0, true, None));
         index.give_back(first.slot);
-        assert_eq!(index.take(1), Some(Taken { slot: 0, evicted: 0, is_new: false }));
+        assert_eq!(index.take(1, &[0; 32]), Some(Taken { slot: 0, evicted: 0, is_new: false }));
     }
 }

@@ -14,11 +14,15 @@ pub(crate) struct Keys {
 }
 
 impl Keys {
-    /// The keys of a namespace. `material` is the secret or, without one, the random bytes of the file.
-    pub(crate) fn new(material: &[u8], store: &Bits, namespace: &Bits) -> Self {
+    /// The keys of a namespace. Without a secret, they come from the random bytes of the file alone.
+    pub(crate) fn new(secret: Option<&[u8]>, store: &Bits, namespace: &Bits) -> Self {
         let of = |purpose: &'static str| {
             let mut hasher = Hasher::new_derive_key(purpose);
-            hasher.update(store).update(namespace).update(material);
+            hasher
+                .update(store)
+                .update(namespace)
+                .update(&[u8::from(secret.is_some())])
+                .update(secret.unwrap_or_default());
             *hasher.finalize().as_bytes()
         };
         Self {

@@ -18,7 +18,8 @@
 //! # Threads and processes
 //!
 //! All methods take `&self` and block while they read or write; no lock is held meanwhile. A file has one writer, which is
-//! enforced by a lock, and any number of [readers](DiskTier::open_read_only).
+//! enforced by a lock, and any number of [readers](DiskTier::open_read_only). (On Windows, the lock of a writer keeps
+//! readers out, too.) On Unix a new file can be read by its owner only.
 
 mod below_pool;
 mod buffer;

@@ -43,6 +43,13 @@ impl Options {
         Self { max_bytes, max_age: None, secret: None }
     }
 
+    pub(crate) fn check(&self) -> Result<(), OpenError> {
+        match &self.secret {
+            Some(secret) if secret.is_empty() => Err(OpenError::EmptySecret),
+            _ => Ok(()),
+        }
+    }
+
     /// Blocks are not found any more when they were stored longer ago than this.
     #[must_use]
     pub fn max_age(self, age: Duration) -> Self {

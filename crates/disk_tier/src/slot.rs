@@ -84,6 +84,10 @@ impl Said {
             return None;
         }
         let group = (number(header, 8) >> 32) as u32;
+        // No model has as many, and damaged headers could have a place of any number of groups.
+        if group > 4096 {
+            return None;
+        }
         Some(Self { name: bits(NAME), parent: bits(PARENT), group, stored: number(header, 32) })
     }
 }

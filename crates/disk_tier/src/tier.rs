@@ -88,8 +88,14 @@ impl DiskTier {
     ) -> Result<Self, OpenError> {
         let path = path.as_ref();
         let largest = geometry.check()?;
+        options.check()?;
         let io = |error| OpenError::Io { path: path.to_owned(), error };
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let mut open = OpenOptions::new();
+        open.read(true).write(true).create(true).truncate(false);
+        // What is under no salt is not encrypted.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut open, 0o600);
+        let file = open.open(path).map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(OpenError::HasWriter(path.to_owned())),
@@ -109,7 +115,9 @@ impl DiskTier {
                 if found != Found::Empty {
                     tracing::warn!(path = %path.display(), "the file of another version or model, or damaged: it is emptied");
                 }
-                file.set_len(0).and_then(|()| write_at(&file, &new.encode(), 0)).map_err(io)?;
+                // Blocks may be lost with the power, but not what the file is.
+                let write = || write_at(&file, &new.encode(), 0).and_then(|()| file.sync_data());
+                file.set_len(0).and_then(|()| write()).map_err(io)?;
                 new
             }
         };
@@ -118,7 +126,7 @@ impl DiskTier {
         if len > file_header::BYTES as u64 + most * header.slot_bytes {
             file.set_len(file_header::BYTES as u64 + most * header.slot_bytes).map_err(io)?;
         }
-        Self::with(path, file, header, namespace, geometry, options, most)
+        Self::with((path, file), header, namespace, geometry, options, most, true)
     }
 
     /// Opens a file for reading: another process may write to it. A file that [`open`](Self::open) would empty has no
@@ -135,6 +143,7 @@ impl DiskTier {
     ) -> Result<Self, OpenError> {
         let path = path.as_ref();
         let largest = geometry.check()?;
+        options.check()?;
         let io = |error| OpenError::Io { path: path.to_owned(), error };
         let file = File::open(path).map_err(io)?;
         let expected = FileHeader::new(geometry, largest, [0; 32]);
@@ -143,22 +152,23 @@ impl DiskTier {
             Found::Header(header) if header.has_sizes_of(&expected) => header,
             _ => {
                 tracing::warn!(path = %path.display(), "the file of another version or model, or damaged: nothing is found");
-                FileHeader { slot_bytes: u64::MAX, ..expected }
+                return Self::with((path, file), expected, namespace, geometry, options, 0, false);
             }
         };
-        Self::with(path, file, header, namespace, geometry, options, 0)
+        let most = options.max_bytes.saturating_sub(file_header::BYTES as u64) / header.slot_bytes;
+        Self::with((path, file), header, namespace, geometry, options, most, false)
     }
 
     fn with(
-        path: &Path,
-        file: File,
+        (path, file): (&Path, File),
         header: FileHeader,
         namespace: &Namespace,
         geometry: &Geometry,
         options: &Options,
         most: u64,
+        is_writer: bool,
     ) -> Result<Self, OpenError> {
-        let keys = Keys::new(options.secret.as_deref().unwrap_or_default(), &header.store, &namespace.0);
+        let keys = Keys::new(options.secret.as_deref(), &header.store, &namespace.0);
         let tier = Self {
             path: path.to_owned(),
             file,
@@ -167,10 +177,10 @@ impl DiskTier {
             keys,
             geometry: geometry.clone(),
             max_age: options.max_age,
-            is_writer: most > 0,
+            is_writer,
             state: Mutex::new(State { most, ..State::default() }),
         };
-        tier.refresh().map_err(|error| OpenError::Io { path: path.to_owned(), error })?;
+        tier.read_index().map_err(|error| OpenError::Io { path: path.to_owned(), error })?;
         Ok(tier)
     }
 
@@ -181,12 +191,14 @@ impl DiskTier {
     ///
     /// When the file cannot be read.
     pub fn refresh(&self) -> io::Result<()> {
-        if self.is_writer && self.state().index.slots() > 0 {
-            return Ok(());
-        }
+        // Its own index is never behind, and slots may be taken.
+        if self.is_writer { Ok(()) } else { self.read_index() }
+    }
+
+    fn read_index(&self) -> io::Result<()> {
         let len = self.file.metadata()?.len().saturating_sub(file_header::BYTES as u64);
         // Of the last slot, the file has what was written.
-        let slots = len.div_ceil(self.header.slot_bytes);
+        let slots = len.div_ceil(self.header.slot_bytes).min(self.state().most);
         let mut found = Vec::new();
         let mut bytes = [0; HEADER];
         for slot in 0..slots {
@@ -279,7 +291,7 @@ impl DiskTier {
             return Ok(Stored::Already);
         }
         let most = state.most;
-        let taken = state.index.take(most).ok_or(StoreError::NoSlot)?;
+        let taken = state.index.take(most, &place.parent).ok_or(StoreError::NoSlot)?;
         state.stats.evicted += taken.evicted;
         drop(state);
         let stored = now();
