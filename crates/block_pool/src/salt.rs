@@ -52,7 +52,7 @@ pub struct SaltFrom {
 impl SaltFrom {
     /// Those of `salts`, which are in the order of their positions, that begin at these positions.
     #[inline]
-    pub(crate) fn at(salts: &[SaltFrom], positions: Range<usize>) -> &[SaltFrom] {
+    pub fn at(salts: &[SaltFrom], positions: Range<usize>) -> &[SaltFrom] {
         if salts.is_empty() {
             return &[];
         }

@@ -1,7 +1,6 @@
 //! Blocks swapped out to host memory.
 
-use crate::ledger::Prefix;
-use crate::{BlockPool, Blocks, ReserveError, SaltFrom, StorageError, Window};
+use crate::{BlockPool, Blocks, CachedPrefix, ReserveError, SaltFrom, StorageError, Window};
 
 /// The content of a sequence's blocks in host memory, while the blocks themselves are used for other sequences.
 #[derive(Clone)]
@@ -15,7 +14,7 @@ pub struct SwappedBlocks {
     /// The content of the blocks, group by group.
     bytes: Vec<u8>,
     /// Its cached prefix. After going back into a block, the salts of the block are still in here.
-    prefix: Option<Prefix>,
+    prefix: Option<CachedPrefix>,
 }
 
 impl Blocks {
@@ -28,18 +27,14 @@ impl Blocks {
     pub fn swap_out(&mut self) -> Result<SwappedBlocks, StorageError> {
         let pool = self.pool().clone();
         let (mut bytes, mut lists) = (Vec::new(), Vec::new());
-        let mut prefix: Option<Prefix> = None;
         for group in 0..pool.groups().len() {
             let ids = self.group(group);
             for &id in ids {
                 pool.storage(group).read(id, &mut bytes)?;
             }
             lists.push((ids.len(), self.freed(group).len()));
-            // A group with a window knows only the tokens before those that it has freed.
-            let known = pool.ledger().prefix(group, ids);
-            let longer = |known: &Prefix| prefix.as_ref().is_none_or(|of| known.tokens.len() > of.tokens.len());
-            prefix = known.filter(longer).or(prefix);
         }
+        let prefix = self.cached_prefix();
         let (window, salts, epoch) = (self.window(), self.salts().to_vec(), self.epoch());
         let swapped = SwappedBlocks { window, salts, epoch, lists, bytes, prefix, pool };
         *self = Blocks::empty(&swapped.pool).with_window(swapped.window);
@@ -81,7 +76,7 @@ impl SwappedBlocks {
                 bytes = rest;
             }
         }
-        if let Some(Prefix { key, salts, tokens }) = &self.prefix {
+        if let Some(CachedPrefix { key, salts, tokens }) = &self.prefix {
             blocks = blocks.with_salts(salts);
             // They were allocated here, so they are not cached.
             let _ = blocks.cache(key, 0, &[], tokens);

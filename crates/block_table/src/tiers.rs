@@ -255,8 +255,7 @@ impl Drop for Emptied<'_> {
 
 /// Those of the salts that begin in a block.
 fn salts_of(salts: &[SaltFrom], number: usize, block_size: usize) -> &[SaltFrom] {
-    let before = |end: usize| salts.partition_point(|salt| salt.position < end);
-    &salts[before(number * block_size)..before((number + 1) * block_size)]
+    SaltFrom::at(salts, number * block_size..(number + 1) * block_size)
 }
 
 /// A cursor that goes over the blocks of a sequence.

@@ -1,7 +1,6 @@
 //! The bytes of a sequence's blocks, and what their cached prefix is.
 
 use super::Blocks;
-use crate::ledger::Prefix;
 use crate::{PrefixKey, SaltFrom, StorageError};
 
 /// What the cached blocks that a sequence begins with contain.
@@ -23,8 +22,7 @@ impl Blocks {
         let ledger = self.pool().ledger();
         let known = self.groups().filter_map(|group| ledger.prefix(group, self.group(group)));
         // A group with a window knows only the tokens before those that it has freed.
-        let Prefix { key, salts, tokens } = known.max_by_key(|known| known.tokens.len())?;
-        Some(CachedPrefix { key, salts, tokens })
+        known.max_by_key(|known| known.tokens.len())
     }
 
     /// Whether a sequence of `len` tokens has block number `number` in a group: its next token sees it, or it has sink

@@ -9,7 +9,7 @@ use super::{Group, Ledger, MAX_REF_COUNT, tree_groups};
 use crate::events::Live;
 use crate::list::List;
 use crate::prefix::{Entry, Past, PrefixTree};
-use crate::{AlreadyCached, BlockId, GroupBlock, KvEvent, PrefixKey, PrefixMatch, SaltFrom};
+use crate::{AlreadyCached, BlockId, CachedPrefix, GroupBlock, KvEvent, PrefixKey, PrefixMatch, SaltFrom};
 
 /// A search for the cached blocks that continue a sequence.
 #[derive(Debug, Clone, Copy)]
@@ -38,14 +38,6 @@ pub(crate) struct Content<'a> {
     /// The sequence's tokens from that block on: these, followed by `tokens`.
     pub(crate) head: &'a [u32],
     pub(crate) tokens: &'a [u32],
-}
-
-/// The cached prefix of a sequence, as it is found.
-#[derive(Debug, Clone)]
-pub(crate) struct Prefix {
-    pub(crate) key: PrefixKey,
-    pub(crate) salts: Vec<SaltFrom>,
-    pub(crate) tokens: Vec<u32>,
 }
 
 /// Blocks that were exchanged for cached ones: still counted as used, each with its group.
@@ -248,13 +240,13 @@ impl Ledger {
     }
 
     /// The cached prefix that a group's blocks begin with.
-    pub(crate) fn prefix(&self, group: usize, ids: &[BlockId]) -> Option<Prefix> {
+    pub(crate) fn prefix(&self, group: usize, ids: &[BlockId]) -> Option<CachedPrefix> {
         let entries: Vec<Entry> = ids.iter().map(|&id| self.entry(group, id)).collect();
         let (key, blocks) = self.tree.path(&entries)?;
         let entries = &entries[..blocks];
         let tokens = entries.iter().filter_map(|&entry| self.tree.tokens(entry)).flatten().copied().collect();
         let salts = entries.iter().flat_map(|&entry| self.tree.salts(entry)).cloned().collect();
-        Some(Prefix { key, salts, tokens })
+        Some(CachedPrefix { key, salts, tokens })
     }
 
     pub(crate) fn epoch(&self) -> u64 {

@@ -38,7 +38,7 @@ use crate::prefix::{Entry, PrefixTree};
 use crate::{BlockId, PoolGroup, Span, Stats};
 
 pub(crate) use allocate::Leftovers;
-pub(crate) use cache::{Content, Prefix, Query};
+pub(crate) use cache::{Content, Query};
 pub(crate) use counts::Why;
 use resident::Resident;
 pub(crate) use write::Reservation;
