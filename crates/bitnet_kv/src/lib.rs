@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod below;
 mod compress;
 mod contiguous;
 mod enlarge;
@@ -24,4 +25,7 @@ pub use pool::{PagedKVPool, PagedKVPoolBuilder};
 pub use stats::{BlocksInUse, CacheStats};
 pub use update::KVCache;
 
-pub use paged_attention::{CacheError, KvDtype, KvShape, OutOfBlocks, OutOfWindow, Salt, StorageError};
+pub use paged_attention::{
+    CacheError, FetchLimits, KvDtype, KvShape, OffloadOptions, OffloadStats, OutOfBlocks, OutOfWindow, Salt,
+    StorageError, Tier,
+};

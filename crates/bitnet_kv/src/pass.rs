@@ -3,6 +3,8 @@
 //! A sequence is given its token ids before they are computed, and the tokens that all layers have count as computed.
 //! So nothing has to be recorded after a pass succeeds, and after a pass fails, nothing uncomputed counts as computed.
 
+use paged_attention::KvCache;
+
 use crate::KvError;
 use crate::error::Result;
 use crate::segment::OwnedSegment;
@@ -36,10 +38,12 @@ impl Sequence {
         self.match_prefix(tokens)
     }
 
-    /// How many of these tokens a prefix match would find.
+    /// How many of these tokens a prefix match would find, in the pool or below it.
     fn lookup_prefix(&self, tokens: &[u32]) -> usize {
         let pools = self.pool.recent.all();
-        pools.iter().map(|cache| cache.table_with(&self.options).lookup_prefix(tokens).tokens).max().unwrap_or(0)
+        let of_pool = |cache: &KvCache| cache.table_with(&self.options).lookup_prefix(tokens).tokens;
+        let below = self.pool.below.get().map(|below| below.lookup(tokens, |cache| cache.table_with(&self.options)));
+        pools.iter().map(of_pool).chain(below).max().unwrap_or(0)
     }
 
     /// Starts the sequence with the cached blocks of the longest prefix of these tokens. Returns how many tokens need
@@ -55,6 +59,12 @@ impl Sequence {
             let mut table = cache.table_with(&self.options);
             let matched = table.match_prefix(tokens);
             if matched > best.as_ref().map_or(0, OwnedSegment::committed) {
+                best = Some(OwnedSegment { cache, tables: vec![table], start: 0, old: false });
+            }
+        }
+        if let Some(below) = self.pool.below.get() {
+            let matched = best.as_ref().map_or(0, OwnedSegment::committed);
+            if let Some((cache, table)) = below.longer(matched, tokens, |cache| cache.table_with(&self.options)) {
                 best = Some(OwnedSegment { cache, tables: vec![table], start: 0, old: false });
             }
         }

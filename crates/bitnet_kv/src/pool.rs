@@ -1,10 +1,11 @@
 //! The pool that the caches of many requests share.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::Device;
 use paged_attention::{KvCache, KvDtype, KvShape, TableOptions};
 
+use crate::below::Below;
 use crate::error::Result;
 use crate::rows::Taken;
 use crate::stats::Counters;
@@ -43,6 +44,8 @@ pub(crate) struct Inner {
     /// The 8-bit storage of tokens that are older than the last `older_than` tokens.
     pub(crate) old: Option<Stores>,
     pub(crate) counters: Counters,
+    /// The tier below the storage of new tokens.
+    pub(crate) below: OnceLock<Below>,
 }
 
 /// Builds a [`PagedKVPool`].
@@ -268,6 +271,7 @@ impl PagedKVPoolBuilder {
             recent,
             old,
             counters: Counters::default(),
+            below: OnceLock::new(),
         })))
     }
 }

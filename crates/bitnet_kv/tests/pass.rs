@@ -11,11 +11,17 @@
 
 mod common;
 
-use bitnet_kv::{CacheOptions, KvError, KvShape, OutOfBlocks, Overflow, PagedKVCache, PagedKVPool, PagedKVPoolBuilder};
+use std::sync::Arc;
+
+use bitnet_kv::{
+    CacheOptions, FetchLimits, KvDtype, KvError, KvShape, OffloadOptions, OutOfBlocks, Overflow, PagedKVCache,
+    PagedKVPool, PagedKVPoolBuilder, Salt,
+};
 use candle_core::{Device, Tensor};
 use common::caches::Paged;
 use common::model::{DIM, KV_HEADS, LAYERS, Model};
 use common::{Random, counts, numbers};
+use disk_tier::{DiskTier, Geometry, Namespace, Options};
 
 const SHAPE: KvShape = KvShape::new(3, 1, 4);
 
@@ -303,4 +309,48 @@ fn a_model_generates_what_recomputation_does() {
         }
         assert_eq!(tokens[prompts[which].len()..], expected[which], "{logits:?}");
     }
+}
+
+/// A pool over a tier in this file, and the file.
+fn pool_over(file: &std::path::Path, builder: PagedKVPoolBuilder) -> PagedKVPool {
+    let pool = builder.build().unwrap();
+    let namespace = Namespace::new([("blocks", pool.block_identity().as_bytes())]);
+    let geometry = Geometry { block_size: 4, bytes: vec![pool.bytes_per_block()] };
+    let tier = DiskTier::open(file, &namespace, &geometry, &Options::new(1 << 20)).unwrap();
+    let options = OffloadOptions::default().write_through(true);
+    pool.use_tier(Arc::new(tier), &options, FetchLimits::default()).unwrap();
+    pool
+}
+
+#[test]
+fn a_tier_keeps_prefixes_for_the_next_pool() {
+    let tokens: Vec<u32> = (0..30).collect();
+    for (dtype, rounding) in [(KvDtype::F32, 0.0), (KvDtype::Int8, 0.02)] {
+        let folder = tempfile::tempdir().unwrap();
+        let builder = || PagedKVPool::builder(SHAPE).blocks(12).block_size(4).dtype(dtype);
+        let open = || pool_over(&folder.path().join("tier"), builder());
+        let pool = open();
+        let salted = CacheOptions::default().salt(Salt::new(b"tenant"));
+        // The second evicts blocks of the first.
+        assert_eq!(pass(&mut pool.cache(), &tokens).unwrap(), 30);
+        assert_eq!(pass(&mut pool.cache_with(&salted), &tokens).unwrap(), 30);
+        drop(pool);
+        let pool = open();
+        let mut cache = pool.cache();
+        assert_eq!(pass(&mut cache, &tokens).unwrap(), 2, "28 tokens are in whole blocks");
+        assert_holds(&cache, &tokens, None, rounding);
+        drop(cache);
+        let other = CacheOptions::default().salt(Salt::new(b"other"));
+        assert_eq!(pass(&mut pool.cache_with(&other), &tokens).unwrap(), 30);
+        assert_eq!(pass(&mut pool.cache_with(&salted), &tokens).unwrap(), 2);
+        pool.flush_offload();
+        // Those of the other tenant.
+        assert_eq!(pool.offload_stats().unwrap().stored, 7);
+    }
+    let grows = PagedKVPool::builder(SHAPE).overflow(Overflow::Grow).build().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let geometry = Geometry { block_size: 16, bytes: vec![grows.bytes_per_block()] };
+    let tier = DiskTier::open(folder.path().join("tier"), &Namespace::new([]), &geometry, &Options::new(1 << 20));
+    let refused = grows.use_tier(Arc::new(tier.unwrap()), &OffloadOptions::default(), FetchLimits::default());
+    assert!(matches!(refused, Err(KvError::Options(_))));
 }

@@ -126,6 +126,18 @@ pub enum PoolError {
     Device(String),
 }
 
+/// Blocks of a pool cannot go to a tier.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OffloadError {
+    /// They go to one already.
+    #[error("blocks of this pool go to a tier already")]
+    Twice,
+    /// The thread that stores them cannot be started.
+    #[error("no thread can be started: {0}")]
+    Thread(#[source] std::io::Error),
+}
+
 /// The pool's bookkeeping contradicts itself: a defect of this crate, found by [`BlockPool::check`].
 ///
 /// [`BlockPool::check`]: crate::BlockPool::check

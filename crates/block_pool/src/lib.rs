@@ -13,6 +13,7 @@ mod layout;
 mod ledger;
 mod list;
 mod observe;
+mod offload;
 mod pool;
 mod prefix;
 mod salt;
@@ -33,13 +34,16 @@ mod tensors;
 
 pub use blocks::{Blocks, CachedPrefix};
 pub use dtype::KvDtype;
-pub use error::{AlreadyCached, Inconsistent, OutOfBlocks, OutOfWindow, PoolError, ReserveError, StorageError};
+pub use error::{
+    AlreadyCached, Inconsistent, OffloadError, OutOfBlocks, OutOfWindow, PoolError, ReserveError, StorageError,
+};
 pub use events::{KvEvent, KvEvents};
 pub use group::{GroupBlock, GroupBlocks, PoolGroup};
 pub use id::BlockId;
 pub use key::PrefixKey;
 pub use layout::{BYTE_STRIP, KvLayout, Order, PANEL, QUAD, STRIP};
 pub use observe::PoolMetrics;
+pub use offload::{Offload, OffloadOptions, OffloadStats};
 pub use pool::BlockPool;
 pub use salt::{Salt, SaltFrom};
 pub use shape::KvShape;

@@ -5,11 +5,12 @@ use std::ops::Range;
 
 use crate::ledger::{Ledger, Leftovers, Query, Why};
 use crate::list::Ids;
+use crate::offload::{Evictee, WrittenThrough};
 use crate::storage::NoStorage;
 use crate::sync::{Arc, Mutex, MutexGuard, Weak, downgrade, lock, upgrade};
 use crate::{
-    BlockId, BlockStorage, Blocks, GroupBlocks, Inconsistent, KvEvents, OutOfBlocks, PoolError, PoolGroup, PrefixKey,
-    PrefixMatch, Stats,
+    BlockId, BlockStorage, Blocks, GroupBlock, GroupBlocks, Inconsistent, KvEvents, OutOfBlocks, PoolError, PoolGroup,
+    PrefixKey, PrefixMatch, Stats, StorageError,
 };
 
 /// The most slots of a pool. They are counted in 32 bits, signed, so that index tensors of any integer type can hold
@@ -423,9 +424,12 @@ impl BlockPool {
 
     /// Deals with the leftovers of an allocation, and returns their owner, which frees them.
     pub(crate) fn own(&self, leftovers: Leftovers) -> impl Drop + use<'_> {
-        let Leftovers { mut evicted, mut unneeded } = leftovers;
+        let Leftovers { mut evicted, mut unneeded, offloaded } = leftovers;
         evicted.extend_from_slice(&unneeded);
         let freed = Freed { pool: self, blocks: evicted };
+        if !offloaded.is_empty() {
+            self.stage(offloaded);
+        }
         freed.poison();
         unneeded.sort_unstable();
         for of_group in unneeded.chunk_by(|a, b| a.0 == b.0) {
@@ -433,6 +437,31 @@ impl BlockPool {
             self.storage(of_group[0].0).release(&ids);
         }
         freed
+    }
+
+    /// Copies the content of evicted blocks, which nobody else uses, to the staging buffer.
+    #[cold]
+    fn stage(&self, evicted: Vec<Evictee>) {
+        let Some(queue) = self.ledger().offload().cloned() else { return };
+        for Evictee { group, id, lineage } in evicted {
+            let size = self.storage(group).bytes_per_block();
+            let Some(mut bytes) = queue.room_for(size) else { continue };
+            match self.storage(group).read(id, &mut bytes) {
+                Ok(()) if bytes.len() == size => queue.add_evicted(group, lineage, bytes),
+                _ => queue.give_back(size),
+            }
+        }
+    }
+
+    /// Reads a block that is cached, and may be evicted meanwhile. Returns false if it is not there any more.
+    pub(crate) fn read_cached(&self, of: &WrittenThrough, bytes: &mut Vec<u8>) -> Result<bool, StorageError> {
+        if !self.ledger().still_has(of) {
+            return Ok(false);
+        }
+        let GroupBlock { group, block } = of.block;
+        self.storage(group).read(block, bytes)?;
+        // A block that is cached is never written. If it has been cached all the time, nobody has written to it.
+        Ok(self.ledger().still_has(of))
     }
 
     /// Nothing that runs under this lock can panic half-way, so the ledger is consistent even if the lock is poisoned.

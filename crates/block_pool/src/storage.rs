@@ -4,7 +4,9 @@ use crate::{BlockId, StorageError};
 
 /// The memory of the blocks of a pool, or of one of its groups of layers.
 ///
-/// The pool makes these calls outside its lock, and only for blocks that cannot be allocated or evicted meanwhile.
+/// The pool makes these calls outside its lock, and only for blocks that cannot be allocated or evicted meanwhile. There
+/// is one exception: a block that is written through to a [`Tier`](crate::Tier) may be evicted and written by others
+/// while it is [`read`](Self::read). Then the bytes may be anything, and the pool discards them.
 pub trait BlockStorage: Send + Sync {
     /// Copies the whole of block `from`, all layers, to block `to`. The pool calls this before a sequence writes to a
     /// block that is cached or that other sequences use.

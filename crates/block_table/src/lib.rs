@@ -12,12 +12,12 @@ mod tiers;
 
 pub use admission::{Admission, Admitted, Need, Room, preemption_victim};
 pub use block_pool::{
-    BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, KvEvent, KvEvents, OutOfBlocks, OutOfWindow, PoolError,
-    PoolGroup, PrefixKey, PrefixMatch, ReserveError, Salt, SaltFrom, Snapshot, Span, Stats, StorageError, Tier,
-    TierCursor, Window,
+    BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, KvEvent, KvEvents, Offload, OffloadError, OffloadOptions,
+    OffloadStats, OutOfBlocks, OutOfWindow, PoolError, PoolGroup, PrefixKey, PrefixMatch, ReserveError, Salt, SaltFrom,
+    Snapshot, Span, Stats, StorageError, Tier, TierCursor, Window,
 };
 pub use error::{NotReserved, SaltTooLate};
 pub use sequences::{CheckedOut, SequenceError, SequenceId, Sequences};
 pub use swap::SwappedTable;
 pub use table::{BlockTable, TableOptions};
-pub use tiers::{FetchedPrefix, StoredPrefix};
+pub use tiers::{FetchLimits, FetchedPrefix, StoredPrefix};

@@ -3,7 +3,10 @@
 //! Loading has two halves. [`BlockTable::fetch`] reads blocks into host memory: it takes as long as the tier takes, needs
 //! no available block, and can run in any thread. [`BlockTable::insert`] copies them into the pool between two steps.
 
+use std::num::NonZero;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use block_pool::{BlockPool, PrefixKey, ReserveError, SaltFrom, StorageError, Tier, TierCursor};
 
@@ -25,6 +28,36 @@ pub struct FetchedPrefix {
     /// For each block its group, its number, and where it begins in `bytes`.
     blocks: Vec<(usize, usize, usize)>,
     bytes: Vec<u8>,
+    has_more: bool,
+}
+
+/// How long reading a prefix may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FetchLimits {
+    max_bytes: usize,
+    max_time: Duration,
+}
+
+impl Default for FetchLimits {
+    /// No limits.
+    fn default() -> Self {
+        Self { max_bytes: usize::MAX, max_time: Duration::MAX }
+    }
+}
+
+impl FetchLimits {
+    /// Reads at most this many bytes: between two steps, this bounds how long others wait. It is also the memory that a
+    /// [`FetchedPrefix`] takes.
+    #[must_use]
+    pub fn max_bytes(self, bytes: usize) -> Self {
+        Self { max_bytes: bytes, ..self }
+    }
+
+    /// Begins to read no more blocks after this time, for example the time that it takes to compute the tokens.
+    #[must_use]
+    pub fn max_time(self, time: Duration) -> Self {
+        Self { max_time: time, ..self }
+    }
 }
 
 impl FetchedPrefix {
@@ -36,6 +69,11 @@ impl FetchedPrefix {
     /// Whether nothing was fetched.
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty()
+    }
+
+    /// Whether the tier seems to have more of the sequence, beyond the most bytes.
+    pub fn has_more(&self) -> bool {
+        self.has_more
     }
 
     /// How many bytes of host memory the blocks take.
@@ -62,12 +100,26 @@ pub struct StoredPrefix {
 }
 
 impl BlockTable {
-    /// Reads from a tier the blocks that continue this sequence, up to `tokens`, which are all tokens of the sequence:
-    /// at most so many that they take `max_bytes`. Call it after [`match_prefix`](Self::match_prefix), and
-    /// [`insert`](Self::insert) with the result. As there, the last of `tokens` is never found.
+    /// How many of `tokens`, which are all tokens of the sequence, it would have with what a tier seems to have, or 0 if
+    /// that is nothing. Nothing is read.
+    pub fn lookup_tier(&self, tier: &dyn Tier, tokens: &[u32]) -> usize {
+        let block_size = self.pool().block_size();
+        let numbers = self.len / block_size..tokens.len().saturating_sub(1) / block_size;
+        if self.private || numbers.is_empty() {
+            return 0;
+        }
+        let has = self.seemingly_in(tier, tokens, numbers.clone());
+        self.longest(&has, numbers.start, usize::MAX).unwrap_or(0) * block_size
+    }
+
+    /// Reads from a tier the blocks that continue this sequence, up to `tokens`, which are all tokens of the sequence, and
+    /// within `limits`. Call it after [`match_prefix`](Self::match_prefix), and [`insert`](Self::insert) with the result.
+    /// As there, the last of `tokens` is never found.
     ///
-    /// In a group with a window, only those blocks are read that a sequence of the new length uses.
-    pub fn fetch(&self, tier: &dyn Tier, tokens: &[u32], max_bytes: usize) -> FetchedPrefix {
+    /// In a group with a window, only those blocks are read that a sequence of the new length uses. When the time is over,
+    /// models without windows have what was read up to there, and others nothing.
+    pub fn fetch(&self, tier: &dyn Tier, tokens: &[u32], limits: &FetchLimits) -> FetchedPrefix {
+        let until = Instant::now().checked_add(limits.max_time);
         let pool = self.pool();
         let block_size = pool.block_size();
         let numbers = self.len / block_size..tokens.len().saturating_sub(1) / block_size;
@@ -80,21 +132,42 @@ impl BlockTable {
             start: numbers.start,
             blocks: Vec::new(),
             bytes: Vec::new(),
+            has_more: false,
         };
         if self.private || numbers.is_empty() {
             return fetched;
         }
+        let has_windows = (0..pool.groups().len()).any(|group| !self.blocks.span(group).is_all());
         let mut has = self.seemingly_in(tier, tokens, numbers.clone());
         // What seems to be there may turn out not to be: then it is a shorter prefix.
-        while let Some(end) = self.longest(&has, numbers.start, max_bytes) {
-            let Some((number, group)) = self.read_blocks(tier, tokens, numbers.start..end, &mut fetched) else {
-                fetched.tokens.extend_from_slice(&tokens[..end * block_size]);
-                return fetched;
+        while let Some(end) = self.longest(&has, numbers.start, limits.max_bytes) {
+            let read = self.read_blocks(tier, tokens, numbers.start..end, until, &mut fetched);
+            let end = match read {
+                Ok(()) => {
+                    fetched.has_more = self.longest(&has, numbers.start, usize::MAX) > Some(end);
+                    end
+                }
+                // The blocks before are a prefix.
+                Err(Unread { number, .. }) if !has_windows => {
+                    fetched.cut(number);
+                    number
+                }
+                Err(Unread { number, group, is_late: false }) => {
+                    has[number - numbers.start][group] = false;
+                    fetched.cut(0);
+                    continue;
+                }
+                Err(Unread { .. }) => {
+                    fetched.cut(0);
+                    return fetched;
+                }
             };
-            has[number - numbers.start][group] = false;
-            fetched.blocks.clear();
-            fetched.bytes.clear();
+            if end > numbers.start {
+                fetched.tokens.extend_from_slice(&tokens[..end * block_size]);
+            }
+            return fetched;
         }
+        fetched.has_more = self.longest(&has, numbers.start, usize::MAX).is_some();
         fetched
     }
 
@@ -137,29 +210,76 @@ impl BlockTable {
         })
     }
 
-    /// Reads the blocks of a prefix. Returns the number and the group of the first that is missing.
+    /// Reads the blocks of a prefix, or those before the first that is missing or for which there is no time.
+    ///
+    /// Several threads read: a disk is faster with several requests, and what is read has to be verified.
     fn read_blocks(
         &self,
         tier: &dyn Tier,
         tokens: &[u32],
         numbers: Range<usize>,
+        until: Option<Instant>,
         fetched: &mut FetchedPrefix,
-    ) -> Option<(usize, usize)> {
+    ) -> Result<(), Unread> {
         let pool = self.pool();
         let len = numbers.end * pool.block_size();
-        let mut walk = Walk::new(tier, self, tokens);
-        for number in numbers {
-            walk.advance_to(number);
-            for group in (0..pool.groups().len()).filter(|&group| self.blocks.is_kept(group, number, len)) {
-                let Some(bytes) = walk.cursor.load(group).filter(|bytes| bytes.len() == pool.bytes_per_block(group))
-                else {
-                    return Some((number, group));
-                };
-                fetched.blocks.push((group, number, fetched.bytes.len()));
-                fetched.bytes.extend_from_slice(bytes);
-            }
+        let groups = 0..pool.groups().len();
+        let wanted = numbers.flat_map(|number| groups.clone().map(move |group| (group, number)));
+        let wanted = wanted.filter(|&(group, number)| self.blocks.is_kept(group, number, len));
+        let mut total = 0;
+        fetched.blocks = wanted
+            .map(|(group, number)| {
+                total += pool.bytes_per_block(group);
+                (group, number, total - pool.bytes_per_block(group))
+            })
+            .collect();
+        fetched.bytes = vec![0; total];
+        let mut rest = &mut fetched.bytes[..];
+        let mut destinations = Vec::with_capacity(fetched.blocks.len());
+        for &(group, ..) in &fetched.blocks {
+            let (first, others) = rest.split_at_mut(pool.bytes_per_block(group));
+            destinations.push(first);
+            rest = others;
         }
-        None
+        let threads = fetched.blocks.len().div_ceil(BLOCKS_PER_PIECE).min(most_threads());
+        let pieces = fetched.blocks.chunks(BLOCKS_PER_PIECE).zip(chunks_of(destinations, BLOCKS_PER_PIECE));
+        let (pieces, first_unread) = (Mutex::new(pieces), Mutex::new(None::<Unread>));
+        let read = || {
+            let mut walk = Walk::new(tier, self, tokens);
+            loop {
+                let piece = lock(&pieces).next();
+                let Some((blocks, destinations)) = piece else { return };
+                for (&(group, number, _), to) in blocks.iter().zip(destinations) {
+                    let mut unread = None;
+                    if until.is_some_and(|until| Instant::now() >= until) {
+                        unread = Some(Unread { number, group, is_late: true });
+                    } else {
+                        walk.advance_to(number);
+                        match walk.cursor.load(group).filter(|bytes| bytes.len() == to.len()) {
+                            Some(bytes) => to.copy_from_slice(bytes),
+                            None => unread = Some(Unread { number, group, is_late: false }),
+                        }
+                    }
+                    let mut first = lock(&first_unread);
+                    let place = |of: &Unread| (of.number, of.group);
+                    if let Some(unread) = unread
+                        && first.as_ref().is_none_or(|first| place(&unread) < place(first))
+                    {
+                        *first = Some(unread);
+                    }
+                    // What comes after it is of no use.
+                    if first.as_ref().is_some_and(|first| place(first) <= (number, group)) {
+                        return;
+                    }
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            (1..threads).for_each(|_| drop(scope.spawn(read)));
+            read();
+        });
+        drop(pieces);
+        first_unread.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     /// Adds fetched blocks to the table: they become cached blocks of the pool, as if they had been computed. Returns how
@@ -241,6 +361,23 @@ impl BlockTable {
     }
 }
 
+impl FetchedPrefix {
+    /// Keeps the blocks before number `end`.
+    fn cut(&mut self, end: usize) {
+        let kept = self.blocks.partition_point(|&(_, number, _)| number < end);
+        self.bytes.truncate(self.blocks.get(kept).map_or(self.bytes.len(), |&(_, _, at)| at));
+        self.blocks.truncate(kept);
+    }
+}
+
+/// A block that was not read.
+struct Unread {
+    number: usize,
+    group: usize,
+    /// There was no time for it; else it is missing.
+    is_late: bool,
+}
+
 /// A table that becomes empty when this is dropped: windows have freed blocks for tokens that it does not have.
 struct Emptied<'a>(&'a mut BlockTable);
 
@@ -251,6 +388,23 @@ impl Drop for Emptied<'_> {
         // The first token sees nothing that was freed, so it cannot fail.
         let _ = blocks.go_back(0);
     }
+}
+
+/// How many blocks a thread reads one after the other.
+const BLOCKS_PER_PIECE: usize = 8;
+
+fn most_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get).min(4)
+}
+
+/// The vector in pieces of `n`; the last one may be shorter.
+fn chunks_of<T>(all: Vec<T>, n: usize) -> impl Iterator<Item = Vec<T>> {
+    let mut rest = all.into_iter();
+    std::iter::from_fn(move || Some(rest.by_ref().take(n).collect::<Vec<T>>()).filter(|piece| !piece.is_empty()))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Those of the salts that begin in a block.

@@ -5,128 +5,15 @@
 
 mod common;
 
-use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::Arc;
+use std::time::Duration;
 
 use block_table::{
-    BlockPool, BlockTable, PoolGroup, PrefixKey, ReserveError, Salt, SaltFrom, StorageError, TableOptions, Tier,
-    TierCursor, Window,
+    BlockPool, BlockTable, FetchLimits, Offload, OffloadOptions, PoolGroup, ReserveError, Salt, TableOptions, Window,
 };
-use common::{Slots, content};
-
-/// What a block is found by: nothing is hashed.
-type Place = (PrefixKey, Vec<SaltFrom>, Vec<u32>, usize);
-
-/// A tier that fails on command.
-#[derive(Debug, Default)]
-struct Memory(Mutex<Inner>);
-
-#[derive(Debug, Default)]
-struct Inner {
-    blocks: HashMap<Place, Vec<u8>>,
-    /// Every how many loads one fails; 0 is never.
-    failing_loads: usize,
-    failing_stores: bool,
-    loads: usize,
-}
-
-struct Cursor<'a> {
-    tier: &'a Memory,
-    at: Place,
-    loaded: Vec<u8>,
-}
-
-impl Tier for Memory {
-    fn cursor<'a>(&'a self, key: &PrefixKey) -> Box<dyn TierCursor + 'a> {
-        Box::new(Cursor { tier: self, at: (key.clone(), Vec::new(), Vec::new(), 0), loaded: Vec::new() })
-    }
-}
-
-impl Cursor<'_> {
-    fn at(&self, group: usize) -> Place {
-        let (key, salts, tokens, _) = self.at.clone();
-        (key, salts, tokens, group)
-    }
-}
-
-impl TierCursor for Cursor<'_> {
-    fn advance(&mut self, tokens: &[u32], salts: &[SaltFrom]) {
-        self.at.1.extend_from_slice(salts);
-        self.at.2.extend_from_slice(tokens);
-    }
-
-    fn contains(&self, group: usize) -> bool {
-        self.tier.0.lock().unwrap().blocks.contains_key(&self.at(group))
-    }
-
-    fn load(&mut self, group: usize) -> Option<&[u8]> {
-        let at = self.at(group);
-        let mut inner = self.tier.0.lock().unwrap();
-        inner.loads += 1;
-        if inner.failing_loads > 0 && inner.loads.is_multiple_of(inner.failing_loads) {
-            return None;
-        }
-        self.loaded = inner.blocks.get(&at)?.clone();
-        Some(&self.loaded)
-    }
-
-    fn store(&mut self, group: usize, bytes: &[u8]) -> Result<bool, StorageError> {
-        let at = self.at(group);
-        let mut inner = self.tier.0.lock().unwrap();
-        if inner.failing_stores {
-            return Err(StorageError::new("the tier is set to fail"));
-        }
-        Ok(inner.blocks.insert(at, bytes.to_vec()).is_none())
-    }
-}
-
-/// A sequence, and what is written to its slots: it depends on its salt.
-struct Sequence {
-    table: BlockTable,
-    /// The salt, and the tokens.
-    all: Vec<u32>,
-}
-
-impl Sequence {
-    fn new(pool: &BlockPool, salt: u32) -> Self {
-        let mut options = TableOptions::default();
-        if salt > 0 {
-            options = options.salt(Salt::new(&[salt as u8]));
-        }
-        Self { table: BlockTable::with_options(pool, &options), all: vec![salt] }
-    }
-
-    fn tokens(&self) -> &[u32] {
-        &self.all[1..]
-    }
-
-    /// Computes the tokens that the table does not have. Returns whether the pool had room.
-    fn compute(&mut self, slots: &[Slots]) -> bool {
-        let done = self.table.len();
-        if self.table.reserve(self.tokens().len() - done).is_err() {
-            return false;
-        }
-        for (group, slots) in slots.iter().enumerate() {
-            for position in done..self.tokens().len() {
-                let slot = self.table.slot_of_group(group, position).unwrap();
-                slots.write(slot, content(&self.all[..position + 2]));
-            }
-        }
-        self.table.commit_tokens(&self.all[done + 1..]).unwrap();
-        true
-    }
-
-    /// Every slot of the table has what was written for its tokens.
-    fn check(&self, slots: &[Slots]) {
-        for (group, slots) in slots.iter().enumerate() {
-            for position in 0..self.table.len() {
-                if let Some(slot) = self.table.slot_of_group(group, position) {
-                    assert_eq!(slots.get(slot), content(&self.all[..position + 2]), "group {group}, {position}");
-                }
-            }
-        }
-    }
-}
+use common::Slots;
+use common::memory_tier::{Memory, Place};
+use common::sequence::Sequence;
 
 fn random(seed: u64) -> impl FnMut(usize) -> usize {
     let mut state = seed;
@@ -138,11 +25,14 @@ fn random(seed: u64) -> impl FnMut(usize) -> usize {
 
 fn history(groups: &[PoolGroup], seed: u64) -> usize {
     let mut below = random(seed);
-    let (block_size, tier) = ([1, 3, 4][seed as usize % 3], Memory::default());
+    let (block_size, tier) = ([1, 3, 4][seed as usize % 3], Arc::new(Memory::default()));
     let mut gained = 0;
     // Each pool is another process.
     for _ in 0..4 {
         let (pool, slots) = Slots::pool_of_groups(60 * groups.len(), block_size, groups);
+        let options = OffloadOptions::default().max_staged_bytes(below(20) * block_size * 8);
+        let offload =
+            (below(3) > 0).then(|| pool.offload_to(tier.clone(), &options.write_through(below(2) == 0)).unwrap());
         let mut running: Vec<Sequence> = Vec::new();
         for _ in 0..60 {
             {
@@ -165,7 +55,8 @@ fn history(groups: &[PoolGroup], seed: u64) -> usize {
                 sequence.table.match_prefix(&sequence.all[1..]);
                 sequence.check(&slots);
                 let max_bytes = [usize::MAX, block_size * 8 * below(30)][below(2)];
-                let fetched = sequence.table.fetch(&tier, sequence.tokens(), max_bytes);
+                let fetched =
+                    sequence.table.fetch(&*tier, sequence.tokens(), &FetchLimits::default().max_bytes(max_bytes));
                 assert!(fetched.bytes() <= max_bytes);
                 let before = sequence.table.len();
                 match below(9) {
@@ -200,10 +91,12 @@ fn history(groups: &[PoolGroup], seed: u64) -> usize {
             } else {
                 let sequence = running.swap_remove(below(running.len()));
                 sequence.check(&slots);
-                let stored = sequence.table.store_prefix(&tier);
+                let stored = sequence.table.store_prefix(&*tier);
                 assert!(stored.is_ok() || tier.0.lock().unwrap().failing_stores);
             }
             running.truncate(5);
+            // The next action finds the tier as it is in every run.
+            offload.iter().for_each(Offload::flush);
             pool.check().unwrap();
         }
         running.iter().for_each(|sequence| sequence.check(&slots));
@@ -211,13 +104,7 @@ fn history(groups: &[PoolGroup], seed: u64) -> usize {
         assert_eq!(pool.in_use(), 0);
     }
     // All that the tier has is what it should have.
-    for ((key, salts, tokens, _), bytes) in &tier.0.lock().unwrap().blocks {
-        assert_eq!(salts, &[]);
-        let all = [&[key.salt.bytes().map_or(0, |salt| u32::from(salt[0]))], &tokens[..]].concat();
-        for (slot, position) in bytes.chunks_exact(8).zip(tokens.len() - block_size..) {
-            assert_eq!(slot, content(&all[..position + 2]).to_le_bytes());
-        }
-    }
+    tier.check(block_size);
     gained
 }
 
@@ -265,18 +152,26 @@ fn a_prefix_is_found_in_another_pool() {
     assert!(other.compute(&slots));
     let mut second = sequence(&pool);
     assert_eq!(second.table.match_prefix(&tokens), 6);
-    let fetched = second.table.fetch(&tier, &tokens, usize::MAX);
+    let fetched = second.table.fetch(&tier, &tokens, &FetchLimits::default());
     assert_eq!((fetched.len(), fetched.bytes()), (16, 3 * 4 * 8));
     assert_eq!(second.table.insert(&fetched).unwrap(), 10);
     second.check(&slots);
     // Another sequence finds it in the pool.
     assert_eq!(BlockTable::new(&pool).match_prefix(&tokens), 16);
-    // The tier is not asked for more than it may read.
+    // The tier is not asked for more than it may read, nor after its time.
+    let limit = |bytes| FetchLimits::default().max_bytes(bytes);
     let table = BlockTable::new(&pool);
-    assert_eq!([0, 31, 32, 95, 96].map(|bytes| table.fetch(&tier, &tokens, bytes).len()), [0, 0, 4, 8, 12]);
+    assert_eq!([0, 31, 32, 95, 96].map(|bytes| table.fetch(&tier, &tokens, &limit(bytes)).len()), [0, 0, 4, 8, 12]);
+    assert_eq!([0, 95, 128].map(|bytes| table.fetch(&tier, &tokens, &limit(bytes)).has_more()), [true, true, false]);
+    assert_eq!([17, 16, 5].map(|len| table.lookup_tier(&tier, &tokens[..len])), [16, 12, 4]);
+    assert!(table.fetch(&tier, &tokens, &FetchLimits::default().max_time(Duration::ZERO)).is_empty());
     // The last token is computed.
-    assert_eq!(table.fetch(&tier, &tokens[..16], usize::MAX).len(), 12);
-    assert!(BlockTable::with_options(&pool, &TableOptions::default().private()).fetch(&tier, &tokens, 999).is_empty());
+    assert_eq!(table.fetch(&tier, &tokens[..16], &FetchLimits::default()).len(), 12);
+    assert!(
+        BlockTable::with_options(&pool, &TableOptions::default().private())
+            .fetch(&tier, &tokens, &limit(999))
+            .is_empty()
+    );
 }
 
 #[test]
@@ -289,7 +184,7 @@ fn what_does_not_fit_is_computed() {
     first.table.store_prefix(&tier).unwrap();
     let (pool, _slots) = Slots::pool_of_groups(5, 4, &[PoolGroup::new(1)]);
     let mut table = BlockTable::new(&pool);
-    let fetched = table.fetch(&tier, first.tokens(), usize::MAX);
+    let fetched = table.fetch(&tier, first.tokens(), &FetchLimits::default());
     assert!(matches!(table.insert(&fetched), Err(ReserveError::OutOfBlocks(_))));
     assert_eq!((table.len(), pool.in_use()), (0, 0));
     // Blocks of one pool are not put into another.

@@ -35,12 +35,13 @@ pub struct Options {
     pub(crate) max_bytes: u64,
     pub(crate) max_age: Option<Duration>,
     pub(crate) secret: Option<Vec<u8>>,
+    pub(crate) direct_reads: bool,
 }
 
 impl Options {
     /// A file of at most this many bytes. Where it is longer already, it is cut.
     pub fn new(max_bytes: u64) -> Self {
-        Self { max_bytes, max_age: None, secret: None }
+        Self { max_bytes, max_age: None, secret: None, direct_reads: false }
     }
 
     pub(crate) fn check(&self) -> Result<(), OpenError> {
@@ -62,13 +63,20 @@ impl Options {
     pub fn secret(self, secret: &[u8]) -> Self {
         Self { secret: Some(secret.to_vec()), ..self }
     }
+
+    /// Whether blocks are read past the system's cache, where the system can do that (Linux, on most file systems): for a
+    /// file that is much larger than the memory.
+    #[must_use]
+    pub fn direct_reads(self, direct: bool) -> Self {
+        Self { direct_reads: direct, ..self }
+    }
 }
 
 impl std::fmt::Debug for Options {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { max_bytes, max_age, secret } = self;
+        let Self { max_bytes, max_age, secret, direct_reads } = self;
         let mut out = f.debug_struct("Options");
-        out.field("max_bytes", max_bytes).field("max_age", max_age);
+        out.field("max_bytes", max_bytes).field("max_age", max_age).field("direct_reads", direct_reads);
         // Not the bytes: what is printed for debugging ends in logs.
         out.field("secret", &secret.as_ref().map(|_| "...")).finish()
     }

@@ -8,9 +8,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use block_pool::PrefixKey;
 
+use crate::buffer::ALIGNMENT;
 use crate::file_header::{self, FileHeader, Found};
 use crate::index::{Index, Taken};
-use crate::io::{read_at, write_at};
+use crate::io::{open_direct, read_at, read_pages_at, write_at};
 use crate::keys::{Bits, Keys};
 use crate::slot::{Address, HEADER, Said};
 use crate::{Buffer, Geometry, Namespace, OpenError, Options, Place, Prefix, StoreError};
@@ -19,6 +20,8 @@ use crate::{Buffer, Geometry, Namespace, OpenError, Options, Place, Prefix, Stor
 pub struct DiskTier {
     path: PathBuf,
     file: File,
+    /// For reading blocks past the system's cache.
+    direct: Option<File>,
     header: FileHeader,
     namespace: Namespace,
     keys: Keys,
@@ -172,6 +175,7 @@ impl DiskTier {
         let tier = Self {
             path: path.to_owned(),
             file,
+            direct: options.direct_reads.then(|| open_direct(path)).flatten(),
             header,
             namespace: *namespace,
             keys,
@@ -241,8 +245,13 @@ impl DiskTier {
         state.index.touch(&place.name);
         drop(state);
         let address = self.address(place, group, slot);
-        let buffer = buffer.of(address.used(bytes));
-        let read = read_at(&self.file, buffer, self.offset(slot));
+        let used = address.used(bytes);
+        let pages = buffer.of(used.next_multiple_of(ALIGNMENT));
+        let read = match &self.direct {
+            Some(direct) => read_pages_at(direct, pages, used, self.offset(slot)),
+            None => read_at(&self.file, &mut pages[..used], self.offset(slot)),
+        };
+        let buffer = &mut pages[..used];
         let verified = read.as_ref().ok().and_then(|()| address.verify(&self.keys, bytes, buffer));
         let mut state = self.state();
         let Some((range, stored)) = verified else {

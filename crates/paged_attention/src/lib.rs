@@ -40,11 +40,11 @@ pub use wrap::{find_error, wrap_error};
 
 pub use block_pool::{
     BYTE_STRIP, BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, Inconsistent, KvDtype, KvEvent, KvEvents,
-    KvLayout, KvShape, Order, OutOfBlocks, PANEL, PoolError, PoolGroup, PrefixKey, PrefixMatch, QUAD, ReserveError,
-    STRIP, Salt, SaltFrom, Snapshot, Span, Stats, StorageError,
+    KvLayout, KvShape, Offload, OffloadError, OffloadOptions, OffloadStats, Order, OutOfBlocks, PANEL, PoolError,
+    PoolGroup, PrefixKey, PrefixMatch, QUAD, ReserveError, STRIP, Salt, SaltFrom, Snapshot, Span, Stats, StorageError,
 };
 pub use block_table::{
-    Admission, Admitted, BlockTable, CheckedOut, FetchedPrefix, Need, NotReserved, OutOfWindow, Room, SaltTooLate,
-    SequenceError, SequenceId, Sequences, StoredPrefix, SwappedTable, TableOptions, Tier, TierCursor, Window,
-    preemption_victim,
+    Admission, Admitted, BlockTable, CheckedOut, FetchLimits, FetchedPrefix, Need, NotReserved, OutOfWindow, Room,
+    SaltTooLate, SequenceError, SequenceId, Sequences, StoredPrefix, SwappedTable, TableOptions, Tier, TierCursor,
+    Window, preemption_victim,
 };

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use paged_attention::KvCache;
+use paged_attention::{KvCache, OffloadStats};
 use serde::Serialize;
 
 use crate::engine::Outcome;
@@ -56,8 +56,10 @@ struct PrefixReport {
 #[derive(Debug, Clone, Copy, Serialize)]
 struct TierReport {
     tokens: usize,
-    stored_blocks: usize,
-    failures: usize,
+    seconds: f64,
+    stored_blocks: u64,
+    /// Blocks that were not stored: the file could not be written, or was too slow.
+    lost_blocks: u64,
 }
 
 impl Report {
@@ -68,7 +70,7 @@ impl Report {
         context: usize,
         prompts: &[String],
         texts: Vec<String>,
-        has_tier: bool,
+        offload: Option<OffloadStats>,
     ) -> Self {
         let pool = cache.pool();
         let per_token = cache.bytes_per_block() / pool.block_size();
@@ -89,10 +91,11 @@ impl Report {
                 evictions: pool.stats().evictions,
                 read_tokens: outcome.read_tokens,
                 shared_tokens: outcome.shared_tokens,
-                tier: has_tier.then_some(TierReport {
-                    tokens: outcome.tier_tokens,
-                    stored_blocks: outcome.tier_blocks[0],
-                    failures: outcome.tier_blocks[1],
+                tier: offload.map(|offload| TierReport {
+                    tokens: outcome.read_from_tier.tokens,
+                    seconds: outcome.read_from_tier.time.as_secs_f64(),
+                    stored_blocks: offload.stored,
+                    lost_blocks: offload.failed + offload.dropped + offload.skipped,
                 }),
             },
             prefill_tokens_per_s: outcome.prefill.rate(),
@@ -148,15 +151,15 @@ impl Report {
             rate(self.decode_tokens_per_s),
             self.steps
         );
-        if let Some(TierReport { tokens, stored_blocks, failures }) = self.prefix.tier {
+        if let Some(TierReport { tokens, seconds, stored_blocks, lost_blocks }) = self.prefix.tier {
             // What was not computed would have taken about as long as what was.
-            let saved = self.prefill_tokens_per_s.map(|rate| tokens as f64 / rate);
-            let saved = saved.map_or(String::new(), |seconds| format!(", which saved about {seconds:.1} s"));
-            let failed =
-                if failures > 0 { format!("; {failures} sequences could not be stored") } else { String::new() };
+            let saved = self.prefill_tokens_per_s.map(|rate| tokens as f64 / rate - seconds);
+            let saved = saved.map_or(String::new(), |saved| format!(", which saved about {saved:.1} s"));
+            let lost = if lost_blocks > 0 { format!(", {lost_blocks} could not be") } else { String::new() };
             let _ = writeln!(
                 out,
-                "file      {tokens} prompt tokens were read from the prefix cache{saved}; {stored_blocks} blocks stored{failed}"
+                "file      {tokens} prompt tokens were read from the prefix cache in {seconds:.1} s{saved}; \
+                 {stored_blocks} blocks stored{lost}"
             );
         }
         out
@@ -190,7 +193,7 @@ mod tests {
         let outcome = Outcome { answers: vec![answer], ..Outcome::default() };
         let cache = KvCache::builder(KvShape::new(1, 1, 2)).blocks(1).build().unwrap();
         let text = "one\t1\n\u{1b}]0;two\u{9b}2J\u{202e}";
-        let report = Report::new(outcome, &cache, 8, &["a\u{7}".into()], vec![text.into()], false);
+        let report = Report::new(outcome, &cache, 8, &["a\u{7}".into()], vec![text.into()], None);
         assert_eq!(title(0, "a\u{7}", 90), "── 1 ── a\\u{7}");
         assert!(report.table().contains("  1 a\\u{7} "));
         let json = serde_json::to_value(&report).unwrap();

@@ -2,11 +2,12 @@
 
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use disk_tier::{DiskTier, Geometry, Namespace, Options};
 use indicatif::{ProgressBar, ProgressStyle};
-use paged_attention::{KvCache, KvDtype, LayerGroup, Tier};
+use paged_attention::{KvCache, KvDtype, LayerGroup, OffloadOptions, Tier};
 
 use crate::args::Args;
 use crate::chat::ChatTemplate;
@@ -87,10 +88,17 @@ pub fn run(args: &Args) -> Result<()> {
         let rope = if gguf.config().has_long_factors(longest) { "long" } else { "usual" };
         prefix_cache(path, args, &file.path, [weights.name(), rope], &cache)
     });
-    let tier = tier.transpose()?;
-    let tier = tier.as_ref().map(|tier| tier as &dyn Tier);
-    let mut outcome = generate(tier, &model, &cache, &requests, &settings, &tokenizer, &titles)?;
+    let tier = tier.transpose()?.map(Arc::new);
+    // Written through, because what is cached when the program ends is not evicted.
+    let options = OffloadOptions::default().write_through(true);
+    let offload = tier.clone().map(|tier| cache.pool().offload_to(tier, &options)).transpose()?;
+    let below = tier.as_deref().map(|tier| tier as &dyn Tier);
+    let mut outcome = generate(below, &model, &cache, &requests, &settings, &tokenizer, &titles)?;
     let fullest = outcome.fullest.take();
+    let stored = offload.map(|offload| {
+        offload.flush();
+        offload.stats()
+    });
 
     #[cfg(feature = "verify")]
     if args.verify {
@@ -101,7 +109,7 @@ pub fn run(args: &Args) -> Result<()> {
 
     let texts = outcome.answers.iter().map(|answer| tokenizer.decode(&answer.tokens)).collect::<Result<Vec<_>>>()?;
     let prompts: Vec<String> = prompts.into_iter().map(|prompt| prompt.prompt).collect();
-    let report = Report::new(outcome, &cache, context, &prompts, texts, tier.is_some());
+    let report = Report::new(outcome, &cache, context, &prompts, texts, stored);
     // A reader that closes the pipe early is not an error.
     let _ = write!(std::io::stdout(), "{}", report.table());
     if let (true, Some(fullest)) = (args.show_pool, fullest) {

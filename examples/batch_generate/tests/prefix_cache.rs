@@ -52,7 +52,7 @@ impl World {
         let of = |value: &Value| value.as_u64().unwrap_or(0);
         let prefix = &report["prefix"];
         let tier = &prefix["tier"];
-        assert_eq!(of(&tier["failures"]), 0);
+        assert_eq!(of(&tier["lost_blocks"]), 0);
         (tokens, [of(&prefix["computed_prompt_tokens"]), of(&tier["tokens"]), of(&tier["stored_blocks"])])
     }
 }

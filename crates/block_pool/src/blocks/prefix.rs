@@ -152,18 +152,26 @@ impl Blocks {
             None => (&mut [][..], &[][..]),
         };
         let content = Content { key, salts, at, head, tokens };
+        let mut ledger = pool.ledger();
         let duplicates = if others.is_empty() {
-            pool.ledger().cache(*epoch, std::slice::from_mut(first), content)?
+            ledger.cache(*epoch, std::slice::from_mut(first), content)
         } else {
             let mut lists: SmallVec<[List; 4]> = SmallVec::new();
             lists.push(std::mem::take(first));
             lists.extend(others.iter_mut().map(std::mem::take));
-            let duplicates = pool.ledger().cache(*epoch, &mut lists, content);
+            let duplicates = ledger.cache(*epoch, &mut lists, content);
             let mut lists = lists.into_iter();
             *first = lists.next().unwrap_or_default();
             others.iter_mut().zip(lists).for_each(|(other, list)| *other = list);
-            duplicates?
+            duplicates
         };
+        let written_through = ledger.take_written_through();
+        let queue = if written_through.is_empty() { None } else { ledger.offload().cloned() };
+        drop(ledger);
+        if let Some(queue) = queue {
+            queue.add_written_through(written_through);
+        }
+        let duplicates = duplicates?;
         if !duplicates.is_empty() {
             pool.free_lists(duplicates.iter().map(|(group, id)| (*group, std::slice::from_ref(id))), Why::Ended);
         }

@@ -1,9 +1,11 @@
 //! Allocating blocks, and evicting cached ones for it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::{Group, Ledger};
-use crate::prefix::Entry;
+use crate::offload::Evictee;
+use crate::prefix::{Entry, Lineage};
 use crate::{BlockId, KvEvent, OutOfBlocks};
 
 /// Blocks with a ref_count of 1 whose content must be dealt with outside of the lock, before they are freed.
@@ -13,11 +15,13 @@ pub(crate) struct Leftovers {
     pub(crate) evicted: Vec<(usize, BlockId)>,
     /// Blocks that were free, and whose memory another group needs: to be given back to the system.
     pub(crate) unneeded: Vec<(usize, BlockId)>,
+    /// Blocks whose content goes to a tier. They are among those that were allocated, or among the others here.
+    pub(crate) offloaded: Vec<Evictee>,
 }
 
 impl Leftovers {
     pub(crate) fn is_empty(&self) -> bool {
-        self.evicted.is_empty() && self.unneeded.is_empty()
+        self.evicted.is_empty() && self.unneeded.is_empty() && self.offloaded.is_empty()
     }
 }
 
@@ -130,7 +134,7 @@ impl Ledger {
     /// How many units can be allocated without evicting any block: the free ones, and those of leftovers, which count as
     /// in use only until the caller has dealt with them. (With them the budget can be passed.)
     fn room(&self) -> usize {
-        let Leftovers { evicted, unneeded } = &self.leftovers;
+        let Leftovers { evicted, unneeded, .. } = &self.leftovers;
         let leftovers: usize = evicted.iter().chain(unneeded).map(|&(group, _)| self.groups[group].units).sum();
         (self.budget + leftovers).saturating_sub(self.units_in_use + self.units_evictable)
     }
@@ -207,6 +211,11 @@ impl Ledger {
     /// Takes the block out of the tree. If there are too many tombstones then, the coldest prefixes are dropped.
     #[inline]
     pub(super) fn uncache(&mut self, group: usize, entry: Entry) {
+        if self.offload.is_some()
+            && let Some(lineage) = self.tree.lineage(entry).cloned()
+        {
+            self.offload_evicted(group, BlockId::new(entry - self.groups[group].first), lineage);
+        }
         if self.tree.remove_block(group, entry) {
             let block = BlockId::new(entry - self.groups[group].first);
             self.subscribers.publish(|| KvEvent::BlockRemoved { group, block });
@@ -219,6 +228,7 @@ impl Ledger {
     #[cold]
     fn drop_cold_prefixes(&mut self) {
         while self.tree.has_too_many_tombstones() {
+            let lineage = self.tree.lineage_of_coldest().cloned();
             let Some(dropped) = self.tree.drop_coldest() else { return };
             for (group, block) in dropped {
                 self.subscribers.publish(|| KvEvent::BlockRemoved { group, block });
@@ -227,8 +237,19 @@ impl Ledger {
                     self.use_evictable(group, entry);
                     self.ref_counts[entry] = 1;
                     self.leftovers.evicted.push((group, block));
+                    if let Some(lineage) = &lineage {
+                        self.offload_evicted(group, block, lineage.clone());
+                    }
                 }
             }
+        }
+    }
+
+    /// Notes that the content of a block goes to a tier, if none has it.
+    #[cold]
+    fn offload_evicted(&mut self, group: usize, id: BlockId, lineage: Arc<Lineage>) {
+        if !lineage.is_stored(group) {
+            self.leftovers.offloaded.push(Evictee { group, id, lineage });
         }
     }
 

@@ -220,6 +220,9 @@ impl Ledger {
                             let (tokens, key) = (tree.tokens_of(node.0).to_vec(), key.clone());
                             KvEvent::BlockStored { group, block, parent: before, tokens, key, salts: salts.to_vec() }
                         });
+                        if self.offload.is_some() {
+                            self.write_through(group, block);
+                        }
                     }
                     Some(same) => {
                         self.add_ref(group, self.entry(group, same));
@@ -258,7 +261,10 @@ impl Ledger {
     pub(crate) fn reset(&mut self) -> PrefixTree {
         self.epoch += 1;
         self.subscribers.publish(|| KvEvent::AllBlocksCleared);
-        let empty = PrefixTree::new(self.ref_counts.len(), tree_groups(&self.groups), self.block_size);
+        let mut empty = PrefixTree::new(self.ref_counts.len(), tree_groups(&self.groups), self.block_size);
+        if self.offload.is_some() {
+            empty.keep_lineages();
+        }
         std::mem::replace(&mut self.tree, empty)
     }
 

@@ -17,6 +17,7 @@
 //! - `cache`: matching prefixes, and caching blocks;
 //! - `need`: how many units a sequence takes to go on;
 //! - `resident`: which blocks have memory, when groups share it;
+//! - `offload`: which blocks go to a tier;
 //! - `check`: whether all of it is consistent.
 
 mod allocate;
@@ -24,16 +25,19 @@ mod cache;
 mod check;
 mod counts;
 mod need;
+mod offload;
 mod resident;
 mod write;
 
 use std::ops::{Index, IndexMut};
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use crate::events::Subscribers;
 use crate::eviction::EvictionList;
 use crate::free::FreeBlocks;
+use crate::offload::{Queue, WrittenThrough};
 use crate::prefix::{Entry, PrefixTree};
 use crate::{BlockId, PoolGroup, Span, Stats};
 
@@ -63,6 +67,10 @@ pub(crate) struct Ledger {
     block_size: usize,
     /// Blocks whose content must still be dealt with outside of the lock.
     leftovers: Leftovers,
+    /// Where blocks go that leave, if they do.
+    offload: Option<Arc<Queue>>,
+    /// Blocks that became cached and are to be written through to a tier.
+    written_through: Vec<WrittenThrough>,
 }
 
 /// The groups. The first one has a place of its own: in a pool with one group no list is looked into.
@@ -150,6 +158,8 @@ impl Ledger {
             epoch: 0,
             block_size,
             leftovers: Leftovers::default(),
+            offload: None,
+            written_through: Vec::new(),
         }
     }
 

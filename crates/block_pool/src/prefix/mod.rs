@@ -16,6 +16,7 @@
 
 mod children;
 mod leaves;
+mod lineage;
 mod matching;
 mod past;
 
@@ -30,6 +31,7 @@ use crate::{BlockId, PrefixKey, SaltFrom, Span};
 use children::Children;
 use leaves::Leaves;
 
+pub(crate) use lineage::Lineage;
 pub(crate) use past::Past;
 
 /// A node's index in the slab. The root of [`PrefixKey::new`] always exists and has index 0, so that 0 can stand for
@@ -94,6 +96,8 @@ pub(crate) struct PrefixTree {
     stride: usize,
     /// The nodes without children, except roots.
     leaves: Leaves,
+    /// What each node's blocks contain, if blocks that leave go to a tier.
+    lineages: Option<Vec<Option<Arc<Lineage>>>>,
     /// Each node's tokens, at `node * block_size`. Allocated when the first block is cached: a pool without prefix
     /// caching pays nothing.
     tokens: Vec<u32>,
@@ -121,6 +125,7 @@ impl PrefixTree {
             stride: groups.len(),
             groups,
             leaves: Leaves::default(),
+            lineages: None,
             tokens: Vec::new(),
             cached: 0,
             clock: 0,
@@ -281,6 +286,9 @@ impl PrefixTree {
         if before == 1 && !is_root {
             self.mark_branch(parent);
         }
+        if self.lineages.is_some() {
+            self.add_lineage(parent, new);
+        }
     }
 
     /// Gives a node a block in a group. If it has one there, nothing changes, and that block is returned.
@@ -370,6 +378,7 @@ impl PrefixTree {
             node => (node & !HAS_CHILDREN, node & HAS_CHILDREN != 0),
         };
         self.block_of[node as usize * self.stride + group] = NONE;
+        self.count_removed(node);
         if self.stride > 1 && self.has_block(node) {
             return true;
         }
@@ -418,6 +427,7 @@ impl PrefixTree {
     /// the coldest if it is a dead end, the hottest if it was used later than the removed node.
     fn remove_leaf(&mut self, key: NodeKey) {
         let Node { parent, used, .. } = self.nodes.remove(key as usize);
+        self.remove_lineage(key);
         let Self { nodes, tokens, block_size, salts, .. } = self;
         let of = |node: NodeKey| &tokens[node as usize * *block_size..][..*block_size];
         let above = &mut nodes[parent as usize];

@@ -3,7 +3,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, dead_code)]
 
-use std::sync::{Arc, Mutex};
+pub(crate) mod memory_tier;
+pub(crate) mod sequence;
+
+use std::sync::{Arc, Barrier, Mutex};
 
 use block_pool::BlockStorage;
 use block_table::{BlockId, BlockPool, BlockTable, PoolGroup, StorageError};
@@ -21,6 +24,8 @@ struct Inner {
     block_size: usize,
     poisons: bool,
     fails: bool,
+    /// Who waits twice before the next read, and twice after it.
+    pause: Option<Arc<Barrier>>,
 }
 
 impl Inner {
@@ -33,7 +38,7 @@ impl Inner {
 impl Slots {
     fn new(blocks: usize, block_size: usize) -> Self {
         let (written, has_memory) = (vec![0; blocks * block_size], vec![false; blocks]);
-        Self(Arc::new(Mutex::new(Inner { written, has_memory, block_size, poisons: true, fails: false })))
+        Self(Arc::new(Mutex::new(Inner { written, has_memory, block_size, poisons: true, fails: false, pause: None })))
     }
 
     pub(crate) fn pool(blocks: usize, block_size: usize) -> (BlockPool, Slots) {
@@ -52,6 +57,13 @@ impl Slots {
     /// Sets whether the pool's copies, reads and writes of blocks fail from now on.
     pub(crate) fn fail(&self, fails: bool) {
         self.0.lock().unwrap().fails = fails;
+    }
+
+    /// The next read of a block waits twice at the barrier before it begins, and twice after it.
+    pub(crate) fn pause_next_read(&self) -> Arc<Barrier> {
+        let barrier = Arc::new(Barrier::new(2));
+        self.0.lock().unwrap().pause = Some(barrier.clone());
+        barrier
     }
 
     pub(crate) fn fails(&self) -> bool {
@@ -104,12 +116,22 @@ impl BlockStorage for Slots {
     }
 
     fn read(&self, id: BlockId, bytes: &mut Vec<u8>) -> Result<(), StorageError> {
+        let pause = self.0.lock().unwrap().pause.take();
+        let wait = || {
+            if let Some(barrier) = &pause {
+                barrier.wait();
+                barrier.wait();
+            }
+        };
+        wait();
         let inner = self.0.lock().unwrap();
         if inner.fails {
             return Err(StorageError::new("set to fail"));
         }
         let start = id.index() * inner.block_size;
         bytes.extend(inner.written[start..start + inner.block_size].iter().flat_map(|slot| slot.to_le_bytes()));
+        drop(inner);
+        wait();
         Ok(())
     }
 

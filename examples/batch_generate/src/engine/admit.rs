@@ -33,7 +33,7 @@ impl Engine<'_> {
         let of_samples = |group: &Group| (group.len() - 1) * pool.units_per_block();
         // Units promised to the running sequences, which still need them to compute the tokens that they have.
         let mut promised = 0;
-        for Running { id, group } in &self.running {
+        for Running { id, group, .. } in &self.running {
             promised += needed(&*self.tables.check_out(*id)?, &self.sequences[group[0]].tokens);
         }
         let empty = self.cache.table();
@@ -57,10 +57,11 @@ impl Engine<'_> {
                 None => return Ok(()),
             };
             let mut table = self.cache.table();
-            self.match_prefix(&mut table, group[0]);
-            let sequence = &self.sequences[group[0]];
+            let sequence = &mut self.sequences[group[0]];
+            let matched = table.match_prefix(&sequence.tokens);
+            sequence.count_matched(matched);
             promised += needed(&table, &sequence.tokens) + of_samples(&group);
-            self.running.push(Running { id: self.tables.insert(table), group });
+            self.running.push(Running { id: self.tables.insert(table), group, loads: self.tier.is_some() });
         }
     }
 }

@@ -9,7 +9,7 @@
 //! - `check` refuses requests that can never be answered.
 //! - `admit` starts waiting requests.
 //! - `step` computes one forward pass, and decides which sequences take part with how many tokens.
-//! - `tier` reads from and stores in what is below the cache.
+//! - `tier` reads from what is below the cache.
 //! - `state` has the state of each sequence, and updates it after a step.
 
 mod admit;
@@ -109,11 +109,9 @@ pub struct Outcome {
     pub read_tokens: usize,
     /// Those of them that were read together with those of another sequence, because the blocks were the same.
     pub shared_tokens: usize,
-    /// Tokens of prompts that were read from the tier.
-    pub tier_tokens: usize,
-    /// Blocks that were stored in the tier, and those that were not because it failed.
-    pub tier_blocks: [usize; 2],
-    /// New tokens in steps that computed a part of a prompt, and the time of these steps.
+    /// Tokens of prompts that were read from the tier, and the time that took.
+    pub read_from_tier: Work,
+    /// New tokens in steps that computed a part of a prompt, and the time of these steps without reading from the tier.
     pub prefill: Work,
     /// New tokens in all other steps, and their time.
     pub decode: Work,
@@ -175,8 +173,9 @@ pub fn generate(
     generate_over(None, model, cache, requests, settings, is_end, progress)
 }
 
-/// The same, with a tier below the cache: what prompts have in common with sequences that were stored there is not
-/// computed again, and finished sequences are stored there.
+/// The same, with a tier below the cache: what prompts have in common with sequences that were stored there is read
+/// instead of computed. The engine stores nothing there: that is what `BlockPool::offload_to` is
+/// for.
 ///
 /// # Errors
 ///
@@ -203,6 +202,9 @@ pub fn generate_over(
     //    have fitted into a step, so fewer sequences run in the next step. Alone, the longest fits: `check` has counted
     //    its blocks, and all blocks that it does not use are available then. If its last block is cached, it is written
     //    in place when there is no room for a copy.
+    //
+    // Before a step, sequences may read from the tier, as often as there is more of their tokens, each time at least one
+    // token.
     //
     // Let S be the number of sequences, B the maximum batch, and T the maximum number of computed tokens of a sequence.
     // Case 3 happens fewer than B times in a row. Between two finishes, the number of computed tokens of the longest

@@ -32,6 +32,8 @@ pub(super) type Group = Vec<usize>;
 pub(super) struct Running {
     pub(super) id: SequenceId,
     pub(super) group: Group,
+    /// Whether the tier may have more of its tokens.
+    pub(super) loads: bool,
 }
 
 pub(super) struct Engine<'a> {
@@ -110,7 +112,7 @@ impl<'a> Engine<'a> {
             let answer = &mut self.sequences[member].answer;
             answer.cached_tokens = computed.min(answer.prompt_tokens);
             let id = self.tables.fork(self.running[i].id)?;
-            self.running.push(Running { id, group: vec![member] });
+            self.running.push(Running { id, group: vec![member], loads: false });
         }
         Ok(())
     }
@@ -123,9 +125,7 @@ impl<'a> Engine<'a> {
             let tokens = &sequence.answer.tokens;
             if tokens.len() == sequence.max_tokens || tokens.last().is_some_and(|&token| is_end(token)) {
                 sequence.finished = true;
-                let id = self.running.remove(i).id;
-                self.store(id)?;
-                self.tables.remove(id)?;
+                self.tables.remove(self.running.remove(i).id)?;
             }
         }
         let finished = before - self.running.len();
@@ -145,7 +145,7 @@ impl<'a> Engine<'a> {
                 pool.blocks()
             );
         };
-        let Running { id, group } = self.running.remove(victim);
+        let Running { id, group, .. } = self.running.remove(victim);
         self.tables.remove(id)?;
         for &member in &group {
             self.sequences[member].answer.preemptions += 1;

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::HashSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use paged_attention::{Logits, PushError, PushOptions};
@@ -18,6 +18,8 @@ struct Pass {
     prefill: bool,
     /// Whether a sequence did not fit.
     full: bool,
+    /// How long sequences read from the tier before.
+    loading: Duration,
     /// The logits of the sequences whose last token is computed, each with its index in `running`.
     logits: Vec<(usize, Vec<f32>)>,
 }
@@ -29,6 +31,8 @@ impl Engine<'_> {
         let pass = loop {
             match self.pass(model)? {
                 Some(pass) => break pass,
+                // They read from the tier.
+                None if self.running.iter().any(|running| running.loads) => {}
                 // No sequence fits. The longest will, at the latest when it is alone.
                 None => self.preempt()?,
             }
@@ -46,20 +50,25 @@ impl Engine<'_> {
         self.outcome.steps += 1;
         let work = if pass.prefill { &mut self.outcome.prefill } else { &mut self.outcome.decode };
         work.tokens += pass.tokens;
-        work.time += started.elapsed();
+        work.time += started.elapsed().saturating_sub(pass.loading);
         Ok(())
     }
 
     /// Computes what fits into the pool and commits it; `None` if no sequence fits.
     fn pass(&mut self, model: &impl LanguageModel) -> Result<Option<Pass>> {
-        let (pool, running) = (self.cache.pool(), &self.running);
+        let mut loads = self.loads();
+        let (pool, running) = (self.cache.pool(), &mut self.running);
         let mut tables = self.tables.check_out_all(running.iter().map(|running| running.id))?;
         // Since a sequence was admitted, another may have computed its next tokens.
-        for (running, table) in running.iter().zip(&mut tables) {
-            let sequence = &mut self.sequences[running.group[0]];
-            let matched = table.match_prefix(&sequence.tokens);
-            sequence.count_matched(matched);
+        for (running, table) in running.iter_mut().zip(&mut tables) {
+            let (sequence, before) = (&mut self.sequences[running.group[0]], table.len());
+            table.match_prefix(&sequence.tokens);
+            running.loads = running.loads && loads.load(table, &sequence.tokens);
+            sequence.count_matched(table.len().saturating_sub(before));
         }
+        let (loading, running) = (loads.time, &*running);
+        self.outcome.read_from_tier.tokens += loads.tokens;
+        self.outcome.read_from_tier.time += loading;
         let sequence = |index: usize| &self.sequences[running[index].group[0]];
         // The most computed tokens first, among equals the earliest admitted: see `generate`.
         let mut order: Vec<_> = tables.iter_mut().enumerate().collect();
@@ -83,6 +92,7 @@ impl Engine<'_> {
             let next_block = &tokens[..(computed + pool.block_size()).min(tokens.len())];
             let n = match decodes {
                 true => 1,
+                false if running[index].loads => 0,
                 false if in_progress.contains(next_block) => 0,
                 false => chunk(computed, tokens.len(), budget, pool.block_size()),
             };
@@ -131,7 +141,7 @@ impl Engine<'_> {
         step.commit()?;
         self.outcome.computed_prompt_tokens += prompt_tokens;
         let logits = complete.into_iter().zip(logits).collect();
-        Ok(Some(Pass { tokens, prefill, full, logits }))
+        Ok(Some(Pass { tokens, prefill, full, loading, logits }))
     }
 }
 
