@@ -62,7 +62,7 @@ impl World {
     pub(crate) fn generate(
         &self,
         cache: &KvCache,
-        tier: Option<&dyn Tier>,
+        tier: Option<Arc<dyn Tier>>,
         requests: &[Request],
         progress: impl FnMut(Progress<'_>),
     ) -> Result<Outcome> {

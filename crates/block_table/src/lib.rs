@@ -20,4 +20,4 @@ pub use error::{NotReserved, SaltTooLate};
 pub use sequences::{CheckedOut, SequenceError, SequenceId, Sequences};
 pub use swap::SwappedTable;
 pub use table::{BlockTable, TableOptions};
-pub use tiers::{FetchLimits, FetchedPrefix, StoredPrefix};
+pub use tiers::{FetchLimits, FetchedPrefix, PrefixReader, StoredPrefix};

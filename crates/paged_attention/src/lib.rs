@@ -44,7 +44,7 @@ pub use block_pool::{
     PoolGroup, PrefixKey, PrefixMatch, QUAD, ReserveError, STRIP, Salt, SaltFrom, Snapshot, Span, Stats, StorageError,
 };
 pub use block_table::{
-    Admission, Admitted, BlockTable, CheckedOut, FetchLimits, FetchedPrefix, Need, NotReserved, OutOfWindow, Room,
-    SaltTooLate, SequenceError, SequenceId, Sequences, StoredPrefix, SwappedTable, TableOptions, Tier, TierCursor,
-    Window, preemption_victim,
+    Admission, Admitted, BlockTable, CheckedOut, FetchLimits, FetchedPrefix, Need, NotReserved, OutOfWindow,
+    PrefixReader, Room, SaltTooLate, SequenceError, SequenceId, Sequences, StoredPrefix, SwappedTable, TableOptions,
+    Tier, TierCursor, Window, preemption_victim,
 };

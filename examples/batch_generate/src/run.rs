@@ -92,7 +92,7 @@ pub fn run(args: &Args) -> Result<()> {
     // Written through, because what is cached when the program ends is not evicted.
     let options = OffloadOptions::default().write_through(true);
     let offload = tier.clone().map(|tier| cache.pool().offload_to(tier, &options)).transpose()?;
-    let below = tier.as_deref().map(|tier| tier as &dyn Tier);
+    let below = tier.map(|tier| tier as Arc<dyn Tier>);
     let mut outcome = generate(below, &model, &cache, &requests, &settings, &tokenizer, &titles)?;
     let fullest = outcome.fullest.take();
     let stored = offload.map(|offload| {
@@ -235,7 +235,7 @@ fn prefix_cache(
 }
 
 fn generate(
-    tier: Option<&dyn Tier>,
+    tier: Option<Arc<dyn Tier>>,
     model: &Model,
     cache: &KvCache,
     requests: &[Request],

@@ -61,7 +61,7 @@ impl Engine<'_> {
             let matched = table.match_prefix(&sequence.tokens);
             sequence.count_matched(matched);
             promised += needed(&table, &sequence.tokens) + of_samples(&group);
-            self.running.push(Running { id: self.tables.insert(table), group, loads: self.tier.is_some() });
+            self.running.push(Running { id: self.tables.insert(table), group, loads: self.loads.is_some() });
         }
     }
 }

@@ -18,6 +18,7 @@ mod state;
 mod step;
 mod tier;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -27,6 +28,7 @@ use paged_attention::{Attention, KvCache, Snapshot, Step, Tier};
 use crate::sampling::Sampling;
 pub use check::check;
 use state::{Engine, Sequence};
+use tier::Loads;
 
 /// The usual limit of new tokens in a step. Long prompts are computed in chunks of this size, so that the other
 /// sequences go on decoding.
@@ -109,9 +111,9 @@ pub struct Outcome {
     pub read_tokens: usize,
     /// Those of them that were read together with those of another sequence, because the blocks were the same.
     pub shared_tokens: usize,
-    /// Tokens of prompts that were read from the tier, and the time that took.
+    /// Tokens of prompts that were read from the tier, and how long their sequences waited for them.
     pub read_from_tier: Work,
-    /// New tokens in steps that computed a part of a prompt, and the time of these steps without reading from the tier.
+    /// New tokens in steps that computed a part of a prompt, and the time of these steps.
     pub prefill: Work,
     /// New tokens in all other steps, and their time.
     pub decode: Work,
@@ -181,7 +183,7 @@ pub fn generate(
 ///
 /// As [`generate`]. A tier that fails is no error.
 pub fn generate_over(
-    tier: Option<&dyn Tier>,
+    tier: Option<Arc<dyn Tier>>,
     model: &impl LanguageModel,
     cache: &KvCache,
     requests: &[Request],
@@ -191,7 +193,7 @@ pub fn generate_over(
 ) -> Result<Outcome> {
     check(model.context(), cache, requests, settings)?;
     let mut engine = Engine::new(cache, requests, settings);
-    engine.tier = tier;
+    engine.loads = tier.map(Loads::new);
     // Why this terminates. The *longest* is the running sequence with the most computed tokens, the earliest among
     // equals. It gets tokens and blocks first in each step, and it is never preempted while another sequence runs. So
     // each step is one of these cases:
@@ -203,8 +205,8 @@ pub fn generate_over(
     //    its blocks, and all blocks that it does not use are available then. If its last block is cached, it is written
     //    in place when there is no room for a copy.
     //
-    // Before a step, sequences may read from the tier, as often as there is more of their tokens, each time at least one
-    // token.
+    // Before a step, sequences may wait for what is read from the tier, as long as it would take to compute it, and each
+    // time they gain at least one token, or they do not wait again.
     //
     // Let S be the number of sequences, B the maximum batch, and T the maximum number of computed tokens of a sequence.
     // Case 3 happens fewer than B times in a row. Between two finishes, the number of computed tokens of the longest

@@ -1,9 +1,10 @@
 //! The state of each sequence, and its update after a step.
 
 use anyhow::{Result, bail};
-use paged_attention::{Admission, KvCache, SequenceId, Sequences, Tier, preemption_victim};
+use paged_attention::{Admission, KvCache, SequenceId, Sequences, preemption_victim};
 
-use super::{Answer, Outcome, Progress, Request, Settings};
+use super::tier::Loads;
+use super::{Answer, Outcome, Progress, Request, Settings, Work};
 use crate::sampling::Random;
 
 #[derive(Debug)]
@@ -38,7 +39,8 @@ pub(super) struct Running {
 
 pub(super) struct Engine<'a> {
     pub(super) cache: &'a KvCache,
-    pub(super) tier: Option<&'a dyn Tier>,
+    /// What is read from the tier below the cache, if there is one.
+    pub(super) loads: Option<Loads>,
     pub(super) settings: &'a Settings,
     pub(super) sequences: Vec<Sequence>,
     pub(super) tables: Sequences,
@@ -77,7 +79,7 @@ impl<'a> Engine<'a> {
         }
         Self {
             cache,
-            tier: None,
+            loads: None,
             settings,
             sequences,
             tables: Sequences::new(cache.pool()),
@@ -166,7 +168,9 @@ impl<'a> Engine<'a> {
     }
 
     pub(super) fn outcome(self) -> Outcome {
+        let read = |loads: &Loads| Work { tokens: loads.tokens, time: loads.time };
         Outcome {
+            read_from_tier: self.loads.as_ref().map(read).unwrap_or_default(),
             resumed_tokens: self.sequences.iter().map(|sequence| sequence.resumed).sum(),
             answers: self.sequences.into_iter().map(|sequence| sequence.answer).collect(),
             mean_utilisation: self.utilisation / self.outcome.steps.max(1) as f64,

@@ -2,24 +2,25 @@
 
 use std::cmp::Reverse;
 use std::collections::HashSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Result;
 use paged_attention::{Logits, PushError, PushOptions};
 
 use super::LanguageModel;
 use super::state::{Engine, Sequence};
+use super::tier::Loads;
 
 /// The result of a forward pass.
 struct Pass {
+    /// When it began, after what was read from the tier.
+    started: Instant,
     /// New tokens.
     tokens: usize,
     /// Whether some of them belong to a prompt.
     prefill: bool,
     /// Whether a sequence did not fit.
     full: bool,
-    /// How long sequences read from the tier before.
-    loading: Duration,
     /// The logits of the sequences whose last token is computed, each with its index in `running`.
     logits: Vec<(usize, Vec<f32>)>,
 }
@@ -27,12 +28,10 @@ struct Pass {
 impl Engine<'_> {
     /// One forward pass over all running sequences that fit.
     pub(super) fn step(&mut self, model: &impl LanguageModel, is_end: &impl Fn(u32) -> bool) -> Result<()> {
-        let started = Instant::now();
         let pass = loop {
             match self.pass(model)? {
                 Some(pass) => break pass,
-                // They read from the tier.
-                None if self.running.iter().any(|running| running.loads) => {}
+                None if self.running.iter().any(|running| running.loads) => self.loads.iter_mut().for_each(Loads::wait),
                 // No sequence fits. The longest will, at the latest when it is alone.
                 None => self.preempt()?,
             }
@@ -50,25 +49,29 @@ impl Engine<'_> {
         self.outcome.steps += 1;
         let work = if pass.prefill { &mut self.outcome.prefill } else { &mut self.outcome.decode };
         work.tokens += pass.tokens;
-        work.time += started.elapsed().saturating_sub(pass.loading);
+        work.time += pass.started.elapsed();
         Ok(())
     }
 
     /// Computes what fits into the pool and commits it; `None` if no sequence fits.
     fn pass(&mut self, model: &impl LanguageModel) -> Result<Option<Pass>> {
-        let mut loads = self.loads();
+        if let Some(loads) = &mut self.loads {
+            loads.begin_step(self.running.iter().filter(|running| running.loads).map(|running| running.id));
+        }
+        let rate = self.outcome.prefill.rate();
         let (pool, running) = (self.cache.pool(), &mut self.running);
         let mut tables = self.tables.check_out_all(running.iter().map(|running| running.id))?;
         // Since a sequence was admitted, another may have computed its next tokens.
         for (running, table) in running.iter_mut().zip(&mut tables) {
             let (sequence, before) = (&mut self.sequences[running.group[0]], table.len());
             table.match_prefix(&sequence.tokens);
-            running.loads = running.loads && loads.load(table, &sequence.tokens);
+            if running.loads {
+                let loads = self.loads.as_mut();
+                running.loads = loads.is_some_and(|loads| loads.advance(running.id, table, &sequence.tokens, rate));
+            }
             sequence.count_matched(table.len().saturating_sub(before));
         }
-        let (loading, running) = (loads.time, &*running);
-        self.outcome.read_from_tier.tokens += loads.tokens;
-        self.outcome.read_from_tier.time += loading;
+        let (started, running) = (Instant::now(), &*running);
         let sequence = |index: usize| &self.sequences[running[index].group[0]];
         // The most computed tokens first, among equals the earliest admitted: see `generate`.
         let mut order: Vec<_> = tables.iter_mut().enumerate().collect();
@@ -141,7 +144,7 @@ impl Engine<'_> {
         step.commit()?;
         self.outcome.computed_prompt_tokens += prompt_tokens;
         let logits = complete.into_iter().zip(logits).collect();
-        Ok(Some(Pass { tokens, prefill, full, loading, logits }))
+        Ok(Some(Pass { started, tokens, prefill, full, logits }))
     }
 }
 
