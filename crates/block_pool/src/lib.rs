@@ -52,7 +52,7 @@ pub use span::Span;
 pub use stats::{PrefixMatch, Stats};
 pub use storage::BlockStorage;
 pub use swap::SwappedBlocks;
-pub use tier::{Tier, TierCursor};
+pub use tier::{Tier, TierCursor, TierPlace, TierWatcher};
 pub use window::Window;
 
 #[cfg(feature = "candle")]

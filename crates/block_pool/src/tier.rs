@@ -11,12 +11,30 @@ use crate::{PrefixKey, SaltFrom, StorageError};
 pub trait Tier: Send + Sync + fmt::Debug {
     /// The blocks of the sequences with this key, from the first one on.
     fn cursor<'a>(&'a self, key: &PrefixKey) -> Box<dyn TierCursor + 'a>;
+
+    /// Has `left` called whenever a block of a group has left the tier. Returns false if the tier does not do that, or has
+    /// been asked before.
+    fn watch(&self, left: TierWatcher) -> bool {
+        drop(left);
+        false
+    }
 }
+
+/// The name of a place in a tier. It says nothing about tokens and salts.
+pub type TierPlace = [u8; 32];
+
+/// Is called with the place and the group of a block that has left a tier.
+pub type TierWatcher = Box<dyn Fn(&TierPlace, usize) + Send + Sync>;
 
 /// A place among the blocks of a sequence: at first before the first one.
 pub trait TierCursor {
     /// Goes on to the next block, which has these tokens, and in which these salts of the sequence begin.
     fn advance(&mut self, tokens: &[u32], salts: &[SaltFrom]);
+
+    /// The name of this block's place, if the tier has names.
+    fn place(&self) -> Option<TierPlace> {
+        None
+    }
 
     /// Whether the tier seems to have this block of a group. Only loading it shows whether it has.
     fn contains(&self, group: usize) -> bool;

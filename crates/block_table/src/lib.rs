@@ -14,7 +14,7 @@ pub use admission::{Admission, Admitted, Need, Room, preemption_victim};
 pub use block_pool::{
     BlockId, BlockPool, BlockState, GroupBlock, GroupBlocks, KvEvent, KvEvents, Offload, OffloadError, OffloadOptions,
     OffloadStats, OutOfBlocks, OutOfWindow, PoolError, PoolGroup, PrefixKey, PrefixMatch, ReserveError, Salt, SaltFrom,
-    Snapshot, Span, Stats, StorageError, Tier, TierCursor, Window,
+    Snapshot, Span, Stats, StorageError, Tier, TierCursor, TierPlace, TierWatcher, Window,
 };
 pub use error::{NotReserved, SaltTooLate};
 pub use sequences::{CheckedOut, SequenceError, SequenceId, Sequences};

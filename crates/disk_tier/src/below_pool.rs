@@ -1,12 +1,16 @@
 //! The tier as the pool's tables use it.
 
-use block_pool::{PrefixKey, SaltFrom, StorageError, Tier, TierCursor};
+use block_pool::{PrefixKey, SaltFrom, StorageError, Tier, TierCursor, TierPlace, TierWatcher};
 
 use crate::{Buffer, DiskTier, Place, Prefix, Stored};
 
 impl Tier for DiskTier {
     fn cursor<'a>(&'a self, key: &PrefixKey) -> Box<dyn TierCursor + 'a> {
         Box::new(Cursor { tier: self, prefix: self.prefix(key), place: None, buffer: Buffer::default() })
+    }
+
+    fn watch(&self, left: TierWatcher) -> bool {
+        DiskTier::watch(self, left)
     }
 }
 
@@ -21,6 +25,10 @@ struct Cursor<'a> {
 impl TierCursor for Cursor<'_> {
     fn advance(&mut self, tokens: &[u32], salts: &[SaltFrom]) {
         self.place = Some(self.prefix.next(tokens, salts));
+    }
+
+    fn place(&self) -> Option<TierPlace> {
+        self.place.as_ref().map(|place| place.name)
     }
 
     fn contains(&self, group: usize) -> bool {

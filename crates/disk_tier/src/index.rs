@@ -22,6 +22,8 @@ pub(crate) struct Index {
     free: Vec<u64>,
     /// Counts uses.
     clock: u64,
+    /// Blocks that have left, each with its group, if somebody wants to know.
+    pub(crate) left: Option<Vec<(Bits, u32)>>,
 }
 
 /// What a slot has.
@@ -144,6 +146,9 @@ impl Index {
         let Some(of @ &mut Slot::Block { name, group, .. }) = self.slots.get_mut(slot as usize) else { return };
         *of = Slot::Empty;
         self.free.push(slot);
+        if let Some(left) = &mut self.left {
+            left.push((name, group));
+        }
         let Some(entry) = self.places.get_mut(&name) else { return };
         entry.slots.retain(|&(of, _)| of != group);
         if !entry.slots.is_empty() {

@@ -3,10 +3,10 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use block_pool::PrefixKey;
+use block_pool::{PrefixKey, TierWatcher};
 
 use crate::buffer::ALIGNMENT;
 use crate::file_header::{self, FileHeader, Found};
@@ -29,6 +29,7 @@ pub struct DiskTier {
     max_age: Option<Duration>,
     is_writer: bool,
     state: Mutex<State>,
+    watcher: OnceLock<TierWatcher>,
 }
 
 /// What changes.
@@ -183,6 +184,7 @@ impl DiskTier {
             max_age: options.max_age,
             is_writer,
             state: Mutex::new(State { most, ..State::default() }),
+            watcher: OnceLock::new(),
         };
         tier.read_index().map_err(|error| OpenError::Io { path: path.to_owned(), error })?;
         Ok(tier)
@@ -219,6 +221,23 @@ impl DiskTier {
         Ok(())
     }
 
+    /// Has `left` called with the name and the group of each block that leaves. Of a tier that is only read nobody knows
+    /// what leaves.
+    pub(crate) fn watch(&self, left: TierWatcher) -> bool {
+        let watches = self.is_writer && self.watcher.set(left).is_ok();
+        if watches {
+            self.state().index.left = Some(Vec::new());
+        }
+        watches
+    }
+
+    /// Calls the watcher, without the lock.
+    fn report(&self) {
+        let Some(watcher) = self.watcher.get() else { return };
+        let left = self.state().index.left.as_mut().map(std::mem::take);
+        left.into_iter().flatten().for_each(|(name, group)| watcher(&name, group as usize));
+    }
+
     /// The places of the blocks of sequences with this key, from the first block on.
     pub fn prefix(&self, key: &PrefixKey) -> Prefix {
         Prefix::new(&self.keys, self.geometry.block_size, key)
@@ -231,11 +250,19 @@ impl DiskTier {
 
     /// Whether the block of a group seems to be there. Only loading it shows whether it is whole.
     pub fn contains(&self, place: &Place, group: usize) -> bool {
-        self.find(&mut self.state(), place, group).is_some()
+        let contains = self.find(&mut self.state(), place, group).is_some();
+        self.report();
+        contains
     }
 
     /// Reads the block of a group. `None` if it is not there, or not whole.
     pub fn load<'a>(&self, place: &Place, group: usize, buffer: &'a mut Buffer) -> Option<&'a [u8]> {
+        let loaded = self.load_unreported(place, group, buffer);
+        self.report();
+        loaded
+    }
+
+    fn load_unreported<'a>(&self, place: &Place, group: usize, buffer: &'a mut Buffer) -> Option<&'a [u8]> {
         let &bytes = self.geometry.bytes.get(group)?;
         let mut state = self.state();
         let Some(slot) = self.find(&mut state, place, group) else {
@@ -284,6 +311,18 @@ impl DiskTier {
     /// [`StoreError`] when the tier is read-only, the size is another, or the file cannot be written. If the disk is
     /// full, the file does not grow from then on, and new blocks take the place of others.
     pub fn store(&self, place: &Place, group: usize, bytes: &[u8], buffer: &mut Buffer) -> Result<Stored, StoreError> {
+        let stored = self.store_unreported(place, group, bytes, buffer);
+        self.report();
+        stored
+    }
+
+    fn store_unreported(
+        &self,
+        place: &Place,
+        group: usize,
+        bytes: &[u8],
+        buffer: &mut Buffer,
+    ) -> Result<Stored, StoreError> {
         if !self.is_writer {
             return Err(StoreError::ReadOnly);
         }

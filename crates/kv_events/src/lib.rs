@@ -27,13 +27,16 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod described;
 mod name;
 #[cfg(feature = "zmq")]
 mod publisher;
+mod tier;
 mod translate;
 mod wire;
 
 #[cfg(feature = "zmq")]
 pub use publisher::{PublishError, Publisher, PublisherBuilder};
+pub use tier::PublishedTier;
 pub use translate::Translator;
 pub use wire::{Event, EventBatch, ExtraKeys, Medium, SpecKind};

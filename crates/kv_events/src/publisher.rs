@@ -15,8 +15,8 @@ use thiserror::Error;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use zeromq::ZmqError;
 
-use crate::Translator;
-use crate::wire::{EventBatch, Medium};
+use crate::wire::{Event, EventBatch, Medium};
+use crate::{PublishedTier, Translator};
 use sent::Sent;
 use sockets::{Endpoints, Sockets};
 
@@ -79,9 +79,16 @@ pub struct PublisherBuilder {
     rank: Option<u32>,
     most_batches: usize,
     most_bytes: usize,
+    tier: Option<Arc<PublishedTier>>,
 }
 
 impl PublisherBuilder {
+    /// Publishes what this tier has, too.
+    #[must_use]
+    pub fn tier(self, tier: Arc<PublishedTier>) -> Self {
+        Self { tier: Some(tier), ..self }
+    }
+
     /// Also answers requests for a replay, at this endpoint.
     #[must_use]
     pub fn replay_endpoint(self, endpoint: impl Into<String>) -> Self {
@@ -127,7 +134,7 @@ impl PublisherBuilder {
     pub fn start(self, pool: &BlockPool) -> Result<Publisher, PublishError> {
         let (sender, batches) = channel(MOST_BATCHES);
         let (bound, endpoints) = mpsc::channel();
-        let (rank, medium) = (self.rank, self.medium);
+        let (rank, medium, tier) = (self.rank, self.medium, self.tier.clone());
         let again = Arc::new(AtomicBool::new(false));
         let asked = again.clone();
         let sockets =
@@ -139,7 +146,7 @@ impl PublisherBuilder {
         let stopped = stop.clone();
         let reader = thread::Builder::new()
             .name("kv-events".into())
-            .spawn(move || read(events, translator, rank, &stopped, &again, &sender))?;
+            .spawn(move || read(events, translator, tier.as_deref(), rank, &stopped, &again, &sender))?;
         Ok(Publisher { stop, threads: vec![reader, sockets], endpoints })
     }
 }
@@ -156,6 +163,7 @@ impl Publisher {
             rank: None,
             most_batches: 10_000,
             most_bytes: 64 << 20,
+            tier: None,
         }
     }
 
@@ -184,6 +192,7 @@ impl Drop for Publisher {
 fn read(
     mut events: KvEvents,
     mut translator: Translator,
+    tier: Option<&PublishedTier>,
     rank: Option<u32>,
     stop: &AtomicBool,
     again: &AtomicBool,
@@ -194,17 +203,26 @@ fn read(
             events.begin_again();
         }
         let first = match events.recv_timeout(PATIENCE) {
-            Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) => continue,
+            Ok(event) => Some(event),
+            Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        let translated = translator.translate(std::iter::once(first).chain(events.try_iter().take(MOST_EVENTS - 1)));
-        if translated.is_empty() {
-            continue;
+        let more = if first.is_some() { MOST_EVENTS - 1 } else { 0 };
+        let mut translated = translator.translate(first.into_iter().chain(events.try_iter().take(more)));
+        if let Some(tier) = tier {
+            // Routers have forgotten the tier, too.
+            let is_cleared = translated.iter().any(|event| matches!(event, Event::AllBlocksCleared {}));
+            match tier.take() {
+                _ if is_cleared => translated.extend(tier.all()),
+                Some(changes) => translated.extend(changes),
+                None => again.store(true, Ordering::Relaxed),
+            }
         }
-        let batch = EventBatch { data_parallel_rank: rank, ..EventBatch::now(translated) };
-        if batches.blocking_send(batch.encode()).is_err() {
-            return;
+        for events in translated.chunks(MOST_EVENTS) {
+            let batch = EventBatch { data_parallel_rank: rank, ..EventBatch::now(events.to_vec()) };
+            if batches.blocking_send(batch.encode()).is_err() {
+                return;
+            }
         }
     }
 }

@@ -1,12 +1,12 @@
 //! From the pool's events to those of routers.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
-use block_pool::{BlockPool, GroupBlock, KvEvent, PoolGroup, PrefixKey, Salt, SaltFrom};
+use block_pool::{BlockPool, GroupBlock, KvEvent, SaltFrom};
 
+use crate::described::{Content, Describes};
 use crate::name::name;
-use crate::wire::{Event, ExtraKeys, Medium, SpecKind};
+use crate::wire::{Event, Medium};
 
 /// Turns the events of one pool into those of routers.
 ///
@@ -20,8 +20,7 @@ use crate::wire::{Event, ExtraKeys, Medium, SpecKind};
 #[derive(Debug)]
 pub struct Translator {
     medium: Medium,
-    block_size: usize,
-    groups: Vec<PoolGroup>,
+    describes: Describes,
     names: HashMap<GroupBlock, Named>,
 }
 
@@ -36,8 +35,7 @@ struct Named {
 impl Translator {
     /// For the events of this pool, from the first one of a [subscription](BlockPool::subscribe) on.
     pub fn of(pool: &BlockPool) -> Self {
-        let (block_size, groups) = (pool.block_size(), pool.groups().to_vec());
-        Self { medium: Medium::Gpu, block_size, groups, names: HashMap::new() }
+        Self { medium: Medium::Gpu, describes: Describes::of(pool), names: HashMap::new() }
     }
 
     /// Sets the medium, which is [`Medium::Gpu`] by default.
@@ -48,17 +46,7 @@ impl Translator {
 
     /// Translates consecutive events. Blocks that follow each other are one event.
     pub fn translate(&mut self, events: impl IntoIterator<Item = KvEvent>) -> Vec<Event> {
-        let mut translated: Vec<Event> = Vec::new();
-        for event in events {
-            let Some(event) = self.translate_one(event) else { continue };
-            if let Some(event) = match translated.last_mut() {
-                Some(last) => appended(last, event),
-                None => Some(event),
-            } {
-                translated.push(event);
-            }
-        }
-        translated
+        joined(events.into_iter().filter_map(|event| self.translate_one(event)))
     }
 
     fn translate_one(&mut self, event: KvEvent) -> Option<Event> {
@@ -70,36 +58,22 @@ impl Translator {
                 };
                 // The block's own tokens are the last; those before them are of blocks that were removed. These get the
                 // names that they had, and will have when they are cached again.
-                let first = tokens.len().saturating_sub(self.block_size);
-                for tokens in tokens[..first].chunks(self.block_size) {
+                let block_size = self.describes.block_size;
+                let first = tokens.len().saturating_sub(block_size);
+                for tokens in tokens[..first].chunks(block_size) {
                     let end = start + tokens.len();
-                    before = Some(name(before, tokens, &key, salts_at(&salts, start..end)));
+                    before = Some(name(before, tokens, &key, SaltFrom::at(&salts, start..end)));
                     start = end;
                 }
-                let (tokens, end) = (&tokens[first..], start + self.block_size);
-                let salts = salts_at(&salts, start..end);
+                let (tokens, end) = (&tokens[first..], start + block_size);
+                let salts = SaltFrom::at(&salts, start..end);
                 let name = name(before, tokens, &key, salts);
                 self.names.insert(GroupBlock { group, block }, Named { name, end });
-                let extra_keys = extra_keys(before.is_none(), &key, salts);
-                let (kind, window) = self.spec(group, &key);
-                Some(Event::BlockStored {
-                    block_hashes: vec![name],
-                    parent_block_hash: before,
-                    token_ids: tokens.to_vec(),
-                    block_size: self.block_size,
-                    lora_id: None,
-                    medium: self.medium,
-                    lora_name: None,
-                    extra_keys: extra_keys.map(|keys| vec![Some(keys)]),
-                    group_idx: self.group_idx(group),
-                    kv_cache_spec_kind: kind,
-                    kv_cache_spec_sliding_window: window,
-                })
+                Some(self.describes.stored(self.medium, group, Content { name, before, tokens, key: &key, salts }))
             }
             KvEvent::BlockRemoved { group, block } => {
                 let name = self.names.remove(&GroupBlock { group, block })?.name;
-                let group_idx = self.group_idx(group);
-                Some(Event::BlockRemoved { block_hashes: vec![name], medium: self.medium, group_idx })
+                Some(self.describes.removed(self.medium, group, name))
             }
             KvEvent::AllBlocksCleared => {
                 self.names.clear();
@@ -108,20 +82,19 @@ impl Translator {
             _ => None,
         }
     }
+}
 
-    fn group_idx(&self, group: usize) -> Option<usize> {
-        (self.groups.len() > 1).then_some(group)
+/// Consecutive events, of which those that continue each other are one.
+pub(crate) fn joined(events: impl IntoIterator<Item = Event>) -> Vec<Event> {
+    let mut joined: Vec<Event> = Vec::new();
+    for event in events {
+        let rest = match joined.last_mut() {
+            Some(last) => appended(last, event),
+            None => Some(event),
+        };
+        joined.extend(rest);
     }
-
-    /// What the layers of a group keep of a sequence with this key, and how many tokens.
-    fn spec(&self, group: usize, key: &PrefixKey) -> (Option<SpecKind>, Option<usize>) {
-        let span = self.groups.get(group).map(|group| group.span.narrowed_by(key.window)).unwrap_or_default();
-        match (span.sliding_window(), span.chunk_tokens()) {
-            (Some(window), _) => (Some(SpecKind::SlidingWindow), Some(window.tokens())),
-            (None, Some(chunk)) => (Some(SpecKind::ChunkedLocalAttention), Some(chunk)),
-            (None, None) => ((self.groups.len() > 1).then_some(SpecKind::FullAttention), None),
-        }
-    }
+    joined
 }
 
 /// Appends an event to the one before it if it continues it; otherwise returns it.
@@ -135,6 +108,7 @@ fn appended(last: &mut Event, event: Event) -> Option<Event> {
                 kv_cache_spec_kind,
                 kv_cache_spec_sliding_window,
                 extra_keys,
+                medium,
                 ..
             },
             Event::BlockStored {
@@ -145,9 +119,10 @@ fn appended(last: &mut Event, event: Event) -> Option<Event> {
                 kv_cache_spec_kind: kind,
                 kv_cache_spec_sliding_window: window,
                 extra_keys: keys,
+                medium: of,
                 ..
             },
-        ) if *group_idx == group
+        ) if (*group_idx, *medium) == (group, of)
             && (*kv_cache_spec_kind, *kv_cache_spec_sliding_window) == (kind, window)
             && parent_block_hash.is_some()
             && block_hashes.last().copied() == parent_block_hash =>
@@ -161,32 +136,12 @@ fn appended(last: &mut Event, event: Event) -> Option<Event> {
             None
         }
         (
-            Event::BlockRemoved { block_hashes, group_idx, .. },
-            Event::BlockRemoved { block_hashes: names, group_idx: group, .. },
-        ) if *group_idx == group => {
+            Event::BlockRemoved { block_hashes, group_idx, medium },
+            Event::BlockRemoved { block_hashes: names, group_idx: group, medium: of },
+        ) if (*group_idx, *medium) == (group, of) => {
             block_hashes.extend(names);
             None
         }
         (_, event) => Some(event),
     }
-}
-
-/// The salts that begin at these positions; `salts` are in the order of their positions.
-fn salts_at(salts: &[SaltFrom], positions: Range<usize>) -> &[SaltFrom] {
-    let before = |end: usize| salts.partition_point(|salt| salt.position < end);
-    &salts[before(positions.start)..before(positions.end)]
-}
-
-/// The salts of a block: that of the key in the first block of a sequence, and those that begin in it.
-fn extra_keys(is_first: bool, key: &PrefixKey, salts: &[SaltFrom]) -> Option<ExtraKeys> {
-    let own = is_first.then_some(&key.salt).into_iter();
-    let keys: ExtraKeys = own.chain(salts.iter().map(|from| &from.salt)).filter_map(text).collect();
-    Some(keys).filter(|keys| !keys.is_empty())
-}
-
-/// A salt as text: as it is if it is UTF-8, otherwise in hexadecimal.
-fn text(salt: &Salt) -> Option<String> {
-    let bytes = salt.bytes()?;
-    let hex = || bytes.iter().fold("0x".to_owned(), |hex, byte| format!("{hex}{byte:02x}"));
-    Some(std::str::from_utf8(bytes).map_or_else(|_| hex(), str::to_owned))
 }

@@ -46,5 +46,5 @@ pub use block_pool::{
 pub use block_table::{
     Admission, Admitted, BlockTable, CheckedOut, FetchLimits, FetchedPrefix, Need, NotReserved, OutOfWindow,
     PrefixReader, Room, SaltTooLate, SequenceError, SequenceId, Sequences, StoredPrefix, SwappedTable, TableOptions,
-    Tier, TierCursor, Window, preemption_victim,
+    Tier, TierCursor, TierPlace, TierWatcher, Window, preemption_victim,
 };

@@ -2,12 +2,17 @@
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::sync::Arc;
 use std::time::Duration;
 
-use dynamo_kv_router::protocols::{BlockHashOptions, WorkerWithDpRank};
+use dynamo_kv_router::indexer::WorkerTask;
+use dynamo_kv_router::protocols::{BlockHashOptions, KvCacheEventData, RouterEvent, WorkerWithDpRank};
 use dynamo_kv_router::zmq_wire::{ZmqEventNormalizer, decode_event_batch};
-use dynamo_kv_router::{RadixTree, compute_block_hash_for_seq};
+use dynamo_kv_router::{
+    LowerTierContinuation, LowerTierIndexer, RadixTree, SyncIndexer as _, compute_block_hash_for_seq,
+};
 use kv_events::Publisher;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 use zeromq::{DealerSocket, Socket, SocketRecv, SocketSend, SubSocket, ZmqMessage};
 
@@ -20,6 +25,39 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Index {
     normalizer: ZmqEventNormalizer,
     tree: RadixTree,
+    disk: Disk,
+}
+
+/// What the engines have on their disks, in the router's index of lower tiers, which has a thread.
+struct Disk {
+    index: Arc<LowerTierIndexer>,
+    tasks: flume::Sender<WorkerTask>,
+}
+
+impl Default for Disk {
+    fn default() -> Self {
+        let (index, (tasks, todo)) = (Arc::new(LowerTierIndexer::new()), flume::unbounded());
+        let worker = index.clone();
+        // It ends when there are no more senders.
+        std::thread::spawn(move || drop(worker.worker(todo, None)));
+        Self { index, tasks }
+    }
+}
+
+impl Disk {
+    fn apply(&self, event: RouterEvent) -> Result<(), Box<dyn Error>> {
+        let (resp, applied) = oneshot::channel();
+        self.tasks.send(WorkerTask::EventWithAck { event, resp })?;
+        let mut applied = applied;
+        loop {
+            match applied.try_recv() {
+                Ok(true) => return Ok(()),
+                Ok(false) => return Err("the index of lower tiers refuses an event".into()),
+                Err(oneshot::error::TryRecvError::Empty) => std::thread::yield_now(),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
 }
 
 impl std::fmt::Debug for Index {
@@ -30,7 +68,7 @@ impl std::fmt::Debug for Index {
 
 impl Default for Index {
     fn default() -> Self {
-        Self { normalizer: ZmqEventNormalizer::new(BLOCK_SIZE as u32), tree: RadixTree::new() }
+        Self { normalizer: ZmqEventNormalizer::new(BLOCK_SIZE as u32), tree: RadixTree::new(), disk: Disk::default() }
     }
 }
 
@@ -45,7 +83,14 @@ impl Index {
         for raw in decode_event_batch(payload)?.events {
             let raw = self.normalizer.preprocess_with_reason(raw, worker).map_err(|reason| reason.as_label())?;
             let placed = self.normalizer.normalize_preprocessed(raw, sequence, worker).ok_or("not converted")?;
-            self.tree.apply_event(placed.into_router_event().ok_or("not of an engine")?)?;
+            let event = placed.into_router_event().ok_or("not of an engine")?;
+            let is_cleared = matches!(event.event.data, KvCacheEventData::Cleared);
+            if is_cleared || !event.storage_tier.is_gpu() {
+                self.disk.apply(event.clone())?;
+            }
+            if is_cleared || event.storage_tier.is_gpu() {
+                self.tree.apply_event(event)?;
+            }
         }
         Ok(())
     }
@@ -56,6 +101,16 @@ impl Index {
         let hashes = compute_block_hash_for_seq(prompt, BLOCK_SIZE as u32, options);
         let matches = self.tree.find_matches(hashes, false);
         matches.scores.into_iter().map(|(worker, blocks)| (worker.worker_id, blocks as usize)).collect()
+    }
+}
+
+impl Index {
+    /// How many blocks at the start of a prompt an engine has on its disk.
+    pub fn blocks_on_disk(&self, prompt: &[u32], engine: u64) -> usize {
+        let hashes = compute_block_hash_for_seq(prompt, BLOCK_SIZE as u32, BlockHashOptions::default());
+        let worker = WorkerWithDpRank { worker_id: engine, dp_rank: 0 };
+        let from = HashMap::from([(worker, LowerTierContinuation::from_root(0))]);
+        self.disk.index.query_contiguous_hits(&hashes, &from).get(&worker).copied().unwrap_or(0)
     }
 }
 

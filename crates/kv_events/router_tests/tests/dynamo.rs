@@ -209,3 +209,46 @@ async fn salts_are_namespaces() {
     assert_eq!(cluster.index.blocks(&prompt, None), [(1, 2)].into());
     assert_eq!(cluster.index.blocks(&prompt, Some("another")), [].into());
 }
+
+#[tokio::test]
+async fn what_is_on_a_disk_is_followed() {
+    let mut random = Random(5);
+    let folder = tempfile::tempdir().unwrap();
+    // Of the second, blocks leave.
+    let engines = [1000, 90].map(|room| Engine::start_over(&folder.path().join(room.to_string()), room, 50).unwrap());
+    let followers = [
+        Follower::connect(0, engines[0].publisher()).await.unwrap(),
+        Follower::connect(1, engines[1].publisher()).await.unwrap(),
+    ];
+    let mut cluster = Cluster { engines, followers, index: Index::default() };
+    let prompts = prompts(40, &mut random);
+    let of_disk = |cluster: &Cluster, prompt: &[u32]| {
+        let files = cluster.engines.each_ref().map(|engine| engine.blocks_on_disk(prompt));
+        (files, [0, 1].map(|engine| cluster.index.blocks_on_disk(prompt, engine)))
+    };
+    let assert_disk = async |cluster: &mut Cluster| {
+        let begin = Instant::now();
+        loop {
+            cluster.assert_follows(&prompts, Ask::First).await;
+            let difference = prompts.iter().map(|prompt| of_disk(cluster, prompt)).find(|(file, index)| file != index);
+            match difference {
+                None => return,
+                Some(of) => assert!(begin.elapsed() < PATIENCE, "{of:?}"),
+            }
+        }
+    };
+    for (i, prompt) in prompts.iter().enumerate() {
+        cluster.engines.iter().for_each(|engine| engine.compute(prompt, Salt::none()).unwrap());
+        if i % 10 == 9 {
+            assert_disk(&mut cluster).await;
+        }
+    }
+    // All cases occur: on the disk and not in the pool, left the disk.
+    let ([all, some], _) = of_disk(&cluster, &prompts[0]);
+    let (pools, _) = cluster.blocks(&prompts[0]);
+    assert!(all == prompts[0].len() / BLOCK_SIZE && some < all && pools[0] < all, "{all}, {some}, {pools:?}");
+    // The pool forgets, and the file does not.
+    cluster.engines[0].reset();
+    assert_disk(&mut cluster).await;
+    assert_eq!(cluster.index.blocks_on_disk(&prompts[0], 0), all);
+}
