@@ -7,9 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use block_table::{
-    BlockPool, BlockTable, FetchLimits, OffloadOptions, PrefixKey, Salt, TableOptions, Tier, TierCursor as _,
-};
+use block_table::{BlockPool, BlockTable, FetchLimits, OffloadOptions, PrefixKey, Salt, TableOptions, Tier};
 use disk_tier::{DiskTier, Geometry, Namespace, Options};
 use kv_events::{Event, Medium, PublishedTier, Translator};
 
