@@ -64,7 +64,10 @@ impl Sequence {
         }
         if let Some(below) = self.pool.below.get() {
             let matched = best.as_ref().map_or(0, OwnedSegment::committed);
-            if let Some((cache, table)) = below.longer(matched, tokens, |cache| cache.table_with(&self.options)) {
+            let table = |cache: &KvCache| cache.table_with(&self.options);
+            if below.lookup(tokens, table) > matched
+                && let Some((cache, table)) = below.longer(matched, tokens, table)
+            {
                 best = Some(OwnedSegment { cache, tables: vec![table], start: 0, old: false });
             }
         }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::ledger::{Ledger, Leftovers, Query, Why};
 use crate::list::Ids;
-use crate::offload::{Evictee, WrittenThrough};
+use crate::offload::{Evictee, Queue, WrittenThrough};
 use crate::storage::NoStorage;
 use crate::sync::{Arc, Mutex, MutexGuard, Weak, downgrade, lock, upgrade};
 use crate::{
@@ -263,7 +263,8 @@ impl BlockPool {
     }
 
     /// Uncaches every prefix, for example after the model's weights have changed: what was computed with the old
-    /// weights must not be matched again. Sequences keep the blocks that they use.
+    /// weights must not be matched again. Sequences keep the blocks that they use. A [`Tier`](crate::Tier) below the pool
+    /// keeps its blocks: for other weights, open one that finds nothing of the old ones.
     pub fn reset_prefix_cache(&self) {
         // Dropping the old tree walks all of it, which takes long: this happens without the lock.
         let old_tree = self.ledger().reset();
@@ -424,11 +425,11 @@ impl BlockPool {
 
     /// Deals with the leftovers of an allocation, and returns their owner, which frees them.
     pub(crate) fn own(&self, leftovers: Leftovers) -> impl Drop + use<'_> {
-        let Leftovers { mut evicted, mut unneeded, offloaded } = leftovers;
+        let Leftovers { mut evicted, mut unneeded, offloaded, queue } = leftovers;
         evicted.extend_from_slice(&unneeded);
         let freed = Freed { pool: self, blocks: evicted };
-        if !offloaded.is_empty() {
-            self.stage(offloaded);
+        if let Some(queue) = queue {
+            self.stage(offloaded, &queue);
         }
         freed.poison();
         unneeded.sort_unstable();
@@ -441,27 +442,33 @@ impl BlockPool {
 
     /// Copies the content of evicted blocks, which nobody else uses, to the staging buffer.
     #[cold]
-    fn stage(&self, evicted: Vec<Evictee>) {
-        let Some(queue) = self.ledger().offload().cloned() else { return };
-        for Evictee { group, id, lineage } in evicted {
+    fn stage(&self, evicted: Vec<Evictee>, queue: &Queue) {
+        // The tail of a sequence is evicted before its head, and is of no use without it.
+        for Evictee { group, id, lineage } in evicted.into_iter().rev() {
             let size = self.storage(group).bytes_per_block();
-            let Some(mut bytes) = queue.room_for(size) else { continue };
-            match self.storage(group).read(id, &mut bytes) {
-                Ok(()) if bytes.len() == size => queue.add_evicted(group, lineage, bytes),
-                _ => queue.give_back(size),
+            let Some(mut room) = queue.room_for(size) else { continue };
+            let read = self.storage(group).read(id, &mut room.bytes);
+            if read.is_ok() && room.bytes.len() == size {
+                room.fill(group, lineage);
             }
         }
     }
 
     /// Reads a block that is cached, and may be evicted meanwhile. Returns false if it is not there any more.
     pub(crate) fn read_cached(&self, of: &WrittenThrough, bytes: &mut Vec<u8>) -> Result<bool, StorageError> {
-        if !self.ledger().still_has(of) {
-            return Ok(false);
-        }
         let GroupBlock { group, block } = of.block;
-        self.storage(group).read(block, bytes)?;
-        // A block that is cached is never written. If it has been cached all the time, nobody has written to it.
-        Ok(self.ledger().still_has(of))
+        loop {
+            let Some(before) = self.ledger().removed_if_cached(of) else { return Ok(false) };
+            bytes.clear();
+            self.storage(group).read(block, bytes)?;
+            // A block that is cached is never written. If it has been cached all the time, nobody has written to it.
+            match self.ledger().removed_if_cached(of) {
+                Some(after) if after == before => return Ok(true),
+                // Another block with this lineage has left, or this one has left and come back.
+                Some(_) => {}
+                None => return Ok(false),
+            }
+        }
     }
 
     /// Nothing that runs under this lock can panic half-way, so the ledger is consistent even if the lock is poisoned.

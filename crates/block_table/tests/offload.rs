@@ -92,6 +92,29 @@ fn what_is_cached_is_written_through() {
     }
 }
 
+/// The block of the window leaves first. That of the other group is stored nevertheless.
+#[test]
+fn a_block_is_written_through_though_that_of_another_group_has_left() {
+    let tier = Arc::new(Stalled::default());
+    let (pool, slots) = Slots::pool_of_groups(14, 4, &[PoolGroup::new(1), PoolGroup::new(1).span(Window::new(6))]);
+    let options = OffloadOptions::default().write_through(true).max_staged_bytes(0);
+    let offload = pool.offload_to(tier.clone(), &options).unwrap();
+    let mut sequence = Sequence::new(&pool, 0);
+    for block in 0..9 {
+        sequence.all.extend((0..4).map(|at| 4 * block + at));
+        assert!(sequence.compute(&slots));
+    }
+    assert!(pool.stats().evictions > 0 && offload.stats().stored == 0);
+    tier.let_go();
+    offload.flush();
+    let mut cursor = tier.cursor(&PrefixKey::new());
+    for (number, tokens) in sequence.tokens().chunks_exact(4).enumerate() {
+        cursor.advance(tokens, &[]);
+        assert!(cursor.contains(0), "block {number}");
+    }
+    tier.memory.check(4);
+}
+
 #[test]
 fn after_a_reset_nothing_old_is_stored() {
     let tier = Arc::new(Memory::default());
@@ -167,6 +190,13 @@ struct Stalled {
     changed: Condvar,
 }
 
+impl Stalled {
+    fn let_go(&self) {
+        *self.goes.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+}
+
 struct StalledCursor<'a>(&'a Stalled, Box<dyn TierCursor + 'a>);
 
 impl Tier for Stalled {
@@ -205,8 +235,7 @@ fn nobody_waits_for_a_tier_that_stalls() {
     }
     let OffloadStats { stored, dropped, staged_bytes, waiting, .. } = offload.stats();
     assert_eq!((stored, dropped, staged_bytes, waiting), (0, 32 - 3, 96, 3));
-    *tier.goes.lock().unwrap() = true;
-    tier.changed.notify_all();
+    tier.let_go();
     offload.flush();
     let OffloadStats { stored, staged_bytes, waiting, .. } = offload.stats();
     assert_eq!((stored, staged_bytes, waiting), (3, 0, 0));

@@ -191,3 +191,39 @@ fn what_does_not_fit_is_computed() {
     let (other, _slots) = Slots::pool_of_groups(50, 4, &[PoolGroup::new(1)]);
     assert_eq!(BlockTable::new(&other).insert(&fetched).unwrap(), 0);
 }
+
+#[test]
+fn a_windowed_prefix_is_read_in_pieces() {
+    for groups in [&[windowed(25, 0)][..], &[windowed(9, 3), PoolGroup::new(1)]] {
+        let tier = Arc::new(Memory::default());
+        let (pool, slots) = Slots::pool_of_groups(40, 4, groups);
+        let offload = pool.offload_to(tier.clone(), &OffloadOptions::default().write_through(true)).unwrap();
+        let mut first = Sequence::new(&pool, 1);
+        first.all.extend(0..50);
+        assert!(first.compute(&slots));
+        offload.flush();
+        let (pool, slots) = Slots::pool_of_groups(40, 4, groups);
+        let mut second = Sequence::new(&pool, 1);
+        second.all.extend(0..50);
+        let mut reader = second.table.prefix_reader(second.tokens());
+        assert_eq!(reader.lookup(&*tier), 48);
+        let mut pieces = 0;
+        loop {
+            let piece = reader.read(&*tier, &FetchLimits::default().max_bytes(groups.len() * 3 * 4 * 8));
+            if piece.is_empty() {
+                break;
+            }
+            assert!(second.table.insert(&piece).unwrap() > 0);
+            second.check(&slots);
+            pieces += 1;
+        }
+        assert_eq!(second.table.len(), 48);
+        assert!(pieces > 1, "{pieces}");
+        pool.check().unwrap();
+        // Others find it in the pool.
+        let mut third = Sequence::new(&pool, 1);
+        third.all.extend(0..50);
+        assert_eq!(third.table.match_prefix(&third.all[1..]), 48);
+        third.check(&slots);
+    }
+}

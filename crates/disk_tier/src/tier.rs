@@ -275,7 +275,9 @@ impl DiskTier {
         let used = address.used(bytes);
         let pages = buffer.of(used.next_multiple_of(ALIGNMENT));
         let read = match &self.direct {
-            Some(direct) => read_pages_at(direct, pages, used, self.offset(slot)),
+            // Some file systems refuse only the request.
+            Some(direct) => read_pages_at(direct, pages, used, self.offset(slot))
+                .or_else(|_| read_at(&self.file, &mut pages[..used], self.offset(slot))),
             None => read_at(&self.file, &mut pages[..used], self.offset(slot)),
         };
         let buffer = &mut pages[..used];

@@ -167,7 +167,9 @@ impl Blocks {
         };
         let written_through = ledger.take_written_through();
         let queue = if written_through.is_empty() { None } else { ledger.offload().cloned() };
+        let leftovers = ledger.has_leftovers().then(|| ledger.take_leftovers());
         drop(ledger);
+        drop(leftovers.map(|leftovers| pool.own(leftovers)));
         if let Some(queue) = queue {
             queue.add_written_through(written_through);
         }
@@ -176,6 +178,13 @@ impl Blocks {
             pool.free_lists(duplicates.iter().map(|(group, id)| (*group, std::slice::from_ref(id))), Why::Ended);
         }
         Ok(duplicates.len())
+    }
+
+    /// Whether block number `at - 1` is cached as the end of `tokens`, which are `at` whole blocks, in a sequence with this
+    /// key and the salts of this one. Also if `at` is 0.
+    pub fn continues(&self, key: &PrefixKey, at: usize, tokens: &[u32]) -> bool {
+        let Some(last) = self.last(at) else { return at == 0 };
+        tokens.len() == at * self.pool.block_size() && self.pool.ledger().is_at_end_of(last, key, tokens, self.salts())
     }
 
     /// Copies the first `tokens.len()` tokens of block number `at` into `tokens`. Returns whether the block is cached:

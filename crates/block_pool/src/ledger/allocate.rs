@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Group, Ledger};
-use crate::offload::Evictee;
+use crate::offload::{Evictee, Queue};
 use crate::prefix::{Entry, Lineage};
 use crate::{BlockId, KvEvent, OutOfBlocks};
 
@@ -17,6 +17,8 @@ pub(crate) struct Leftovers {
     pub(crate) unneeded: Vec<(usize, BlockId)>,
     /// Blocks whose content goes to a tier. They are among those that were allocated, or among the others here.
     pub(crate) offloaded: Vec<Evictee>,
+    /// Where their content goes. A later one may be for another model.
+    pub(crate) queue: Option<Arc<Queue>>,
 }
 
 impl Leftovers {
@@ -226,7 +228,7 @@ impl Ledger {
     }
 
     #[cold]
-    fn drop_cold_prefixes(&mut self) {
+    pub(super) fn drop_cold_prefixes(&mut self) {
         while self.tree.has_too_many_tombstones() {
             let lineage = self.tree.lineage_of_coldest().cloned();
             let Some(dropped) = self.tree.drop_coldest() else { return };
@@ -250,6 +252,7 @@ impl Ledger {
     fn offload_evicted(&mut self, group: usize, id: BlockId, lineage: Arc<Lineage>) {
         if !lineage.is_stored(group) {
             self.leftovers.offloaded.push(Evictee { group, id, lineage });
+            self.leftovers.queue.clone_from(&self.offload);
         }
     }
 

@@ -234,12 +234,23 @@ impl Ledger {
             }
             parent = node.0;
         }
+        // Nodes whose blocks windows have passed already.
+        if self.tree.has_too_many_tombstones() {
+            self.drop_cold_prefixes();
+        }
         Ok(duplicates)
     }
 
     /// The tokens of a cached block.
     pub(crate) fn tokens(&self, group: usize, id: BlockId) -> Option<&[u32]> {
         self.tree.tokens(self.entry(group, id))
+    }
+
+    /// Whether a block is cached at the end of these tokens, whole blocks, of a sequence with this key and these salts.
+    pub(crate) fn is_at_end_of(&self, of: GroupBlock, key: &PrefixKey, tokens: &[u32], salts: &[SaltFrom]) -> bool {
+        let size = self.block_size;
+        let of_block = |number: usize| SaltFrom::at(salts, number * size..(number + 1) * size);
+        self.tree.is_at_end_of(self.entry(of.group, of.block), key, tokens, of_block)
     }
 
     /// The cached prefix that a group's blocks begin with.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::Ledger;
 use crate::offload::{Queue, WrittenThrough};
-use crate::prefix::Lineage;
 use crate::{BlockId, GroupBlock};
 
 impl Ledger {
@@ -33,8 +32,8 @@ impl Ledger {
         if self.offload.as_ref().is_some_and(|queue| queue.writes_through())
             && let Some(lineage) = self.tree.lineage(self.entry(group, block))
         {
-            let (lineage, removed) = (lineage.clone(), lineage.removed());
-            self.written_through.push(WrittenThrough { block: GroupBlock { group, block }, lineage, removed });
+            let lineage = lineage.clone();
+            self.written_through.push(WrittenThrough { block: GroupBlock { group, block }, lineage });
         }
     }
 
@@ -44,10 +43,10 @@ impl Ledger {
         std::mem::take(&mut self.written_through)
     }
 
-    /// Whether a block is cached under this lineage, and has been since the lineage had lost this many blocks.
-    pub(crate) fn still_has(&self, of: &WrittenThrough) -> bool {
-        let entry = self.entry(of.block.group, of.block.block);
-        let is_same = |lineage: &Arc<Lineage>| Arc::ptr_eq(lineage, &of.lineage) && lineage.removed() == of.removed;
-        self.tree.lineage(entry).is_some_and(is_same)
+    /// How many blocks the lineage of a block has lost, if the block is cached under it. As long as that does not change,
+    /// it is.
+    pub(crate) fn removed_if_cached(&self, of: &WrittenThrough) -> Option<u32> {
+        let lineage = self.tree.lineage(self.entry(of.block.group, of.block.block))?;
+        Arc::ptr_eq(lineage, &of.lineage).then(|| lineage.removed())
     }
 }

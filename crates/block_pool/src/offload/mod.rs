@@ -33,8 +33,6 @@ pub(crate) struct Evictee {
 pub(crate) struct WrittenThrough {
     pub(crate) block: GroupBlock,
     pub(crate) lineage: Arc<Lineage>,
-    /// [`Lineage::removed`] when the block became cached.
-    pub(crate) removed: u32,
 }
 
 /// What goes to a tier, and how much may wait for it.
@@ -96,9 +94,11 @@ pub struct Offload {
 }
 
 impl BlockPool {
-    /// Starts a thread that stores blocks in a tier: those that are evicted, from their tokens' place in the prefix on,
-    /// and with [`OffloadOptions::write_through`] also all that become cached. Only blocks that become cached from now on
-    /// are stored, so call this before the first sequence.
+    /// Starts a thread that stores blocks in a tier: those that are evicted, and with [`OffloadOptions::write_through`]
+    /// also all that become cached. Call this before the first sequence: what is cached already, and what follows it in a
+    /// prefix, is not stored.
+    ///
+    /// A block is not stored again once the tier has got it, also not after it has left the tier.
     ///
     /// The thread that evicts a block copies it to the staging buffer. No thread that uses the pool waits for the tier.
     ///

@@ -7,7 +7,7 @@ use super::WrittenThrough;
 use crate::OffloadStats;
 use crate::prefix::Lineage;
 
-/// The most blocks that wait to be written through. Each takes some 40 bytes.
+/// The most blocks that wait to be written through. Each takes some 40 bytes, and keeps the tokens before it.
 const MOST_WRITTEN_THROUGH: usize = 1 << 16;
 
 /// The blocks that wait for the tier. Evicted ones, which take memory, come first.
@@ -24,8 +24,9 @@ pub(crate) struct Queue {
 struct State {
     evicted: VecDeque<Evicted>,
     written_through: VecDeque<WrittenThrough>,
-    /// Memory of blocks that were stored, for the next ones. It is a part of what was staged at some time.
+    /// Memory of blocks that were stored, for the next ones, within the limit of what is staged.
     spare: Vec<Vec<u8>>,
+    spare_bytes: usize,
     /// Whether the thread has taken something and not finished it.
     is_busy: bool,
     is_closed: bool,
@@ -64,8 +65,8 @@ impl Queue {
         self.writes_through
     }
 
-    /// Memory for the content of an evicted block of `bytes` bytes; `None` if there is no room.
-    pub(crate) fn room_for(&self, bytes: usize) -> Option<Vec<u8>> {
+    /// Room for the content of an evicted block of `bytes` bytes, if there is any.
+    pub(crate) fn room_for(&self, bytes: usize) -> Option<Room<'_>> {
         let mut state = self.state();
         if state.is_closed {
             return None;
@@ -75,25 +76,9 @@ impl Queue {
             return None;
         }
         state.stats.staged_bytes += bytes;
-        Some(state.spare.pop().unwrap_or_default())
-    }
-
-    /// Adds an evicted block, for which there is room.
-    pub(crate) fn add_evicted(&self, group: usize, lineage: Arc<Lineage>, bytes: Vec<u8>) {
-        let mut state = self.state();
-        if state.is_closed {
-            return;
-        }
-        state.evicted.push_back(Evicted { group, lineage, bytes });
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    /// Gives room back that was not used: the block of `bytes` bytes could not be read.
-    pub(crate) fn give_back(&self, bytes: usize) {
-        let mut state = self.state();
-        state.stats.staged_bytes -= bytes;
-        state.stats.failed += 1;
+        let spare = state.spare.pop().unwrap_or_default();
+        state.spare_bytes -= spare.capacity();
+        Some(Room { queue: self, size: bytes, bytes: spare })
     }
 
     pub(crate) fn add_written_through(&self, blocks: Vec<WrittenThrough>) {
@@ -135,7 +120,11 @@ impl Queue {
         if let Some(mut bytes) = staged {
             state.stats.staged_bytes -= bytes.len();
             bytes.clear();
-            state.spare.push(bytes);
+            let spare_bytes = state.spare_bytes + bytes.capacity();
+            if spare_bytes <= self.max_staged_bytes - state.stats.staged_bytes {
+                state.spare.push(bytes);
+                state.spare_bytes = spare_bytes;
+            }
         }
     }
 
@@ -148,9 +137,9 @@ impl Queue {
     /// Takes no more blocks, and forgets those that wait: the thread has ended.
     pub(super) fn abandon(&self) {
         let mut state = self.state();
-        let State { evicted, written_through, spare, is_busy, is_closed, stats } = &mut *state;
+        let State { evicted, written_through, spare, spare_bytes, is_busy, is_closed, stats } = &mut *state;
         stats.failed += (evicted.len() + written_through.len() + usize::from(*is_busy)) as u64;
-        (*is_busy, *is_closed, stats.staged_bytes) = (false, true, 0);
+        (*is_busy, *is_closed, stats.staged_bytes, *spare_bytes) = (false, true, 0, 0);
         let left = (std::mem::take(evicted), std::mem::take(written_through), std::mem::take(spare));
         drop(state);
         drop(left);
@@ -173,5 +162,39 @@ impl Queue {
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing in it panics half-way.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Room in the staging buffer for one block. It is given back if it is not filled.
+pub(crate) struct Room<'q> {
+    queue: &'q Queue,
+    size: usize,
+    /// For the content; empty at first.
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Room<'_> {
+    /// Adds the block whose content the bytes have now.
+    pub(crate) fn fill(mut self, group: usize, lineage: Arc<Lineage>) {
+        let bytes = std::mem::take(&mut self.bytes);
+        let mut state = self.queue.state();
+        if state.is_closed {
+            // After the end of the thread nothing is counted as staged.
+            state.stats.staged_bytes = state.stats.staged_bytes.saturating_sub(self.size);
+        } else {
+            state.evicted.push_back(Evicted { group, lineage, bytes });
+        }
+        drop(state);
+        self.queue.changed.notify_all();
+        std::mem::forget(self);
+    }
+}
+
+/// The block could not be read.
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        let mut state = self.queue.state();
+        state.stats.staged_bytes = state.stats.staged_bytes.saturating_sub(self.size);
+        state.stats.failed += 1;
     }
 }

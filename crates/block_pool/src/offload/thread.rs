@@ -23,7 +23,6 @@ pub(super) fn run(pool: &BlockPool, tier: &dyn Tier, queue: &Queue) {
                 let done = if block.lineage.is_stored(group) || place.has(&block.lineage, group) {
                     Done::Already
                 } else {
-                    bytes.clear();
                     match pool.read_cached(&block, &mut bytes) {
                         Ok(true) => done(place.store(&block.lineage, group, &bytes)),
                         Ok(false) => Done::Gone,
@@ -49,7 +48,7 @@ fn failed(error: &StorageError) -> Done {
     Done::Failed
 }
 
-/// A place in the tier. Blocks mostly come in the order of their sequence, so that it moves by one block.
+/// A place in the tier. Blocks mostly come in the order of their sequence, so it moves by one block.
 struct Place<'t> {
     tier: &'t dyn Tier,
     at: Option<(Box<dyn TierCursor + 't>, Arc<Lineage>)>,

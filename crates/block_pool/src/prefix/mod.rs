@@ -475,6 +475,27 @@ impl PrefixTree {
         Some((self.keys[&first.root].clone(), 1 + entries.windows(2).take_while(follows).count()))
     }
 
+    /// Whether a cached block is at the end of these tokens, whole blocks, under this key. `salts` are those that begin in
+    /// the block with a number.
+    pub(crate) fn is_at_end_of<'a>(
+        &self,
+        entry: Entry,
+        key: &PrefixKey,
+        tokens: &[u32],
+        salts: impl Fn(usize) -> &'a [SaltFrom],
+    ) -> bool {
+        let Some(mut node) = self.node(entry) else { return false };
+        for (number, tokens) in tokens.chunks_exact(self.block_size).enumerate().rev() {
+            let parent = self.nodes[node as usize].parent;
+            let own = self.salts.get(&node).map_or(&[][..], |salts| salts);
+            if parent == node || tokens != self.tokens_of(node) || own != salts(number) {
+                return false;
+            }
+            node = parent;
+        }
+        self.root(key) == Some(node)
+    }
+
     /// Describes what is wrong with the tree, if anything is.
     pub(crate) fn inconsistency(&self) -> Option<String> {
         let (mut cached, mut blocks) = (0, 0);

@@ -69,6 +69,11 @@ impl BlockTable {
             return Ok(0);
         }
         self.reserve(fetched.len() - start)?;
+        // The first block has the epoch of this moment, and the cache may have been reset just now.
+        if self.pool().epoch() != fetched.epoch {
+            self.roll_back();
+            return Ok(0);
+        }
         // What windows have passed at the new length was not fetched, and must not be cached.
         let unless_written = Emptied(self);
         unless_written.0.blocks.free_invisible(fetched.len());
@@ -92,9 +97,7 @@ impl BlockTable {
             return false;
         }
         // Nothing can be cached after blocks whose tokens are not known.
-        let own = if *start > 0 { self.blocks.cached_prefix() } else { None };
-        let own = own.map(|prefix| prefix.tokens).unwrap_or_default();
-        own.len() >= start * block_size && own[..start * block_size] == tokens[..start * block_size]
+        self.blocks.continues(key, *start, &tokens[..start * block_size])
     }
 
     /// Stores the full blocks of this sequence in a tier, as far as their tokens are known and they are cached. In a group

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use block_pool::{Blocks, PrefixKey, SaltFrom, Tier};
@@ -50,6 +51,8 @@ pub struct PrefixReader {
     epoch: u64,
     /// The numbers of the blocks that may still be read.
     numbers: Range<usize>,
+    /// For these blocks, in which groups they seem to be in the tier. It ends with the last that is of use.
+    has: Option<Vec<Vec<bool>>>,
 }
 
 impl PrefixReader {
@@ -65,6 +68,7 @@ impl PrefixReader {
             tokens: tokens.to_vec(),
             epoch: pool.epoch(),
             numbers: start..end,
+            has: None,
         }
     }
 
@@ -94,7 +98,7 @@ impl PrefixReader {
         };
         let start = self.numbers.start;
         let has_windows = (0..pool.groups().len()).any(|group| !self.blocks.span(group).is_all());
-        let mut has = self.seemingly_in(tier);
+        let mut has = self.has.take().unwrap_or_else(|| self.seemingly_in(tier));
         // What seems to be there may turn out not to be: then it is a shorter prefix.
         while let Some(end) = self.longest(&has, limits.max_bytes) {
             let end = match self.read_blocks(tier, end, until, &mut fetched) {
@@ -121,9 +125,12 @@ impl PrefixReader {
                 fetched.tokens.extend_from_slice(&self.tokens[..end * self.block_size()]);
             }
             self.numbers.start = end;
+            has.drain(..end - start);
+            self.has = Some(has);
             return fetched;
         }
         fetched.has_more = self.longest(&has, usize::MAX).is_some();
+        self.has = Some(has);
         fetched
     }
 
@@ -231,8 +238,11 @@ impl PrefixReader {
                 }
             }
         };
-        std::thread::scope(|scope| {
-            (1..threads).for_each(|_| drop(scope.spawn(read)));
+        thread::scope(|scope| {
+            for _ in 1..threads {
+                // If there is none, the others read more.
+                drop(thread::Builder::new().name("kv-read".into()).spawn_scoped(scope, read));
+            }
             read();
         });
         drop(pieces);

@@ -4,6 +4,7 @@ use anyhow::{Result, bail, ensure};
 use paged_attention::{Admitted, BlockTable, Need, Room};
 
 use super::state::{Engine, Group, Running};
+use super::tier::Loading;
 
 impl Engine<'_> {
     /// Starts waiting requests while there is room for them. Returns whether any sequence runs.
@@ -61,7 +62,8 @@ impl Engine<'_> {
             let matched = table.match_prefix(&sequence.tokens);
             sequence.count_matched(matched);
             promised += needed(&table, &sequence.tokens) + of_samples(&group);
-            self.running.push(Running { id: self.tables.insert(table), group, loads: self.loads.is_some() });
+            let loading = if self.loads.is_some() { Loading::Unasked } else { Loading::No };
+            self.running.push(Running { id: self.tables.insert(table), group, loading });
         }
     }
 }

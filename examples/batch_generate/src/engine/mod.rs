@@ -84,7 +84,8 @@ pub struct Answer {
     pub tokens: Vec<u32>,
     /// The number of tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens of the prompt that were not computed for this answer, because another sequence had computed them.
+    /// Tokens of the prompt that were not computed for this answer, because another sequence had computed them, or an
+    /// earlier process.
     pub cached_tokens: usize,
     /// How often it was preempted.
     pub preemptions: usize,
@@ -111,7 +112,7 @@ pub struct Outcome {
     pub read_tokens: usize,
     /// Those of them that were read together with those of another sequence, because the blocks were the same.
     pub shared_tokens: usize,
-    /// Tokens of prompts that were read from the tier, and how long their sequences waited for them.
+    /// Tokens that were read from the tier, and how long that took.
     pub read_from_tier: Work,
     /// New tokens in steps that computed a part of a prompt, and the time of these steps.
     pub prefill: Work,
@@ -205,8 +206,8 @@ pub fn generate_over(
     //    its blocks, and all blocks that it does not use are available then. If its last block is cached, it is written
     //    in place when there is no room for a copy.
     //
-    // Before a step, sequences may wait for what is read from the tier, as long as it would take to compute it, and each
-    // time they gain at least one token, or they do not wait again.
+    // With a tier there are other steps in between: the longest waits for what is read, as long as it would take to compute
+    // it, and others compute meanwhile. It does so once, since it is not admitted again, and its length never decreases.
     //
     // Let S be the number of sequences, B the maximum batch, and T the maximum number of computed tokens of a sequence.
     // Case 3 happens fewer than B times in a row. Between two finishes, the number of computed tokens of the longest

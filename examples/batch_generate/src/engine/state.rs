@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use paged_attention::{Admission, KvCache, SequenceId, Sequences, preemption_victim};
 
-use super::tier::Loads;
+use super::tier::{Loading, Loads};
 use super::{Answer, Outcome, Progress, Request, Settings, Work};
 use crate::sampling::Random;
 
@@ -33,8 +33,7 @@ pub(super) type Group = Vec<usize>;
 pub(super) struct Running {
     pub(super) id: SequenceId,
     pub(super) group: Group,
-    /// Whether the tier may have more of its tokens.
-    pub(super) loads: bool,
+    pub(super) loading: Loading,
 }
 
 pub(super) struct Engine<'a> {
@@ -114,7 +113,7 @@ impl<'a> Engine<'a> {
             let answer = &mut self.sequences[member].answer;
             answer.cached_tokens = computed.min(answer.prompt_tokens);
             let id = self.tables.fork(self.running[i].id)?;
-            self.running.push(Running { id, group: vec![member], loads: false });
+            self.running.push(Running { id, group: vec![member], loading: Loading::No });
         }
         Ok(())
     }

@@ -9,7 +9,6 @@ use paged_attention::{Logits, PushError, PushOptions};
 
 use super::LanguageModel;
 use super::state::{Engine, Sequence};
-use super::tier::Loads;
 
 /// The result of a forward pass.
 struct Pass {
@@ -29,11 +28,14 @@ impl Engine<'_> {
     /// One forward pass over all running sequences that fit.
     pub(super) fn step(&mut self, model: &impl LanguageModel, is_end: &impl Fn(u32) -> bool) -> Result<()> {
         let pass = loop {
-            match self.pass(model)? {
-                Some(pass) => break pass,
-                None if self.running.iter().any(|running| running.loads) => self.loads.iter_mut().for_each(Loads::wait),
+            if let Some(pass) = self.pass(model)? {
+                break pass;
+            }
+            let until = self.running.iter().filter_map(|running| running.loading.until()).min();
+            match (until, &mut self.loads) {
+                (Some(until), Some(loads)) => loads.wait(until),
                 // No sequence fits. The longest will, at the latest when it is alone.
-                None => self.preempt()?,
+                _ => self.preempt()?,
             }
         };
         for (index, logits) in &pass.logits {
@@ -56,7 +58,7 @@ impl Engine<'_> {
     /// Computes what fits into the pool and commits it; `None` if no sequence fits.
     fn pass(&mut self, model: &impl LanguageModel) -> Result<Option<Pass>> {
         if let Some(loads) = &mut self.loads {
-            loads.begin_step(self.running.iter().filter(|running| running.loads).map(|running| running.id));
+            loads.begin_step(self.running.iter().filter(|running| running.loading.waits()).map(|running| running.id));
         }
         let rate = self.outcome.prefill.rate();
         let (pool, running) = (self.cache.pool(), &mut self.running);
@@ -65,9 +67,8 @@ impl Engine<'_> {
         for (running, table) in running.iter_mut().zip(&mut tables) {
             let (sequence, before) = (&mut self.sequences[running.group[0]], table.len());
             table.match_prefix(&sequence.tokens);
-            if running.loads {
-                let loads = self.loads.as_mut();
-                running.loads = loads.is_some_and(|loads| loads.advance(running.id, table, &sequence.tokens, rate));
+            if let Some(loads) = &mut self.loads {
+                running.loading = loads.advance(running.id, running.loading, table, &sequence.tokens, rate);
             }
             sequence.count_matched(table.len().saturating_sub(before));
         }
@@ -95,7 +96,7 @@ impl Engine<'_> {
             let next_block = &tokens[..(computed + pool.block_size()).min(tokens.len())];
             let n = match decodes {
                 true => 1,
-                false if running[index].loads => 0,
+                false if running[index].loading.waits() => 0,
                 false if in_progress.contains(next_block) => 0,
                 false => chunk(computed, tokens.len(), budget, pool.block_size()),
             };

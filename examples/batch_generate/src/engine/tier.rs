@@ -1,11 +1,11 @@
 //! What is below the cache: a sequence starts with what is there.
 //!
 //! A thread reads, piece after piece, while others decode. Before a step, what it has read is copied into the pool. A
-//! sequence waits for its pieces no longer than it would take to compute them.
+//! sequence waits for its turn and its pieces no longer than it would take to compute them.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use paged_attention::{BlockTable, FetchLimits, FetchedPrefix, SequenceId, Tier};
@@ -19,11 +19,35 @@ const BYTES_PER_STEP: usize = 64 << 20;
 /// How many tokens a second are computed, as long as that was not measured: more than a processor does.
 const ASSUMED_RATE: f64 = 1000.0;
 
+/// Whether a sequence loads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loading {
+    /// Nobody has asked the tier yet.
+    Unasked,
+    /// The tier seems to have some of its tokens. Until then it waits for them, or for its turn.
+    Until(Instant),
+    /// It is computed.
+    No,
+}
+
+impl Loading {
+    /// Until when it waits, if it does.
+    pub(super) fn until(self) -> Option<Instant> {
+        if let Self::Until(until) = self { Some(until) } else { None }
+    }
+
+    pub(super) fn waits(self) -> bool {
+        self.until().is_some()
+    }
+}
+
 /// What is read from a tier, for one sequence after the other.
 #[derive(Debug)]
 pub(super) struct Loads {
     tier: Arc<dyn Tier>,
     current: Option<Load>,
+    /// A thread that was not waited for. As long as it has not ended, the tier is not asked.
+    stalled: Option<JoinHandle<()>>,
     /// What may still be copied before this step.
     bytes_left: usize,
     /// Tokens that sequences have gained.
@@ -37,20 +61,20 @@ pub(super) struct Loads {
 struct Load {
     id: SequenceId,
     pieces: Receiver<FetchedPrefix>,
+    thread: JoinHandle<()>,
     /// A piece that was waited for.
     waiting: Option<FetchedPrefix>,
     /// How many tokens the table has, if nobody else has added any.
     len: usize,
     started: Instant,
-    until: Instant,
 }
 
 impl Loads {
     pub(super) fn new(tier: Arc<dyn Tier>) -> Self {
-        Self { tier, current: None, bytes_left: 0, tokens: 0, time: Duration::ZERO }
+        Self { tier, current: None, stalled: None, bytes_left: 0, tokens: 0, time: Duration::ZERO }
     }
 
-    /// To be called before a step, with the sequences that may load.
+    /// To be called before a step, with the sequences that load.
     pub(super) fn begin_step(&mut self, mut loading: impl Iterator<Item = SequenceId>) {
         self.bytes_left = BYTES_PER_STEP;
         if self.current.as_ref().is_some_and(|load| loading.all(|id| id != load.id)) {
@@ -63,24 +87,45 @@ impl Loads {
     pub(super) fn advance(
         &mut self,
         id: SequenceId,
+        loading: Loading,
         table: &mut BlockTable,
         tokens: &[u32],
         rate: Option<f64>,
-    ) -> bool {
-        loop {
-            if self.current.is_none() {
-                self.current = start(&self.tier, id, table, tokens, rate);
+    ) -> Loading {
+        let until = match loading {
+            Loading::No => return loading,
+            Loading::Until(until) => until,
+            Loading::Unasked => {
+                if self.stalled.as_ref().is_some_and(|thread| !thread.is_finished()) {
+                    return Loading::No;
+                }
+                let found = table.lookup_tier(&*self.tier, tokens).saturating_sub(table.len());
+                if found == 0 {
+                    return Loading::No;
+                }
+                Instant::now() + Duration::from_secs_f64(found as f64 / rate.unwrap_or(ASSUMED_RATE))
             }
-            let Some(load) = &mut self.current else { return false };
+        };
+        loop {
+            if Instant::now() >= until {
+                if self.current.as_ref().is_some_and(|load| load.id == id) {
+                    self.stalled = self.end();
+                }
+                return Loading::No;
+            }
+            if self.current.is_none() {
+                self.current = start(&self.tier, id, table, tokens, until);
+            }
+            let Some(load) = &mut self.current else { return Loading::No };
             if load.id != id || self.bytes_left == 0 {
-                return true;
+                return Loading::Until(until);
             }
             let piece = match load.waiting.take().map_or_else(|| load.pieces.try_recv(), Ok) {
                 Ok(piece) => piece,
-                Err(TryRecvError::Empty) if Instant::now() < load.until => return true,
-                Err(_) => {
+                Err(TryRecvError::Empty) => return Loading::Until(until),
+                Err(TryRecvError::Disconnected) => {
                     self.end();
-                    return false;
+                    return Loading::No;
                 }
             };
             // Another sequence has computed the same meanwhile: what comes after that is read.
@@ -95,50 +140,49 @@ impl Loads {
             load.len = table.len();
             if inserted == 0 {
                 self.end();
-                return false;
+                return Loading::No;
             }
         }
     }
 
-    /// Waits for the next piece, if there is nothing else to do.
-    pub(super) fn wait(&mut self) {
+    /// Waits for the next piece, if there is nothing else to do until then.
+    pub(super) fn wait(&mut self, until: Instant) {
         let Some(load) = &mut self.current else { return };
-        match load.pieces.recv_timeout(load.until.saturating_duration_since(Instant::now())) {
+        match load.pieces.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(piece) => load.waiting = Some(piece),
             // `advance` finds the same, and ends it.
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
         }
     }
 
-    fn end(&mut self) {
-        if let Some(load) = self.current.take() {
-            self.time += load.started.elapsed();
-        }
+    /// Ends the load. Its thread ends when it has read a piece, and nobody takes it.
+    fn end(&mut self) -> Option<JoinHandle<()>> {
+        let load = self.current.take()?;
+        self.time += load.started.elapsed();
+        Some(load.thread)
     }
 }
 
-/// Begins to read for a sequence, if the tier seems to have anything.
-fn start(tier: &Arc<dyn Tier>, id: SequenceId, table: &BlockTable, tokens: &[u32], rate: Option<f64>) -> Option<Load> {
+/// Begins to read for a sequence. `None` if there is no thread for it.
+fn start(tier: &Arc<dyn Tier>, id: SequenceId, table: &BlockTable, tokens: &[u32], until: Instant) -> Option<Load> {
     let started = Instant::now();
     let mut reader = table.prefix_reader(tokens);
-    let found = reader.lookup(&**tier).saturating_sub(table.len());
-    if found == 0 {
-        return None;
-    }
-    let until = started + Duration::from_secs_f64(found as f64 / rate.unwrap_or(ASSUMED_RATE));
     let (sender, pieces) = sync_channel(1);
     let tier = tier.clone();
     let read = move || {
         loop {
-            let limits = FetchLimits::default().max_bytes(PIECE);
-            let limits = limits.max_time(until.saturating_duration_since(Instant::now()));
-            let piece = reader.read(&*tier, &limits);
+            let limits = FetchLimits::default().max_time(until.saturating_duration_since(Instant::now()));
+            let mut piece = reader.read(&*tier, &limits.max_bytes(PIECE));
+            if piece.is_empty() && piece.has_more() {
+                // Only a longer prefix is of use: its windows are there, and not those of shorter ones.
+                piece = reader.read(&*tier, &limits);
+            }
             // There is no more, or the sequence does not wait any more.
             if piece.is_empty() || sender.send(piece).is_err() {
                 return;
             }
         }
     };
-    thread::Builder::new().name("load".into()).spawn(read).ok()?;
-    Some(Load { id, pieces, waiting: None, len: table.len(), started, until })
+    let thread = thread::Builder::new().name("load".into()).spawn(read).ok()?;
+    Some(Load { id, pieces, thread, waiting: None, len: table.len(), started })
 }
