@@ -9,6 +9,7 @@ use paged_attention::{Logits, PushError, PushOptions};
 
 use super::LanguageModel;
 use super::state::{Engine, Sequence};
+use super::tier::Loading;
 
 /// The result of a forward pass.
 struct Pass {
@@ -31,9 +32,8 @@ impl Engine<'_> {
             if let Some(pass) = self.pass(model)? {
                 break pass;
             }
-            let until = self.running.iter().filter_map(|running| running.loading.until()).min();
-            match (until, &mut self.loads) {
-                (Some(until), Some(loads)) => loads.wait(until),
+            match &mut self.loads {
+                Some(loads) if self.running.iter().any(|running| running.loading == Loading::Waits) => loads.wait(),
                 // No sequence fits. The longest will, at the latest when it is alone.
                 _ => self.preempt()?,
             }
@@ -58,7 +58,9 @@ impl Engine<'_> {
     /// Computes what fits into the pool and commits it; `None` if no sequence fits.
     fn pass(&mut self, model: &impl LanguageModel) -> Result<Option<Pass>> {
         if let Some(loads) = &mut self.loads {
-            loads.begin_step(self.running.iter().filter(|running| running.loading.waits()).map(|running| running.id));
+            loads.begin_step(
+                self.running.iter().filter(|running| running.loading == Loading::Waits).map(|running| running.id),
+            );
         }
         let rate = self.outcome.prefill.rate();
         let (pool, running) = (self.cache.pool(), &mut self.running);
@@ -96,7 +98,7 @@ impl Engine<'_> {
             let next_block = &tokens[..(computed + pool.block_size()).min(tokens.len())];
             let n = match decodes {
                 true => 1,
-                false if running[index].loading.waits() => 0,
+                false if running[index].loading == Loading::Waits => 0,
                 false if in_progress.contains(next_block) => 0,
                 false => chunk(computed, tokens.len(), budget, pool.block_size()),
             };

@@ -1,7 +1,8 @@
 //! What is below the cache: a sequence starts with what is there.
 //!
 //! A thread reads, piece after piece, while others decode. Before a step, what it has read is copied into the pool. A
-//! sequence waits for its turn and its pieces no longer than it would take to compute them.
+//! sequence waits for its pieces no longer than it would take to compute them, and so for its turn no longer than it would
+//! if those before it were computed.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
@@ -24,21 +25,10 @@ const ASSUMED_RATE: f64 = 1000.0;
 pub(super) enum Loading {
     /// Nobody has asked the tier yet.
     Unasked,
-    /// The tier seems to have some of its tokens. Until then it waits for them, or for its turn.
-    Until(Instant),
+    /// The tier seems to have some of its tokens: it waits for them, or for its turn.
+    Waits,
     /// It is computed.
     No,
-}
-
-impl Loading {
-    /// Until when it waits, if it does.
-    pub(super) fn until(self) -> Option<Instant> {
-        if let Self::Until(until) = self { Some(until) } else { None }
-    }
-
-    pub(super) fn waits(self) -> bool {
-        self.until().is_some()
-    }
 }
 
 /// What is read from a tier, for one sequence after the other.
@@ -67,6 +57,9 @@ struct Load {
     /// How many tokens the table has, if nobody else has added any.
     len: usize,
     started: Instant,
+    /// How long it would take to compute what is read, and until when the next piece is waited for.
+    patience: Duration,
+    until: Instant,
 }
 
 impl Loads {
@@ -92,39 +85,26 @@ impl Loads {
         tokens: &[u32],
         rate: Option<f64>,
     ) -> Loading {
-        let until = match loading {
-            Loading::No => return loading,
-            Loading::Until(until) => until,
-            Loading::Unasked => {
-                if self.stalled.as_ref().is_some_and(|thread| !thread.is_finished()) {
-                    return Loading::No;
-                }
-                let found = table.lookup_tier(&*self.tier, tokens).saturating_sub(table.len());
-                if found == 0 {
-                    return Loading::No;
-                }
-                Instant::now() + Duration::from_secs_f64(found as f64 / rate.unwrap_or(ASSUMED_RATE))
-            }
-        };
+        if loading == Loading::No || (loading == Loading::Unasked && self.lookup(table, tokens) == 0) {
+            return Loading::No;
+        }
         loop {
-            if Instant::now() >= until {
-                if self.current.as_ref().is_some_and(|load| load.id == id) {
-                    self.stalled = self.end();
-                }
-                return Loading::No;
-            }
             if self.current.is_none() {
-                self.current = start(&self.tier, id, table, tokens, until);
+                let patience = self.lookup(table, tokens) as f64 / rate.unwrap_or(ASSUMED_RATE);
+                self.current = start(&self.tier, id, table, tokens, Duration::from_secs_f64(patience));
             }
             let Some(load) = &mut self.current else { return Loading::No };
             if load.id != id || self.bytes_left == 0 {
-                return Loading::Until(until);
+                return Loading::Waits;
             }
             let piece = match load.waiting.take().map_or_else(|| load.pieces.try_recv(), Ok) {
                 Ok(piece) => piece,
-                Err(TryRecvError::Empty) => return Loading::Until(until),
-                Err(TryRecvError::Disconnected) => {
-                    self.end();
+                Err(TryRecvError::Empty) if Instant::now() < load.until => return Loading::Waits,
+                Err(error) => {
+                    let thread = self.end();
+                    if error == TryRecvError::Empty {
+                        self.stalled = thread;
+                    }
                     return Loading::No;
                 }
             };
@@ -137,7 +117,7 @@ impl Loads {
             let inserted = table.insert(&piece).unwrap_or(0);
             self.tokens += inserted;
             self.bytes_left = self.bytes_left.saturating_sub(piece.bytes());
-            load.len = table.len();
+            (load.len, load.until) = (table.len(), Instant::now() + load.patience);
             if inserted == 0 {
                 self.end();
                 return Loading::No;
@@ -145,10 +125,18 @@ impl Loads {
         }
     }
 
-    /// Waits for the next piece, if there is nothing else to do until then.
-    pub(super) fn wait(&mut self, until: Instant) {
+    /// How many tokens more the tier seems to have; 0 while a thread waits for it in vain.
+    fn lookup(&self, table: &BlockTable, tokens: &[u32]) -> usize {
+        match &self.stalled {
+            Some(thread) if !thread.is_finished() => 0,
+            _ => table.lookup_tier(&*self.tier, tokens).saturating_sub(table.len()),
+        }
+    }
+
+    /// Waits for the next piece, if there is nothing else to do.
+    pub(super) fn wait(&mut self) {
         let Some(load) = &mut self.current else { return };
-        match load.pieces.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        match load.pieces.recv_timeout(load.until.saturating_duration_since(Instant::now())) {
             Ok(piece) => load.waiting = Some(piece),
             // `advance` finds the same, and ends it.
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
@@ -163,20 +151,26 @@ impl Loads {
     }
 }
 
-/// Begins to read for a sequence. `None` if there is no thread for it.
-fn start(tier: &Arc<dyn Tier>, id: SequenceId, table: &BlockTable, tokens: &[u32], until: Instant) -> Option<Load> {
+/// Begins to read for a sequence, for as long as `patience`. `None` if that is nothing, or if there is no thread for it.
+fn start(tier: &Arc<dyn Tier>, id: SequenceId, table: &BlockTable, tokens: &[u32], patience: Duration) -> Option<Load> {
+    if patience.is_zero() {
+        return None;
+    }
     let started = Instant::now();
     let mut reader = table.prefix_reader(tokens);
     let (sender, pieces) = sync_channel(1);
     let tier = tier.clone();
     let read = move || {
+        // Only reading counts, and not the time until a piece is taken.
+        let mut left = patience;
         loop {
-            let limits = FetchLimits::default().max_time(until.saturating_duration_since(Instant::now()));
+            let (begun, limits) = (Instant::now(), FetchLimits::default().max_time(left));
             let mut piece = reader.read(&*tier, &limits.max_bytes(PIECE));
             if piece.is_empty() && piece.has_more() {
                 // Only a longer prefix is of use: its windows are there, and not those of shorter ones.
                 piece = reader.read(&*tier, &limits);
             }
+            left = left.saturating_sub(begun.elapsed());
             // There is no more, or the sequence does not wait any more.
             if piece.is_empty() || sender.send(piece).is_err() {
                 return;
@@ -184,5 +178,5 @@ fn start(tier: &Arc<dyn Tier>, id: SequenceId, table: &BlockTable, tokens: &[u32
         }
     };
     let thread = thread::Builder::new().name("load".into()).spawn(read).ok()?;
-    Some(Load { id, pieces, thread, waiting: None, len: table.len(), started })
+    Some(Load { id, pieces, thread, waiting: None, len: table.len(), started, patience, until: started + patience })
 }
