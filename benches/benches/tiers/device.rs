@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 /// Seconds to read the whole file in large requests, one after the other; `None` where there are no direct reads.
 pub(crate) fn seconds(file: &Path) -> Result<Option<f64>> {
@@ -17,7 +17,5 @@ pub(crate) fn seconds(file: &Path) -> Result<Option<f64>> {
 
 /// Has the device write everything, so that it is not busy with that later.
 pub(crate) fn sync(file: &Path) -> Result<()> {
-    let is_written = std::fs::File::open(file)?.sync_all();
-    ensure!(is_written.is_ok(), "the file cannot be written: {is_written:?}");
-    Ok(())
+    Ok(std::fs::File::open(file)?.sync_all()?)
 }

@@ -14,7 +14,7 @@ use crate::world::{BLOCK_SIZE, World};
 pub(crate) fn measure(world: &World, dtype: KvDtype, record: &mut Record) -> Result<()> {
     let prompt = &world.prompt;
     let name = format!("{dtype}");
-    let rounds = if is_smoke_test() { 1 } else { 2 };
+    let rounds = if is_smoke_test() { 1 } else { 7 };
     let full = prompt.len() / BLOCK_SIZE - usize::from(prompt.len().is_multiple_of(BLOCK_SIZE));
 
     // Another process would do all of this: the cache, the tier and its index are made anew.
