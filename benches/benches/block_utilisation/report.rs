@@ -31,16 +31,17 @@ impl Report {
     pub(crate) fn table(&self, first: usize) -> String {
         let mut table = String::from(
             "| allocator | block | live / pool | live / reserved | mean batch | preemptions | recomputed | \
-             skipped, most | prefix hit | logical / physical | ns per token |\n\
-             |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
+             skipped, most | wait, p50 | wait, p99 | prefix hit | logical / physical | ns per token |\n\
+             |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
         );
         for Row { allocator, block_size, outcome, .. } in &self.rows[first..] {
             let percent = |share: f64| format!("{:.2} %", 100.0 * share);
             let ns = outcome.ns_per_token().map_or("-".into(), |ns| format!("{ns:.1}"));
+            let [p50, p99] = [0.5, 0.99].map(|q| outcome.wait(q).map_or("-".into(), |wait| format!("{wait:.1} s")));
             // Writing to a string cannot fail.
             let _ = writeln!(
                 table,
-                "| {allocator} | {block_size} | {} | {} | {:.1} | {} | {} | {} | {} | {:.3} | {ns} |",
+                "| {allocator} | {block_size} | {} | {} | {:.1} | {} | {} | {} | {p50} | {p99} | {} | {:.3} | {ns} |",
                 percent(outcome.live_over_pool()),
                 percent(outcome.live_over_reserved()),
                 outcome.mean_batch(),
@@ -66,6 +67,11 @@ impl Report {
             add("preemptions", outcome.preemptions() as f64, "times");
             add("recomputed", outcome.recomputed(), "share");
             add("skipped_most", f64::from(outcome.skipped()), "times");
+            for (metric, q) in [("wait_p50", 0.5), ("wait_p99", 0.99)] {
+                if let Some(wait) = outcome.wait(q) {
+                    add(metric, wait, "s");
+                }
+            }
             add("prefix_hit", outcome.prefix_hit(), "share");
             add("logical_over_physical", outcome.logical_over_physical(), "ratio");
             add("generated", outcome.generated() as f64, "tokens");
@@ -115,7 +121,7 @@ impl Report {
             ensure!(outcome.generated() > 0, "{row}: no token was generated");
             ensure!(outcome.logical_over_physical() >= 1.0, "{row}: more live slots than tokens");
             ensure!(
-                outcome.ns_per_token().is_some() == (*allocator == "paged_kv"),
+                outcome.ns_per_token().is_some() == allocator.starts_with("paged_kv"),
                 "{row}: bookkeeping is timed for paged_kv and for no other allocator"
             );
         }

@@ -2,15 +2,16 @@
 
 use std::collections::VecDeque;
 
-use block_pool::BlockPool;
+use block_pool::{BlockPool, PrefixMatch};
 
 /// A queue of requests that wait for room in the pool, and the rules by which they leave it.
 ///
-/// Requests start first come, first served, with one exception: while the first request does not fit, a smaller one
-/// after it may start before it, so that one long prompt does not leave the pool idle. At most
-/// [`skip_ahead`](Self::skip_ahead) requests are considered, and each request is skipped at most
-/// [`max_skips`](Self::max_skips) times. A [`watermark`](Self::watermark) of blocks is kept free for running sequences
-/// to grow into, since a preempted sequence is computed twice.
+/// Of the first [`skip_ahead`](Self::skip_ahead) requests, and of the first [`prefix_ahead`](Self::prefix_ahead) of which
+/// something is cached, one starts that fits: the one of which most tokens are cached, as its prefix is used before it is
+/// evicted, and among equals the one that came first. (SGLang calls this order *longest prefix match*; Zheng et al.,
+/// "SGLang", 2024, section 3.) So a request can start before an earlier one, and one long prompt does not leave the pool
+/// idle; but each request is skipped at most [`max_skips`](Self::max_skips) times. A [`watermark`](Self::watermark) of blocks is kept free for running sequences to grow into, since a preempted
+/// sequence is computed twice.
 ///
 /// No request waits for ever: if every running sequence ends, every request either starts or is returned as one that
 /// can never start.
@@ -22,20 +23,21 @@ use block_pool::BlockPool;
 /// use block_pool::BlockPool;
 /// use block_table::{Admission, Admitted, Need, Room, preemption_victim};
 ///
-/// let pool = BlockPool::new(/* blocks */ 10, 16)?;
+/// let pool = BlockPool::new(/* blocks */ 20, 16)?;
 /// let mut waiting = Admission::new();
-/// ["a long prompt", "a short one", "a library"].map(|request| waiting.enqueue(request));
+/// ["a library", "a long prompt", "a short one", "the next turn of a chat"].map(|request| waiting.enqueue(request));
 /// let need = |request: &&str| match *request {
+///     "a library" => Need::Blocks(4000),
+///     "a long prompt" => Need::Blocks(12),
 ///     "a short one" => Need::Blocks(2),
-///     "a long prompt" => Need::Blocks(8),
-///     _ => Need::Blocks(4000),
+///     _ => Need::Prefix { blocks: 2, cached: 480 }, // from `BlockTable::lookup_prefix`
 /// };
 ///
-/// let room = Room { available: 6, running: 3 };
-/// assert_eq!(waiting.admit(&pool, room, need), Some(Admitted::Start("a short one")));
-/// let room = Room { available: 4, running: 4 };
-/// assert_eq!(waiting.admit(&pool, room, need), Some(Admitted::Never("a library")));
-/// assert_eq!(waiting.admit(&pool, room, need), None); // the long prompt waits for more room
+/// let mut start = |available, running| waiting.admit(&pool, Room { available, running }, need);
+/// assert_eq!(start(10, 3), Some(Admitted::Never("a library")));
+/// assert_eq!(start(10, 3), Some(Admitted::Start("the next turn of a chat")));
+/// assert_eq!(start(10, 4), Some(Admitted::Start("a short one")));
+/// assert_eq!(start(10, 5), None); // the long prompt waits for more room
 ///
 /// // The computed tokens of each running sequence: the one with the fewest is preempted.
 /// assert_eq!(preemption_victim([120, 35, 80]), Some(1));
@@ -47,6 +49,7 @@ pub struct Admission<T> {
     skip_ahead: usize,
     max_skips: u32,
     watermark: usize,
+    prefix_ahead: usize,
 }
 
 /// What a request needs to start, according to the caller of [`Admission::admit`] at that moment.
@@ -55,11 +58,26 @@ pub struct Admission<T> {
 pub enum Need {
     /// This many of the available blocks. More blocks than the pool has in total mean [`Never`](Self::Never).
     Blocks(usize),
+    /// The same for a request of which a prefix is cached: what [`BlockTable::lookup_prefix`] has found.
+    ///
+    /// [`BlockTable::lookup_prefix`]: crate::BlockTable::lookup_prefix
+    Prefix {
+        /// The available blocks that it needs beyond the cached ones.
+        blocks: usize,
+        /// The number of its tokens that are cached.
+        cached: usize,
+    },
     /// It cannot start now for a reason other than blocks, for example because the batch is full. It waits like a
     /// request that does not fit. The reason must have gone when no sequence runs, at the latest.
     NotNow,
     /// It can never start, for example because its prompt is longer than the model's context.
     Never,
+}
+
+impl From<PrefixMatch> for Need {
+    fn from(found: PrefixMatch) -> Self {
+        Self::Prefix { blocks: found.blocks, cached: found.tokens }
+    }
 }
 
 /// The room in the pool at one moment.
@@ -95,12 +113,14 @@ impl<T> Default for Admission<T> {
 }
 
 impl<T> Admission<T> {
-    /// An empty queue with `skip_ahead` 32, `max_skips` 256 and a `watermark` of 16 tokens for each running sequence.
+    /// An empty queue with `skip_ahead` 32, `prefix_ahead` 128, `max_skips` 256 and a `watermark` of 16 tokens for each
+    /// running sequence.
     pub fn new() -> Self {
-        Self { waiting: VecDeque::new(), skip_ahead: 32, max_skips: 256, watermark: 16 }
+        Self { waiting: VecDeque::new(), skip_ahead: 32, prefix_ahead: 128, max_skips: 256, watermark: 16 }
     }
 
-    /// How many requests are considered, from the first on; 1 is strictly first come, first served. 0 counts as 1.
+    /// How many requests are considered, from the first on, whatever is cached of them; 1 is strictly first come, first
+    /// served, if nothing is cached. 0 counts as 1.
     #[must_use]
     pub fn skip_ahead(self, requests: usize) -> Self {
         Self { skip_ahead: requests.max(1), ..self }
@@ -116,6 +136,14 @@ impl<T> Admission<T> {
     #[must_use]
     pub fn watermark(self, tokens: usize) -> Self {
         Self { watermark: tokens, ..self }
+    }
+
+    /// How many requests are considered, from the first on, for what is cached of them. One of which more tokens are
+    /// cached starts before earlier ones that fit, too. Beyond [`skip_ahead`](Self::skip_ahead) it must leave three times
+    /// the watermark free. With 0 the first that fits starts, whatever is cached.
+    #[must_use]
+    pub fn prefix_ahead(self, requests: usize) -> Self {
+        Self { prefix_ahead: requests, ..self }
     }
 
     /// Adds a request at the end of the queue.
@@ -167,8 +195,7 @@ impl<T> Admission<T> {
     /// Removes the next request that may start, or one that can never start, from the queue and returns it. The other
     /// requests keep their order.
     ///
-    /// `need` says what a request needs to start. When no sequence runs, no watermark is kept, and the first request
-    /// that fits at all may start. When a request starts, each request before it has been skipped once, whether it
+    /// `need` says what a request needs to start. When no sequence runs, no watermark is kept. When a request starts, each request before it has been skipped once, whether it
     /// lacked blocks or was [`Need::NotNow`]. No request starts before one that has been skipped
     /// [`max_skips`](Self::max_skips) times. Returning a request that can never start does not count as a skip for
     /// those before it, and does not keep those after it from starting.
@@ -176,20 +203,35 @@ impl<T> Admission<T> {
         let watermark = pool.blocks_for(room.running.saturating_mul(self.watermark));
         let watermark = watermark.saturating_mul(pool.units_per_block());
         let free = room.available.saturating_sub(watermark);
-        for at in 0..self.skip_ahead.min(self.waiting.len()) {
-            let waiting = &self.waiting[at];
-            match need(&waiting.request) {
+        // Where the request is that starts, and how many of its tokens are cached.
+        let mut best: Option<(usize, usize)> = None;
+        for (at, waiting) in self.waiting.iter().enumerate().take(self.skip_ahead.max(self.prefix_ahead)) {
+            let found = match need(&waiting.request) {
+                Need::Blocks(blocks) => Some((blocks, 0)),
+                Need::Prefix { blocks, cached } => Some((blocks, cached)),
+                Need::NotNow => None,
                 Need::Never => return self.remove(at).map(Admitted::Never),
-                Need::Blocks(blocks) if blocks > pool.blocks() => return self.remove(at).map(Admitted::Never),
-                Need::Blocks(blocks) if blocks <= free => {
-                    self.waiting.iter_mut().take(at).for_each(|earlier| earlier.skipped += 1);
-                    return self.remove(at).map(Admitted::Start);
-                }
-                Need::Blocks(_) | Need::NotNow if waiting.skipped >= self.max_skips => return None,
-                Need::Blocks(_) | Need::NotNow => {}
+            };
+            if found.is_some_and(|(blocks, _)| blocks > pool.blocks()) {
+                return self.remove(at).map(Admitted::Never);
+            }
+            let fits = |blocks: usize, cached: usize| match at < self.skip_ahead {
+                true => blocks <= free,
+                // Three times the watermark: what starts out of turn should not be preempted.
+                false => cached > 0 && blocks <= free.saturating_sub(watermark.saturating_mul(2)),
+            };
+            // Among equals the one that came first.
+            let better = |&(blocks, cached): &(usize, usize)| {
+                fits(blocks, cached) && best.is_none_or(|(_, most)| at < self.prefix_ahead && cached > most)
+            };
+            best = found.filter(better).map(|(_, cached)| (at, cached)).or(best);
+            if waiting.skipped >= self.max_skips || best.is_some() && at + 1 >= self.prefix_ahead {
+                break;
             }
         }
-        None
+        let (at, _) = best?;
+        self.waiting.iter_mut().take(at).for_each(|earlier| earlier.skipped += 1);
+        self.remove(at).map(Admitted::Start)
     }
 
     fn remove(&mut self, at: usize) -> Option<T> {

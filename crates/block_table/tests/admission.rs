@@ -1,5 +1,5 @@
-//! Requests start in order, except that small ones may skip ahead of large ones, a limited number of times. None waits
-//! for ever.
+//! Requests start in order, except that small ones may skip ahead of large ones, and cached ones of others, a limited
+//! number of times. None waits for ever.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -149,6 +149,23 @@ fn requests_of_gone_clients_leave_the_queue() {
 }
 
 #[test]
+fn of_those_that_fit_the_one_with_most_cached_tokens_starts_first() {
+    // Each is the blocks it needs, and its cached tokens.
+    let requests = [(50, 900), (2, 0), (3, 32), (4, 64), (1, 64)];
+    let need = |&(blocks, cached): &(usize, usize)| Need::Prefix { blocks, cached };
+    let started = |admission: Admission<(usize, usize)>| {
+        let mut waiting = admission;
+        requests.iter().for_each(|&request| waiting.enqueue(request));
+        let mut next = || waiting.admit(&pool(), room(10, 0), need);
+        std::iter::from_fn(|| next()).collect::<Vec<_>>()
+    };
+    assert_eq!(started(Admission::new()), [(4, 64), (1, 64), (3, 32), (2, 0)].map(Admitted::Start));
+    assert_eq!(started(Admission::new().prefix_ahead(0)), [(2, 0), (3, 32), (4, 64), (1, 64)].map(Admitted::Start));
+    // The first is skipped twice, and then nobody starts before it.
+    assert_eq!(started(Admission::new().max_skips(2)), [(4, 64), (1, 64)].map(Admitted::Start));
+}
+
+#[test]
 fn no_request_waits_for_ever_in_a_pool_that_is_never_empty() {
     // A large request among an endless stream of small ones.
     let mut waiting = queue(Admission::new(), &[90]);
@@ -174,6 +191,8 @@ fn no_request_waits_for_ever_in_a_pool_that_is_never_empty() {
 struct Request {
     id: usize,
     blocks: usize,
+    /// How many of its tokens are cached.
+    cached: usize,
     /// Places in the batch.
     places: usize,
     /// Whether it can never start, whatever the number of blocks.
@@ -189,10 +208,11 @@ struct Request {
 fn request() -> impl Strategy<Value = Request> {
     let never = prop::bool::weighted(0.1);
     let gone = prop::option::weighted(0.1, 0..60usize);
-    (0..14usize, 1..=4usize, never, 0..6usize, any::<bool>(), gone).prop_map(
-        |(blocks, places, never, turns, preempted, gone)| Request {
+    (0..14usize, 0..4usize, 1..=4usize, never, 0..6usize, any::<bool>(), gone).prop_map(
+        |(blocks, cached, places, never, turns, preempted, gone)| Request {
             id: 0,
             blocks,
+            cached,
             places,
             never,
             turns,
@@ -202,23 +222,49 @@ fn request() -> impl Strategy<Value = Request> {
     )
 }
 
-/// The rules, written out over a plain list of requests and how often each was skipped.
+/// The limits of a queue.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    skip_ahead: usize,
+    prefix_ahead: usize,
+    max_skips: u32,
+}
+
+/// The rules, written out over a plain list of requests and how often each was skipped. `fits` is whether a request fits
+/// with the watermark, and with twice the watermark.
 fn by_the_rules(
     waiting: &mut Vec<(Request, u32)>,
-    (skip_ahead, max_skips): (usize, u32),
+    Limits { skip_ahead, prefix_ahead, max_skips }: Limits,
     can_never: impl Fn(&Request) -> bool,
-    fits: impl Fn(&Request) -> bool,
+    fits: impl Fn(&Request) -> [bool; 2],
 ) -> Option<Admitted<usize>> {
     // None starts before a request that may not be skipped any more.
-    let unskippable =
-        |&(request, skips): &(Request, u32)| !can_never(&request) && !fits(&request) && skips >= max_skips;
+    let unskippable = |&(request, skips): &(Request, u32)| !can_never(&request) && skips >= max_skips;
     let last = waiting.iter().position(unskippable).map_or(waiting.len(), |at| at + 1);
-    let considered = last.min(skip_ahead.max(1));
-    let at = waiting[..considered].iter().position(|(request, _)| can_never(request) || fits(request))?;
-    let (request, _) = waiting.remove(at);
-    if can_never(&request) {
-        return Some(Admitted::Never(request.id));
+    let skip_ahead = skip_ahead.max(1);
+    let considered: Vec<Request> =
+        waiting[..last.min(skip_ahead.max(prefix_ahead))].iter().map(|(request, _)| *request).collect();
+    let may_start = |at: usize| {
+        let (request, [once, twice]) = (&considered[at], fits(&considered[at]));
+        !can_never(request) && if at < skip_ahead { once } else { request.cached > 0 && twice }
+    };
+    let all = 0..considered.len();
+    let first = all.clone().find(|&at| may_start(at));
+    // The one with most cached tokens, if there is one with more than the first.
+    let preferred = first.map(|first| {
+        let more =
+            |at: &usize| may_start(*at) && *at < prefix_ahead && considered[*at].cached > considered[first].cached;
+        let most = all.clone().filter(more).map(|at| considered[at].cached).max();
+        most.and_then(|most| all.clone().filter(more).find(|&at| considered[at].cached == most)).unwrap_or(first)
+    });
+    // Those that can never start are found on the way: to the end of those that are considered for what is cached, or to
+    // the first that starts.
+    let seen = first.map_or(considered.len(), |first| considered.len().min(prefix_ahead.max(first)));
+    if let Some(at) = (0..seen).find(|&at| can_never(&considered[at])) {
+        return Some(Admitted::Never(waiting.remove(at).0.id));
     }
+    let at = preferred?;
+    let (request, _) = waiting.remove(at);
     waiting[..at].iter_mut().for_each(|(_, skips)| *skips += 1);
     Some(Admitted::Start(request.id))
 }
@@ -236,10 +282,13 @@ proptest! {
         skip_ahead in 0..5usize,
         max_skips in 0..4u32,
         watermark in 0..40usize,
+        prefix_ahead in 0..8usize,
         arrivals in prop::collection::vec(prop::collection::vec(request(), 0..6), 1..30),
     ) {
         let pool = BlockPool::new(pool_blocks, 16).unwrap();
-        let mut waiting = Admission::new().skip_ahead(skip_ahead).max_skips(max_skips).watermark(watermark);
+        let waiting = Admission::new().skip_ahead(skip_ahead).max_skips(max_skips).watermark(watermark);
+        let mut waiting = waiting.prefix_ahead(prefix_ahead);
+        let limits = Limits { skip_ahead, prefix_ahead, max_skips };
         let mut model: Vec<(Request, u32)> = Vec::new();
         let mut running: Vec<Request> = Vec::new();
         let mut skips: HashMap<usize, u32> = HashMap::new();
@@ -281,13 +330,15 @@ proptest! {
                 let admitted = waiting.admit(&pool, room(available, running.len()), |request| match request {
                     Request { never: true, .. } => Need::Never,
                     Request { places: needed, .. } if *needed > places => Need::NotNow,
-                    Request { blocks, .. } => Need::Blocks(*blocks),
+                    Request { blocks, cached: 0, .. } => Need::Blocks(*blocks),
+                    &Request { blocks, cached, .. } => Need::Prefix { blocks, cached },
                 });
                 let before = model.clone();
                 // Whether its blocks exceed the pool is asked only of a request that the batch has places for.
                 let can_never = |r: &Request| r.never || r.places <= places && r.blocks > pool_blocks;
-                let fits = |r: &Request| r.places <= places && r.blocks <= available.saturating_sub(grow);
-                let expected = by_the_rules(&mut model, (skip_ahead, max_skips), can_never, fits);
+                let fits =
+                    |r: &Request| [grow, 3 * grow].map(|kept| r.places <= places && r.blocks <= available.saturating_sub(kept));
+                let expected = by_the_rules(&mut model, limits, can_never, fits);
                 let id = |request: Request| request.id;
                 let got = admitted.map(|admitted| match admitted {
                     Admitted::Start(request) => Admitted::Start(id(request)),

@@ -24,11 +24,13 @@ pub(crate) trait Allocator<'a> {
 }
 
 /// The counts of one step.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Step {
     /// Sequences that started, for the first time or after a preemption.
     pub(crate) started: usize,
-    /// Tokens computed for these.
+    /// The numbers of the requests among them that started for the first time.
+    pub(crate) first_started: Vec<u32>,
+    /// Tokens computed for all of them.
     pub(crate) prefilled: usize,
     /// Of these, tokens that had been computed before and were lost when the sequence was preempted.
     pub(crate) recomputed: usize,

@@ -10,15 +10,27 @@ use super::sglang::Sglang;
 use super::vllm::Vllm;
 
 /// The allocators, by their names in the record.
-pub(crate) const ALLOCATORS: [&str; 7] =
-    ["contiguous_max", "contiguous_pow2", "contiguous_oracle", "contiguous_doubling", "sglang", "vllm", "paged_kv"];
+pub(crate) const ALLOCATORS: [&str; 8] = [
+    "contiguous_max",
+    "contiguous_pow2",
+    "contiguous_oracle",
+    "contiguous_doubling",
+    "sglang",
+    "vllm",
+    "paged_kv_fcfs",
+    "paged_kv",
+];
 
 /// The block sizes of the allocators that have blocks.
 pub(crate) const BLOCK_SIZES: [usize; 6] = [1, 8, 16, 32, 64, 128];
 
 /// The block sizes to replay an allocator with; 1 for one that has no blocks.
 pub(crate) fn block_sizes(allocator: &str) -> &'static [usize] {
-    if matches!(allocator, "vllm" | "paged_kv") { &BLOCK_SIZES } else { &[1] }
+    match allocator {
+        "vllm" | "paged_kv" => &BLOCK_SIZES,
+        "paged_kv_fcfs" => &[16],
+        _ => &[1],
+    }
 }
 
 /// Creates the allocator with this name.
@@ -40,6 +52,7 @@ pub(crate) fn allocator<'a>(name: &str, pool: Pool, block_size: usize) -> Result
         "contiguous_doubling" => Box::new(FirstCome::new(Doubling::new(pool))),
         "sglang" => Box::new(FirstCome::new(Sglang::new(tokens))),
         "vllm" => Box::new(FirstCome::new(Vllm::new(tokens, block_size))),
+        "paged_kv_fcfs" => Box::new(PagedKv::first_come(tokens, block_size)?),
         "paged_kv" => Box::new(PagedKv::new(tokens, block_size)?),
         _ => bail!("there is no allocator {name}; the allocators are {}", ALLOCATORS.join(", ")),
     })

@@ -90,7 +90,10 @@ impl<M: Memory> FirstCome<'_, M> {
             step.started += 1;
             step.prefilled += tokens;
             step.recomputed += lost;
-            step.prompt_tokens += if lost == 0 { request.input } else { 0 };
+            if lost == 0 {
+                step.prompt_tokens += request.input;
+                step.first_started.push(request.number);
+            }
             self.running.push(Running { request, allocation, len: tokens, generated });
         }
     }

@@ -32,13 +32,26 @@ pub(crate) struct PagedKv<'a> {
     running: Vec<Running<'a>>,
 }
 
-impl PagedKv<'_> {
+impl<'a> PagedKv<'a> {
     /// # Errors
     ///
     /// If [`BlockPool::new`] fails.
     pub(crate) fn new(tokens: usize, block_size: usize) -> Result<Self> {
+        Self::with(tokens, block_size, Admission::new())
+    }
+
+    /// The same with requests that start first come, first served, even if more is cached of another.
+    ///
+    /// # Errors
+    ///
+    /// As [`PagedKv::new`].
+    pub(crate) fn first_come(tokens: usize, block_size: usize) -> Result<Self> {
+        Self::with(tokens, block_size, Admission::new().prefix_ahead(0))
+    }
+
+    fn with(tokens: usize, block_size: usize, waiting: Admission<Job<'a>>) -> Result<Self> {
         let pool = BlockPool::new(tokens / block_size, block_size)?;
-        Ok(Self { pool, waiting: Admission::new(), running: Vec::new() })
+        Ok(Self { pool, waiting, running: Vec::new() })
     }
 
     /// The pool, for a test to count its blocks.
@@ -99,7 +112,7 @@ impl PagedKv<'_> {
     fn admit(&mut self, step: &mut Step) -> Result<()> {
         let pool = &self.pool;
         let key = PrefixKey::new();
-        let need = |job: &Job<'_>| Need::Blocks(pool.lookup_prefix(&key, &job.tokens).blocks);
+        let need = |job: &Job<'_>| Need::from(pool.lookup_prefix(&key, &job.tokens));
         loop {
             let room = Room { available: pool.available(), running: self.running.len() };
             let job = match self.waiting.admit(pool, room, need) {
@@ -120,6 +133,9 @@ impl PagedKv<'_> {
             table.reserve(rest)?;
             table.commit_tokens(&job.tokens[matched..])?;
             step.started += 1;
+            if job.lost == 0 {
+                step.first_started.push(job.request.number);
+            }
             step.prefilled += rest;
             step.recomputed += job.lost.saturating_sub(matched);
             if job.lost == 0 {

@@ -11,7 +11,7 @@ use super::tally::{Outcome, Sample};
 /// When requests arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Arrivals {
-    /// As soon as fewer than 64 requests wait, so that the queue is never empty. The replay ends when no request is
+    /// As soon as fewer than 256 requests wait, so that the queue is never empty. The replay ends when no request is
     /// left to fill the queue.
     Saturated,
     /// As recorded. The replay ends when all requests are answered.
@@ -19,7 +19,7 @@ pub(crate) enum Arrivals {
 }
 
 /// Waiting requests when the queue is kept full: more than any scheduler here considers.
-const QUEUE: usize = 64;
+const QUEUE: usize = 256;
 
 /// Seconds of a step under timed arrivals: `STEP` to read the weights and the cache, and `PREFILL` for each token of a
 /// prompt, about as long as a model of seven billion parameters takes on one accelerator. They decide the load, and so
@@ -67,6 +67,10 @@ pub(crate) fn replay<'a>(
             (Arrivals::Timed, None) if usage.running == 0 && allocator.waiting() == 0 => return Ok(outcome),
             (Arrivals::Timed, _) => STEP + PREFILL * step.prefilled as f64,
         };
+        if arrivals == Arrivals::Timed {
+            let waited = |number: &u32| now - requests[*number as usize].arrival;
+            outcome.waits.extend(step.first_started.iter().map(waited));
+        }
         outcome.add(&step, &usage, seconds);
         now += seconds;
         watch(&Sample { at: now, usage });

@@ -30,6 +30,8 @@ pub(crate) struct Outcome {
     matched: u64,
     preemptions: u64,
     skipped: u32,
+    /// Seconds from the arrival of each request to its first step, under timed arrivals.
+    pub(super) waits: Vec<f64>,
     /// The bookkeeping time of the steps in the current window, and the tokens generated in them.
     window: (Duration, usize),
     /// Nanoseconds per token of each finished window.
@@ -104,6 +106,13 @@ impl Outcome {
     /// How often other requests were admitted ahead of one waiting request, at most.
     pub(crate) fn skipped(&self) -> u32 {
         self.skipped
+    }
+
+    /// The quantile `q` of the seconds that requests waited before they started; `None` unless arrivals are timed.
+    pub(crate) fn wait(&self, q: f64) -> Option<f64> {
+        let mut waits = self.waits.clone();
+        waits.sort_by(f64::total_cmp);
+        waits.get(((waits.len() as f64 * q) as usize).min(waits.len().saturating_sub(1))).copied()
     }
 
     pub(crate) fn generated(&self) -> u64 {
