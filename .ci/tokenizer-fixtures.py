@@ -4,7 +4,7 @@ those of Mistral and Llama 3, which are in Python packages.
     python3 .ci/tokenizer-fixtures.py FOLDER
 
 Needs the packages `sentencepiece`, `tokenizers`, `tiktoken`, `mistral-common` and `llama-models`; of the last two, only
-their data. `examples/batch_generate/tests/tokenizers.rs` compares.
+their data. `examples/inference/tests/tokenizers.rs` compares.
 """
 
 import base64

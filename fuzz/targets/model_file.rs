@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::fs;
 
 use arbitrary::Arbitrary;
-use batch_generate::chat::ChatTemplate;
-use batch_generate::config::Config;
-use batch_generate::model::Gguf;
-use batch_generate::tokenizer::Tokenizer;
+use inference::chat::ChatTemplate;
+use inference::config::Config;
+use inference::model::Gguf;
+use inference::tokenizer::Tokenizer;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value, VersionedMagic};
 use libfuzzer_sys::fuzz_target;

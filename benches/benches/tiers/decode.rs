@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use batch_generate::engine::Request;
 use benches::{Record, is_smoke_test, median};
+use inference::engine::Request;
 use paged_attention::{KvDtype, OffloadOptions};
 
 use crate::world::World;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use batch_generate::engine::Request;
 use benches::{Record, is_smoke_test, median};
+use inference::engine::Request;
 use paged_attention::{KvCache, KvDtype, OffloadOptions, Tier};
 
 use crate::device;

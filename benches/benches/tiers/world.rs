@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Result;
-use batch_generate::engine::{Outcome, Progress, Request, Settings, generate_over};
-use batch_generate::model::{Gguf, Model};
-use batch_generate::model_file;
-use batch_generate::sampling::Sampling;
-use batch_generate::weights::fastest;
 use disk_tier::{DiskTier, Geometry, Namespace, Options};
+use inference::engine::{Outcome, Progress, Request, Settings, generate_over};
+use inference::model::{Gguf, Model};
+use inference::model_file;
+use inference::sampling::Sampling;
+use inference::weights::fastest;
 use paged_attention::{KvCache, KvDtype, Tier};
 
 pub(crate) const BLOCK_SIZE: usize = 16;
@@ -49,14 +49,8 @@ impl World {
     /// Opens the file of this name as a tier for caches like this one.
     pub(crate) fn tier(&self, name: &str, cache: &KvCache, direct: bool) -> Result<Arc<DiskTier>> {
         let namespace = Namespace::new([("blocks", cache.block_identity().as_bytes())]);
-        let bytes = (0..cache.pool().groups().len()).map(|group| cache.pool().bytes_per_block(group)).collect();
         let options = Options::new(8 << 30).direct_reads(direct);
-        Ok(Arc::new(DiskTier::open(
-            self.file(name),
-            &namespace,
-            &Geometry { block_size: BLOCK_SIZE, bytes },
-            &options,
-        )?))
+        Ok(Arc::new(DiskTier::open(self.file(name), &namespace, &Geometry::of(cache.pool()), &options)?))
     }
 
     pub(crate) fn generate(

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use batch_generate::measure::{Blocks, Filled};
-use batch_generate::model::{Gguf, Model};
-use batch_generate::weights::Weights;
+use inference::model::{Gguf, Model};
+use inference::weights::Weights;
 use harness::{Contender, Record};
 use paged_attention::{KvDtype, LayerGroup};
 

@@ -67,7 +67,7 @@ fn measure(args: &Args, threads: usize) -> Result<()> {
     // A missing or unusable model file is an error before the measurements, which may take hours. A smoke test
     // downloads nothing.
     let model = match args.wants(Part::Generation) && (effort != Effort::Smoke || args.model.is_some()) {
-        true => Some(batch_generate::model_file::obtain(args.model.as_deref(), &|line| eprintln!("{line}"))?.path),
+        true => Some(inference::model_file::obtain(args.model.as_deref(), &|line| eprintln!("{line}"))?.path),
         false => None,
     };
     let folder = target().join("peers");

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use block_pool::BlockPool;
+
 use crate::OpenError;
 
 /// The sizes of the blocks.
@@ -14,6 +16,12 @@ pub struct Geometry {
 }
 
 impl Geometry {
+    /// That of a pool.
+    pub fn of(pool: &BlockPool) -> Self {
+        let groups = 0..pool.groups().len();
+        Self { block_size: pool.block_size(), bytes: groups.map(|group| pool.bytes_per_block(group)).collect() }
+    }
+
     /// The bytes of the largest block, if the geometry makes sense.
     pub(crate) fn check(&self) -> Result<usize, OpenError> {
         let largest = self.bytes.iter().copied().max().unwrap_or(0);

@@ -8,10 +8,10 @@ use std::io::{self, IsTerminal as _, Write};
 use anyhow::Result;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::engine::Progress;
 use crate::report::title;
-use crate::shown::lines;
-use crate::tokenizer::{DecodeStream, Tokenizer};
+use inference::engine::Progress;
+use inference::shown::lines;
+use inference::tokenizer::{DecodeStream, Tokenizer};
 
 /// The most lines of other answers.
 const OTHERS: usize = 8;
@@ -189,7 +189,7 @@ mod tests {
             for size in [1, 2, 3] {
                 let mut trimmed = Trimmed::default();
                 let shown: String = characters.chunks(size).map(|piece| trimmed.push(&piece.concat())).collect();
-                assert_eq!(shown, crate::shown::lines(text.trim()), "{text:?} in pieces of {size}");
+                assert_eq!(shown, inference::shown::lines(text.trim()), "{text:?} in pieces of {size}");
             }
         }
     }

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use batch_generate::args::Args;
 use batch_generate::run::run;
-use batch_generate::shown::say;
 use clap::Parser;
+use inference::shown::say;
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {

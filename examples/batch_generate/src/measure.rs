@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use paged_attention::{BlockTable, KvCache, KvDtype, TableOptions};
 
-use crate::engine::{LanguageModel, STEP_TOKENS, Work};
-use crate::model::Model;
-use crate::sampling::{Random, Sampling};
+use inference::engine::{LanguageModel, STEP_TOKENS, Work};
+use inference::median::median;
+use inference::model::Model;
+use inference::sampling::{Random, Sampling};
 
 /// Measured rounds.
 const ROUNDS: usize = 7;
@@ -294,9 +295,4 @@ pub fn prompt(context: usize, vocabulary: usize) -> Vec<u32> {
 
 fn likeliest(logits: &[f32]) -> Result<u32> {
     Sampling::greedy().draw(logits, &mut Random::new(0, 0))
-}
-
-pub(crate) fn median(mut xs: Vec<f64>) -> f64 {
-    xs.sort_by(f64::total_cmp);
-    xs.get(xs.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use paged_attention::{KvCache, OffloadStats};
 use serde::Serialize;
 
-use crate::engine::Outcome;
-use crate::shown::line;
+use inference::engine::Outcome;
+use inference::shown::line;
 
 /// The results, with the structure of the JSON output.
 #[derive(Debug, Serialize)]
@@ -185,7 +185,7 @@ mod tests {
     use paged_attention::KvShape;
 
     use super::*;
-    use crate::engine::Answer;
+    use inference::engine::Answer;
 
     #[test]
     fn answers_are_escaped_in_text_and_exact_in_json() {

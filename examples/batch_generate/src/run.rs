@@ -1,31 +1,29 @@
 //! The run of the program, from the arguments to the results.
 
 use std::io::Write as _;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use disk_tier::{DiskTier, Geometry, Namespace, Options};
 use indicatif::{ProgressBar, ProgressStyle};
-use paged_attention::{KvCache, KvDtype, LayerGroup, OffloadOptions, Tier};
+use paged_attention::{KvCache, KvDtype, OffloadOptions, Tier};
 
 use crate::args::Args;
-use crate::chat::ChatTemplate;
-use crate::engine::{self, Outcome, Request, Settings};
 use crate::live::Live;
 use crate::measure::{self, Measured};
-use crate::memory::{gib, memory};
-use crate::model::{Gguf, Model};
-use crate::model_file;
 use crate::output::Output;
 use crate::prompts::{self, Prompt};
 use crate::report::Report;
-use crate::sampling::Sampling;
-use crate::shown::say;
-use crate::tokenizer::Tokenizer;
 #[cfg(feature = "verify")]
 use crate::verify;
-use crate::weights;
+use inference::chat::ChatTemplate;
+use inference::engine::{self, Outcome, Request, Settings};
+use inference::model::{Gguf, Model};
+use inference::model_file;
+use inference::sampling::Sampling;
+use inference::setup::{cache, load, prefix_cache, weights};
+use inference::shown::say;
+use inference::tokenizer::Tokenizer;
+use inference::weights::Weights;
 
 /// Does what the arguments ask for. Each check comes as early as possible: first the arguments and the prompts are
 /// checked by themselves, then the model is downloaded if necessary, then the requests are checked against the model,
@@ -42,7 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
         None => prompts::built_in(),
     };
 
-    let file = model_file::obtain(args.model.as_deref(), &say)?;
+    let file = model_file::obtain(args.model.model.as_deref(), &say)?;
     say(&format!("model: {} ({})", file.path.display(), file.origin));
     let mut gguf = Gguf::open(&file.path)?;
     let tokenizer = Tokenizer::from_gguf(&gguf.content)?;
@@ -56,9 +54,9 @@ pub fn run(args: &Args) -> Result<()> {
     #[cfg(feature = "verify")]
     if args.compare {
         verify::compare::check(context)?;
-        let weights = weights(args, &mut gguf, verify::compare::LONGEST)?;
+        let weights = weights(asked(args), &mut gguf, verify::compare::LONGEST)?;
         let model = load(&mut gguf, weights, verify::compare::LONGEST)?;
-        return verify::compare::compare(&file.path, &model, args.kv_dtype.into(), weights);
+        return verify::compare::compare(&file.path, &model, args.cache.kv_dtype.into(), weights);
     }
 
     let requests = prompts
@@ -68,7 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
             Ok(Request { prompt, max_tokens: max_tokens.unwrap_or(args.max_tokens) })
         })
         .collect::<Result<Vec<_>>>()?;
-    let cache = cache(args, gguf.config().groups())?;
+    let cache = cache(&args.cache, gguf.config().groups())?;
     engine::check(context, &cache, &requests, &settings)?;
     #[cfg(feature = "verify")]
     if args.verify {
@@ -81,14 +79,10 @@ pub fn run(args: &Args) -> Result<()> {
     let longest = requests.iter().map(|request| request.prompt.len() + request.max_tokens).max().unwrap_or(1);
     #[cfg(feature = "verify")]
     let longest = if args.verify { longest.max(verify::scenarios::LONGEST) } else { longest };
-    let weights = weights(args, &mut gguf, longest)?;
+    let weights = weights(asked(args), &mut gguf, longest)?;
     let model = load(&mut gguf, weights, longest)?;
     let titles: Vec<&str> = prompts.iter().map(|prompt| prompt.prompt.as_str()).collect();
-    let tier = args.prefix_cache.as_deref().map(|path| {
-        let rope = if gguf.config().has_long_factors(longest) { "long" } else { "usual" };
-        prefix_cache(path, args, &file.path, [weights.name(), rope], &cache)
-    });
-    let tier = tier.transpose()?.map(Arc::new);
+    let tier = prefix_cache(&args.cache, &file.path, &gguf, weights, longest, &cache)?.map(Arc::new);
     // Written through, because what is cached when the program ends is not evicted.
     let options = OffloadOptions::default().write_through(true);
     let offload = tier.clone().map(|tier| cache.pool().offload_to(tier, &options)).transpose()?;
@@ -104,7 +98,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.verify {
         let mut reference = verify::Reference::load(&file.path, &model, weights)?;
         verify::verify(&mut reference, &requests, &outcome, |id| tokenizer.is_end(id))?;
-        verify::scenarios::verify(reference, &model, args.block_size, args.kv_dtype.into())?;
+        verify::scenarios::verify(reference, &model, args.cache.block_size, args.cache.kv_dtype.into())?;
     }
 
     let texts = outcome.answers.iter().map(|answer| tokenizer.decode(&answer.tokens)).collect::<Result<Vec<_>>>()?;
@@ -125,9 +119,7 @@ fn settings(args: &Args) -> Result<Settings> {
     let settings = Settings { max_batch: args.max_batch, step_tokens, samples, seed: args.seed, sampling };
     settings.check()?;
     ensure!(args.max_tokens > 0, "0 tokens of answer were asked for, at least one is needed");
-    ensure!(args.blocks > 0, "a pool of 0 blocks holds nothing");
-    ensure!(args.block_size > 0, "a block of 0 tokens holds nothing");
-    pool_fits(args.memory.unwrap_or_default())?;
+    args.cache.check()?;
     if args.measure {
         measure::check(&args.batch, &args.context, usize::MAX)?;
     }
@@ -138,23 +130,31 @@ fn settings(args: &Args) -> Result<Settings> {
     );
     #[cfg(feature = "verify")]
     ensure!(
-        !args.verify || args.weights != crate::args::Weights::Int8,
+        !args.verify || args.model.weights.fixed() != Some(Weights::Int8),
         "candle's own model rounds activations in other groups, so tokens may differ: use --weights exact"
     );
     Ok(settings)
 }
 
+/// The kind of weights that the arguments ask for.
+fn asked(args: &Args) -> Option<Weights> {
+    let fixed = args.model.weights.fixed();
+    #[cfg(feature = "verify")]
+    let fixed = fixed.or(args.verify.then_some(Weights::F32));
+    fixed
+}
+
 /// Measures, and prints the rates.
 fn measure(args: &Args, mut gguf: Gguf) -> Result<()> {
     let longest = args.context.iter().max().map_or(1, |context| context + measure::TOKENS);
-    let weights = weights(args, &mut gguf, longest)?;
+    let weights = weights(asked(args), &mut gguf, longest)?;
     let model = &load(&mut gguf, weights, longest)?;
     let bar = ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{elapsed_precise} {msg}")?);
     let progress = |line: &str| {
         bar.set_message(line.to_owned());
         bar.tick();
     };
-    let dtype = KvDtype::from(args.kv_dtype);
+    let dtype = KvDtype::from(args.cache.kv_dtype);
     let measured = Measured::take(model, dtype, &args.batch, &args.context, progress);
     bar.finish_and_clear();
     let threads = candle_core::utils::get_num_threads();
@@ -163,75 +163,6 @@ fn measure(args: &Args, mut gguf: Gguf) -> Result<()> {
     let _ =
         write!(std::io::stdout(), "weights {}, keys and values {dtype}, {threads} threads\n{measured}", weights.name());
     Ok(())
-}
-
-/// Builds the cache.
-///
-/// # Errors
-///
-/// If it needs more memory than this machine has, or cannot be built.
-fn cache(args: &Args, groups: Vec<LayerGroup>) -> Result<KvCache> {
-    let dtype = args.kv_dtype.into();
-    let of_group = |group: &LayerGroup| group.shape().bytes_per_block(args.block_size, dtype).unwrap_or(usize::MAX);
-    let bytes_per_block = groups.iter().map(of_group).fold(0, usize::saturating_add);
-    pool_fits(args.memory.unwrap_or_else(|| args.blocks.saturating_mul(bytes_per_block)))?;
-    let builder = KvCache::builder_of(groups).block_size(args.block_size).dtype(dtype);
-    let builder = match args.memory {
-        Some(bytes) => builder.memory(bytes),
-        None => builder.blocks(args.blocks),
-    };
-    Ok(builder.build()?)
-}
-
-fn pool_fits(bytes: usize) -> Result<()> {
-    let memory = memory();
-    ensure!(bytes <= memory, "the pool would take {}, this machine has {}", gib(bytes), gib(memory));
-    Ok(())
-}
-
-/// The kind of weights that the arguments ask for, or the fastest one; it is said.
-fn weights(args: &Args, gguf: &mut Gguf, longest: usize) -> Result<weights::Weights> {
-    let fixed = args.weights.fixed();
-    #[cfg(feature = "verify")]
-    let fixed = fixed.or(args.verify.then_some(weights::Weights::F32));
-    if let Some(fixed) = fixed {
-        return Ok(fixed);
-    }
-    let fastest = weights::fastest(gguf, longest)?;
-    say(&fastest.to_string());
-    Ok(fastest.weights)
-}
-
-/// Loads the model, and shows how far that is.
-fn load(gguf: &mut Gguf, weights: weights::Weights, longest: usize) -> Result<Model> {
-    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} layers loaded")?;
-    let bar = ProgressBar::no_length().with_style(style);
-    let model = Model::load_with(gguf, weights, longest, |layers, all| {
-        bar.set_length(all as u64);
-        bar.set_position(layers as u64);
-    });
-    bar.finish_and_clear();
-    model
-}
-
-/// Opens the file in which keys and values outlive the program.
-fn prefix_cache(
-    path: &Path,
-    args: &Args,
-    model: &Path,
-    [weights, rope]: [&str; 2],
-    cache: &KvCache,
-) -> Result<DiskTier> {
-    let (digest, identity) = (model_file::sha256(model)?, cache.block_identity());
-    // The other rotary parameters are in the model's file.
-    let facts = [("model", &*digest), ("weights", weights), ("rope", rope), ("blocks", &*identity)];
-    let namespace = Namespace::new(facts.map(|(label, value)| (label, value.as_bytes())));
-    let groups = 0..cache.pool().groups().len();
-    let bytes = groups.map(|group| cache.pool().bytes_per_block(group)).collect();
-    let geometry = Geometry { block_size: args.block_size, bytes };
-    let tier = DiskTier::open(path, &namespace, &geometry, &Options::new(args.prefix_cache_size as u64))?;
-    say(&format!("prefix cache: {} ({} blocks)", path.display(), tier.stats().blocks));
-    Ok(tier)
 }
 
 fn generate(

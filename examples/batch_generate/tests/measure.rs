@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "../../inference/tests/common/mod.rs"]
 mod common;
 
-use batch_generate::engine::{Request, STEP_TOKENS, Settings, generate};
 use batch_generate::measure::{Blocks, Filled, Measured, Rates, prompt};
-use batch_generate::sampling::Sampling;
+use inference::engine::{Request, STEP_TOKENS, Settings, generate};
+use inference::sampling::Sampling;
 use paged_attention::{KvCache, KvDtype};
 
 const BLOCKS: [Blocks; 3] = [Blocks::Own, Blocks::Shared, Blocks::SharedReadApart];

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "../../inference/tests/common/mod.rs"]
 mod common;
 
 use std::fs;

@@ -8,7 +8,7 @@ use serde::de::{MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::Prompt;
-use crate::shown;
+use inference::shown;
 
 /// The prompts of a whole file.
 ///

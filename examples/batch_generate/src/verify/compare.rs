@@ -8,11 +8,11 @@ use anyhow::{Result, ensure};
 use paged_attention::{KvCache, KvDtype};
 
 use super::{Reference, generate};
-use crate::engine::{self, Request, Settings};
-use crate::measure::median;
-use crate::model::Model;
-use crate::sampling::Sampling;
-use crate::weights::Weights;
+use inference::engine::{self, Request, Settings};
+use inference::median::median;
+use inference::model::Model;
+use inference::sampling::Sampling;
+use inference::weights::Weights;
 
 /// Tokens of a prompt.
 const CONTEXT: usize = 128;

@@ -4,8 +4,8 @@
 use anyhow::Result;
 use candle_core::{D, Device, Tensor};
 
-use crate::config::Config;
-use crate::model::Model;
+use inference::config::Config;
+use inference::model::Model;
 
 /// A model with a contiguous cache, for one sequence.
 pub(crate) struct Contiguous<'m> {

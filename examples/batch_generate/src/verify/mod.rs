@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use crate::config::Config;
-use crate::engine::{Outcome, Request};
-use crate::sampling::{Random, Sampling};
-use crate::shown::say;
+use inference::config::Config;
+use inference::engine::{Outcome, Request};
+use inference::sampling::{Random, Sampling};
+use inference::shown::say;
 pub(crate) use reference::Reference;
 
 /// Checks that every sequence fits into the reference.

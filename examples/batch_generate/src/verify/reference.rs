@@ -11,10 +11,10 @@ use candle_core::{Device, Tensor};
 use candle_transformers::models::{quantized_llama, quantized_phi3, quantized_qwen2, quantized_qwen3};
 
 use super::contiguous::Contiguous;
-use crate::config::{Config, RopeFactors};
-use crate::model::Model;
-use crate::rope::{Rope, Scaling};
-use crate::weights::Weights;
+use inference::config::{Config, RopeFactors};
+use inference::model::Model;
+use inference::rope::{Rope, Scaling};
+use inference::weights::Weights;
 
 /// A model with a contiguous cache, for one sequence.
 pub(crate) enum Reference<'m> {

@@ -9,10 +9,10 @@ use paged_attention::{BlockTable, KvCache, KvDtype, OutOfWindow, TableOptions, W
 
 use super::contiguous::dense;
 use super::{Reference, generate};
-use crate::engine::{LanguageModel as _, Request};
-use crate::model::Model;
-use crate::sampling::{Random, Sampling};
-use crate::shown::say;
+use inference::engine::{LanguageModel as _, Request};
+use inference::model::Model;
+use inference::sampling::{Random, Sampling};
+use inference::shown::say;
 
 /// Tokens that are generated and compared in each scenario.
 const TOKENS: usize = 24;

@@ -1,10 +1,10 @@
 //! Computes sequences that join at different steps, and compares all their logits.
 
-use batch_generate::engine::{Request, Settings, generate};
-use batch_generate::model::{Gguf, Model};
-use batch_generate::sampling::Sampling;
-use batch_generate::weights::Weights;
 use candle_core::quantized::GgmlDType;
+use inference::engine::{Request, Settings, generate};
+use inference::model::{Gguf, Model};
+use inference::sampling::Sampling;
+use inference::weights::Weights;
 use paged_attention::{BlockTable, KvCache, Logits, PushOptions};
 use test_support::Random;
 

@@ -1,7 +1,7 @@
 //! Admission: starts waiting requests.
 
 use anyhow::{Result, bail, ensure};
-use paged_attention::{Admitted, BlockTable, Need, Room};
+use paged_attention::{Admitted, BlockTable, Need, PrefixMatch, Room};
 
 use super::state::{Engine, Group, Running};
 use super::tier::Loading;
@@ -29,7 +29,8 @@ impl Engine<'_> {
         let pool = self.cache.pool();
         let step_tokens = self.settings.step_tokens;
         // How many units a sequence with this table still takes, to compute the tokens that it has.
-        let needed = |table: &BlockTable, tokens: &[u32]| table.lookup_prefix_in_chunks(tokens, step_tokens).blocks;
+        let found = |table: &BlockTable, tokens: &[u32]| table.lookup_prefix_in_chunks(tokens, step_tokens);
+        let needed = |table: &BlockTable, tokens: &[u32]| found(table, tokens).blocks;
         // One more block for each sample after the first, for the tokens in which it differs.
         let of_samples = |group: &Group| (group.len() - 1) * pool.units_per_block();
         // Units promised to the running sequences, which still need them to compute the tokens that they have.
@@ -46,7 +47,8 @@ impl Engine<'_> {
                 }
                 // Samples can also diverge one after the other, so in a small pool it is enough that the prompt fits,
                 // which `check` has verified.
-                Need::Blocks((needed(&empty, &self.sequences[group[0]].tokens) + of_samples(group)).min(pool.units()))
+                let PrefixMatch { blocks, tokens: cached, .. } = found(&empty, &self.sequences[group[0]].tokens);
+                Need::Prefix { blocks: (blocks + of_samples(group)).min(pool.units()), cached }
             };
             let room = Room { available: pool.available().saturating_sub(promised), running: self.running.len() };
             let group = match self.waiting.admit(pool, room, need) {

@@ -3,40 +3,43 @@
 
 /// What a model's architecture decides, as `general.architecture` of its file names it.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Architecture {
-    pub(crate) name: &'static str,
-    pub(crate) pairs: Pairs,
+pub struct Architecture {
+    /// Its name in model files.
+    pub name: &'static str,
+    /// Which dimensions are rotated together.
+    pub pairs: Pairs,
     /// The matrices of q, k and v are one, and so are gate and up.
-    pub(crate) fused: bool,
+    pub fused: bool,
     /// q, k and v have biases. In other architectures they can have them.
-    pub(crate) biases: bool,
+    pub biases: bool,
     /// Each head of q and of k is normed before it is rotated.
-    pub(crate) key_norms: bool,
+    pub key_norms: bool,
     /// What attention and feed-forward return is normed before it is added.
-    pub(crate) post_norms: bool,
+    pub post_norms: bool,
     /// Each token's feed-forward is a few of many.
-    pub(crate) experts: bool,
+    pub experts: bool,
     /// Embeddings are multiplied by the square root of the width.
-    pub(crate) scaled_embeddings: bool,
-    pub(crate) activation: Activation,
+    pub scaled_embeddings: bool,
+    /// The function inside the feed-forward.
+    pub activation: Activation,
     /// Every n-th layer has no window; 0: all layers have the window, if the file has one.
-    pub(crate) full_every: usize,
+    pub full_every: usize,
     /// The window if the file does not say.
-    pub(crate) window: Option<usize>,
+    pub window: Option<usize>,
     /// The caps of scores and logits if the file does not say.
-    pub(crate) caps: [Option<f32>; 2],
+    pub caps: [Option<f32>; 2],
     /// The base of the rotary embedding if the file does not say.
-    pub(crate) base: f32,
+    pub base: f32,
     /// The base of the rotary embedding in layers with a window, if it is another and the file does not say.
-    pub(crate) local_base: Option<f32>,
+    pub local_base: Option<f32>,
     /// The number of layers of that size of the model whose scores are scaled by the root of `width / heads`; all
     /// others, by that of the dimension of a head. No key says so.
-    pub(crate) scaled_by_width: Option<usize>,
+    pub scaled_by_width: Option<usize>,
 }
 
 /// Which dimensions of a head are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Pairs {
+pub enum Pairs {
     /// 0 with 1, 2 with 3: the converter of such files has reordered the rows of q and k.
     Adjacent,
     /// Each of the first half with its place in the second half.
@@ -45,7 +48,8 @@ pub(crate) enum Pairs {
 
 /// The function between the two matrices of the feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Activation {
+pub enum Activation {
+    /// `x * sigmoid(x)`.
     Silu,
     /// The approximation with a hyperbolic tangent.
     Gelu,
@@ -110,12 +114,12 @@ pub(crate) static ARCHITECTURES: [Architecture; 8] = [
 
 impl Architecture {
     /// The architecture of this name.
-    pub(crate) fn of(name: &str) -> Option<&'static Self> {
+    pub fn of(name: &str) -> Option<&'static Self> {
         ARCHITECTURES.iter().find(|architecture| architecture.name == name)
     }
 
     /// All names, for messages.
-    pub(crate) fn names() -> String {
+    pub fn names() -> String {
         ARCHITECTURES.each_ref().map(|architecture| architecture.name).join(", ")
     }
 }

@@ -4,9 +4,9 @@
 
 mod common;
 
-use batch_generate::engine::{Answer, Outcome, Progress, Request, STEP_TOKENS, Settings, generate};
-use batch_generate::model::Model;
-use batch_generate::sampling::{Random, Sampling};
+use inference::engine::{Answer, Outcome, Progress, Request, STEP_TOKENS, Settings, generate};
+use inference::model::Model;
+use inference::sampling::{Random, Sampling};
 use paged_attention::{KvCache, KvDtype};
 
 fn requests() -> Vec<Request> {

@@ -3,12 +3,12 @@
 use std::io::{self, Write as _};
 
 /// Escapes a text of several lines: all characters that control a terminal, except line ends and tabs.
-pub(crate) fn lines(text: &str) -> String {
+pub fn lines(text: &str) -> String {
     escaped(&text.replace("\r\n", "\n"), |c| matches!(c, '\n' | '\t'))
 }
 
 /// Escapes a name or another text that must stay on one line: line ends and tabs, too.
-pub(crate) fn line(text: &str) -> String {
+pub fn line(text: &str) -> String {
     escaped(text, |_| false)
 }
 

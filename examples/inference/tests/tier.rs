@@ -8,9 +8,9 @@ mod stand_in;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 
-use batch_generate::engine::{Outcome, Request, Settings, generate, generate_over};
-use batch_generate::sampling::Sampling;
 use disk_tier::{DiskTier, Geometry, Namespace, OpenError, Options};
+use inference::engine::{Outcome, Request, Settings, generate, generate_over};
+use inference::sampling::Sampling;
 use paged_attention::{
     KvCache, KvDtype, LayerGroup, OffloadOptions, PrefixKey, SaltFrom, StorageError, Tier, TierCursor, Window,
 };
@@ -29,10 +29,9 @@ fn cache(windowed: bool, dtype: KvDtype, blocks: usize) -> KvCache {
 
 fn open(path: &Path, cache: &KvCache) -> Arc<DiskTier> {
     let namespace = Namespace::new([("blocks", cache.block_identity().as_bytes())]);
-    let bytes = (0..cache.pool().groups().len()).map(|group| cache.pool().bytes_per_block(group)).collect();
     // Room for some of the blocks.
     let options = Options::new(4096 * 40);
-    let geometry = Geometry { block_size: BLOCK_SIZE, bytes };
+    let geometry = Geometry::of(cache.pool());
     loop {
         // A thread whose sequence did not wait for it may still be reading a block.
         match DiskTier::open(path, &namespace, &geometry, &options) {

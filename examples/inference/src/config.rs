@@ -19,44 +19,59 @@ const MOST_HEADS: usize = 1 << 20;
 /// A model's dimensions and constants.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    pub(crate) architecture: &'static Architecture,
-    pub(crate) width: usize,
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    pub(crate) head_dim: usize,
-    /// Of one expert, if there are experts.
-    pub(crate) feed_forward: usize,
-    pub(crate) experts: Option<Experts>,
-    pub(crate) vocabulary: usize,
-    pub(crate) context: usize,
+    /// What the file does not say.
+    pub architecture: &'static Architecture,
+    /// The width of the activations between layers.
+    pub width: usize,
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Dimensions of a head.
+    pub head_dim: usize,
+    /// The width inside the feed-forward: of one expert, if there are experts.
+    pub feed_forward: usize,
+    /// The experts, if the feed-forward has any.
+    pub experts: Option<Experts>,
+    /// Tokens in the vocabulary.
+    pub vocabulary: usize,
+    /// The most tokens in a sequence.
+    pub context: usize,
     /// Added to the mean square in every norm.
-    pub(crate) eps: f32,
-    pub(crate) rope: Rope,
+    pub eps: f32,
+    /// The rotary embedding.
+    pub rope: Rope,
     /// Of the layers with a window.
-    pub(crate) local_rope: Rope,
+    pub local_rope: Rope,
     /// Which tensor, if any, divides the frequencies of the rotary embedding.
-    pub(crate) rope_factors: RopeFactors,
+    pub rope_factors: RopeFactors,
     /// Each layer's window, the newest token included; `None`: all tokens before it.
-    pub(crate) windows: Vec<Option<usize>>,
-    pub(crate) score_scale: f32,
-    pub(crate) score_cap: Option<f32>,
-    pub(crate) logit_cap: Option<f32>,
+    pub windows: Vec<Option<usize>>,
+    /// What scores are multiplied by before the softmax.
+    pub score_scale: f32,
+    /// The soft cap of the scores.
+    pub score_cap: Option<f32>,
+    /// The soft cap of the logits.
+    pub logit_cap: Option<f32>,
     /// Whether the embedding matrix is also the output matrix.
-    pub(crate) tied: bool,
+    pub tied: bool,
     /// The matrices of a layer that have a bias.
-    pub(crate) biases: Vec<&'static str>,
+    pub biases: Vec<&'static str>,
 }
 
 /// The feed-forwards of a layer, of which a token uses a few.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Experts {
-    pub(crate) count: usize,
-    pub(crate) used: usize,
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// How many a token uses.
+    pub used: usize,
 }
 
 /// Tensors with a factor for each frequency of the rotary embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum RopeFactors {
+pub enum RopeFactors {
+    /// No tensor.
     None,
     /// One tensor (Llama 3.1).
     Always,
@@ -162,7 +177,7 @@ impl Config {
     }
 
     /// The options of the attention of all layers.
-    pub(crate) fn attention(&self) -> Attention {
+    pub fn attention(&self) -> Attention {
         let attention = Attention::new(self.score_scale);
         match self.score_cap {
             Some(cap) => attention.soft_cap(cap),
@@ -171,17 +186,17 @@ impl Config {
     }
 
     /// Whether keys are rotated with the factors for long sequences, if the longest has `context` tokens.
-    pub(crate) fn has_long_factors(&self, context: usize) -> bool {
+    pub fn has_long_factors(&self, context: usize) -> bool {
         matches!(self.rope_factors, RopeFactors::ByLength { original } if context > original)
     }
 
     /// The number of layers.
-    pub(crate) fn layers(&self) -> usize {
+    pub fn layers(&self) -> usize {
         self.windows.len()
     }
 
     /// A matrix of a layer with which products are measured.
-    pub(crate) fn measured_matrix(&self, layer: usize) -> String {
+    pub fn measured_matrix(&self, layer: usize) -> String {
         let part = if self.experts.is_some() { "attn_output" } else { "ffn_down" };
         format!("blk.{layer}.{part}.weight")
     }

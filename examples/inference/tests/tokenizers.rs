@@ -9,8 +9,8 @@ use std::fs;
 use std::io::{Write as _, stderr};
 use std::path::PathBuf;
 
-use batch_generate::tokenizer::Tokenizer;
 use candle_core::quantized::gguf_file::{Content, Value, VersionedMagic};
+use inference::tokenizer::Tokenizer;
 use serde::Deserialize;
 use test_support::Random;
 

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
-use batch_generate::model::{Gguf, Model};
-use batch_generate::weights::Weights;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use inference::model::{Gguf, Model};
+use inference::weights::Weights;
 
 pub const VOCABULARY: usize = 96;
 

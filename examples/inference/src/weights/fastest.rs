@@ -8,7 +8,7 @@ use candle_core::{Device, Module, Tensor};
 
 use super::{Linear, Weights};
 use crate::gguf::Gguf;
-use crate::measure::median;
+use crate::median::median;
 
 /// Sequences that decode together in the measured products.
 const ROWS: usize = 8;

@@ -4,8 +4,8 @@
 
 mod stand_in;
 
-use batch_generate::engine::{LanguageModel, Outcome, Progress, Request, STEP_TOKENS, Settings, generate};
-use batch_generate::sampling::{Random, Sampling};
+use inference::engine::{LanguageModel, Outcome, Progress, Request, STEP_TOKENS, Settings, generate};
+use inference::sampling::{Random, Sampling};
 use paged_attention::{KvCache, KvDtype, LayerGroup, TableOptions, Window};
 use stand_in::{END, HEAD_DIM, SHAPE, StandIn, mix};
 

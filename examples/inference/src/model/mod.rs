@@ -99,8 +99,8 @@ impl Model {
         self.config.vocabulary
     }
 
-    #[cfg(feature = "verify")]
-    pub(crate) fn config(&self) -> &Config {
+    /// What its file says about it.
+    pub fn config(&self) -> &Config {
         &self.config
     }
 
@@ -114,7 +114,7 @@ impl Model {
     }
 
     /// The same with other options of [`attention`](Self::attention).
-    pub(crate) fn forward_with(&self, step: &Step<'_>, attention: &Attention) -> candle_core::Result<Tensor> {
+    pub fn forward_with(&self, step: &Step<'_>, attention: &Attention) -> candle_core::Result<Tensor> {
         let attend = |i: usize, q: &Tensor, k: &Tensor, v: &Tensor| step.attend(i, q, k, v, attention);
         self.logits(&step.token_ids()?, &step.positions()?, &step.logits_rows()?, attend)
     }
@@ -122,7 +122,7 @@ impl Model {
     /// The logits of the rows `wanted`, `(rows, vocabulary)`, with any attention: `attend` gets the layer, q, k and v,
     /// each `(tokens, heads, head_dim)`, and returns a tensor of the shape of q. The model's head is applied to the
     /// wanted rows only, which can be none.
-    pub(crate) fn logits(
+    pub fn logits(
         &self,
         token_ids: &Tensor,
         positions: &Tensor,

@@ -1,7 +1,7 @@
 //! How much memory the machine has.
 
 /// The machine's memory in bytes, or the container's share of it.
-pub(crate) fn memory() -> usize {
+pub fn memory() -> usize {
     let mut system = sysinfo::System::new();
     system.refresh_memory();
     let total = system.cgroup_limits().map_or(u64::MAX, |limits| limits.total_memory).min(system.total_memory());
@@ -10,6 +10,6 @@ pub(crate) fn memory() -> usize {
 }
 
 /// Bytes in GiB, for people.
-pub(crate) fn gib(bytes: usize) -> String {
+pub fn gib(bytes: usize) -> String {
     format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
 }

@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
-use batch_generate::engine::LanguageModel;
 use candle_core::{Device, Result, Tensor};
+use inference::engine::LanguageModel;
 use paged_attention::{Attention, KvShape, Step};
 
 const VOCABULARY: usize = 5;

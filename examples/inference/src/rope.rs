@@ -11,25 +11,28 @@ use crate::shown::line;
 
 /// How a position becomes angles.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Rope {
+pub struct Rope {
     /// The base of the frequencies.
-    pub(crate) base: f32,
+    pub base: f32,
     /// How many dimensions of a head are rotated: the first ones.
-    pub(crate) dims: usize,
-    pub(crate) scaling: Scaling,
+    pub dims: usize,
+    /// How positions are scaled.
+    pub scaling: Scaling,
     /// Cosines and sines are multiplied by this.
-    pub(crate) magnitude: f32,
+    pub magnitude: f32,
 }
 
 /// How positions are scaled.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Scaling {
+pub enum Scaling {
+    /// They are not.
     None,
     /// All positions are divided by the factor (Chen et al. 2023).
     Linear(f32),
     /// YaRN (Peng et al. 2023, section 3.2): slow frequencies are divided by the factor, fast ones are not, those
     /// between are mixed.
     Yarn {
+        /// What slow frequencies are divided by.
         factor: f32,
         /// The context of training.
         original: usize,
@@ -104,7 +107,7 @@ impl Rope {
     }
 
     /// Without scaling.
-    pub(crate) fn plain(base: f32, dims: usize) -> Self {
+    pub fn plain(base: f32, dims: usize) -> Self {
         Self { base, dims, scaling: Scaling::None, magnitude: 1.0 }
     }
 
@@ -137,7 +140,7 @@ impl Rope {
     }
 
     /// Cosines and sines of positions below `positions`, each `(positions, dims / 2)`.
-    pub(crate) fn tables(&self, positions: usize, factors: Option<&[f32]>) -> candle_core::Result<(Tensor, Tensor)> {
+    pub fn tables(&self, positions: usize, factors: Option<&[f32]>) -> candle_core::Result<(Tensor, Tensor)> {
         let speeds = Tensor::from_vec(self.speeds(factors), (1, self.dims / 2), &Device::Cpu)?;
         let positions = Tensor::arange(0, positions as u32, &Device::Cpu)?.to_dtype(DType::F32)?.unsqueeze(1)?;
         let angles = positions.matmul(&speeds)?;
