@@ -32,7 +32,7 @@ pub(crate) fn with_write_through(world: &World, record: &mut Record) -> Result<(
                 }
                 last = Instant::now();
             })?;
-            rates[usize::from(writes)] = outcome.decode.rate().unwrap_or(f64::NAN);
+            rates[usize::from(writes)] = outcome.stats.decode.rate().unwrap_or(f64::NAN);
             slowest[usize::from(writes)].push(longest.as_secs_f64() * 1e3);
             drop(offload);
             drop(tier);

@@ -25,9 +25,9 @@ pub(crate) fn measure(world: &World, dtype: KvDtype, record: &mut Record) -> Res
             let started = Instant::now();
             let outcome = world.generate(cache, tier, &[request], |_| ())?;
             let time = started.elapsed().as_secs_f64();
-            let read = outcome.read_from_tier.tokens;
+            let read = outcome.stats.read_from_tier.tokens;
             ensure!(read == from_tier, "{read} tokens were read from the tier, not {from_tier}");
-            Ok((time, outcome.read_from_tier.time.as_secs_f64(), outcome.answers[0].tokens.clone()))
+            Ok((time, outcome.stats.read_from_tier.time.as_secs_f64(), outcome.answers[0].tokens.clone()))
         };
 
     let cache = new()?;

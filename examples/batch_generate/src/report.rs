@@ -77,30 +77,30 @@ impl Report {
         // With several groups of layers, a block here is one in each.
         let blocks = |units: usize| units.div_ceil(pool.units_per_block());
         Self {
-            bytes: [outcome.peak_blocks * cache.bytes_per_unit(), outcome.answers.len() * context * per_token],
+            bytes: [outcome.stats.peak_blocks * cache.bytes_per_unit(), outcome.answers.len() * context * per_token],
             pool: PoolReport {
                 blocks: blocks(pool.units()),
                 block_size: pool.block_size(),
-                peak_blocks: blocks(outcome.peak_blocks),
-                mean_utilisation: outcome.mean_utilisation,
+                peak_blocks: blocks(outcome.stats.peak_blocks),
+                mean_utilisation: outcome.stats.mean_utilisation,
             },
             prefix: PrefixReport {
                 prompt_tokens: outcome.answers.iter().map(|answer| answer.prompt_tokens).sum(),
-                computed_prompt_tokens: outcome.computed_prompt_tokens,
-                resumed_tokens: outcome.resumed_tokens,
+                computed_prompt_tokens: outcome.stats.computed_prompt_tokens,
+                resumed_tokens: outcome.stats.resumed_tokens,
                 evictions: pool.stats().evictions,
-                read_tokens: outcome.read_tokens,
-                shared_tokens: outcome.shared_tokens,
+                read_tokens: outcome.stats.read_tokens,
+                shared_tokens: outcome.stats.shared_tokens,
                 tier: offload.map(|offload| TierReport {
-                    tokens: outcome.read_from_tier.tokens,
-                    seconds: outcome.read_from_tier.time.as_secs_f64(),
+                    tokens: outcome.stats.read_from_tier.tokens,
+                    seconds: outcome.stats.read_from_tier.time.as_secs_f64(),
                     stored_blocks: offload.stored,
                     lost_blocks: offload.failed + offload.dropped + offload.skipped,
                 }),
             },
-            prefill_tokens_per_s: outcome.prefill.rate(),
-            decode_tokens_per_s: outcome.decode.rate(),
-            steps: outcome.steps,
+            prefill_tokens_per_s: outcome.stats.prefill.rate(),
+            decode_tokens_per_s: outcome.stats.decode.rate(),
+            steps: outcome.stats.steps,
             sequences: outcome
                 .answers
                 .into_iter()

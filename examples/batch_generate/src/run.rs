@@ -88,7 +88,7 @@ pub fn run(args: &Args) -> Result<()> {
     let offload = tier.clone().map(|tier| cache.pool().offload_to(tier, &options)).transpose()?;
     let below = tier.map(|tier| tier as Arc<dyn Tier>);
     let mut outcome = generate(below, &model, &cache, &requests, &settings, &tokenizer, &titles)?;
-    let fullest = outcome.fullest.take();
+    let fullest = outcome.stats.fullest.take();
     let stored = offload.map(|offload| {
         offload.flush();
         offload.stats()

@@ -57,7 +57,7 @@ fn prompts_behind_a_system_prompt_continue_as_in_the_engine() {
 
     // The prompts wait for the first to compute what they share.
     let decoded = batch * tokens * (system + tail);
-    assert!(outcome.read_tokens > decoded, "{}", outcome.read_tokens);
+    assert!(outcome.stats.read_tokens > decoded, "{}", outcome.stats.read_tokens);
 
     let filled = Filled::behind(&model, KvDtype::F32, batch, system, tail, tokens).unwrap();
     assert_eq!((filled.context(), filled.prefill().tokens), (system + tail, system));

@@ -96,7 +96,7 @@ fn the_prompt_of_all_samples_is_stored_once() {
     let request = Request { prompt: (0..40).collect(), max_tokens: 2 };
     let outcome = run(&model, &cache(&model, 100, 4), &[request], &settings(8, 1.0));
     // 10 blocks of prompt, and one for each sample's own tokens.
-    assert_eq!(outcome.peak_blocks, 10 + 8);
+    assert_eq!(outcome.stats.peak_blocks, 10 + 8);
 }
 
 #[test]
@@ -113,7 +113,11 @@ fn a_common_prefix_is_computed_once() {
             assert_eq!(answer.tokens, from_scratch(&model, &requests[i], &settings, i, 0));
             assert!(i == 0 || answer.cached_tokens >= whole_blocks, "prompt {i}: {}", answer.cached_tokens);
         }
-        assert!(outcome.computed_prompt_tokens <= 44 + 7 * (44 - whole_blocks), "{}", outcome.computed_prompt_tokens);
+        assert!(
+            outcome.stats.computed_prompt_tokens <= 44 + 7 * (44 - whole_blocks),
+            "{}",
+            outcome.stats.computed_prompt_tokens
+        );
     }
 }
 
@@ -156,7 +160,7 @@ fn requests_that_can_never_be_answered_are_refused_at_once_with_the_numbers() {
         "prompt 1 has 250 tokens and may get 8 more, the model's context is 256 tokens"
     );
     assert_eq!(refused(request(0, 8), settings(1, 0.0)), "prompt 1 has no tokens");
-    assert_eq!(refused(request(1, 0), settings(1, 0.0)), "0 tokens of answer were asked for, at least one is needed");
+    assert_eq!(refused(request(1, 0), settings(1, 0.0)), "prompt 1 may get 0 tokens of answer, at least one is needed");
     assert_eq!(refused(request(1, 1), settings(9, 0.0)), "9 samples of a prompt do not fit into a batch of 8");
 }
 

@@ -85,8 +85,12 @@ fn what_samples_of_a_long_prompt_read_together_is_counted() {
     let requests = [Request { prompt: (0..2100).map(|i| i * i % 7).collect(), max_tokens: 5 }];
     let outcome = run(600, 16, &requests, &Settings { samples: 3, ..settings() });
     // Four chunks of 512 tokens, in each step but the prompt's, for all samples but the first.
-    assert!(outcome.shared_tokens > 0 && outcome.shared_tokens.is_multiple_of(2048), "{}", outcome.shared_tokens);
-    assert!(outcome.shared_tokens < outcome.read_tokens);
+    assert!(
+        outcome.stats.shared_tokens > 0 && outcome.stats.shared_tokens.is_multiple_of(2048),
+        "{}",
+        outcome.stats.shared_tokens
+    );
+    assert!(outcome.stats.shared_tokens < outcome.stats.read_tokens);
 }
 
 #[test]
@@ -208,9 +212,9 @@ fn every_run_finishes_with_the_answers_of_separate_sequences() {
             ..settings()
         };
         let outcome = run(blocks, block_size, &requests, &settings);
-        steps += outcome.steps;
+        steps += outcome.stats.steps;
         preemptions += outcome.answers.iter().map(|answer| answer.preemptions).sum::<usize>();
-        resumed += outcome.resumed_tokens;
+        resumed += outcome.stats.resumed_tokens;
         cached += outcome.answers.iter().map(|answer| answer.cached_tokens).sum::<usize>();
     }
     println!("{steps} steps, {preemptions} preemptions, {resumed} tokens resumed, {cached} shared");

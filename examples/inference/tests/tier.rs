@@ -84,7 +84,7 @@ fn answers_are_the_same_over_a_tier() {
                 let outcome =
                     generate_over(Some(tier), &StandIn, &small, &requests, &settings(), is_end, |_| ()).unwrap();
                 assert_eq!(answers(&outcome), answers(&expected), "{dtype}, windows: {windowed}, seed {seed}");
-                read += outcome.read_from_tier.tokens;
+                read += outcome.stats.read_from_tier.tokens;
             }
             drop(offload);
             evicted += small.pool().stats().evictions;
@@ -132,7 +132,7 @@ fn a_tier_that_stalls_is_not_waited_for() {
     let tier = Arc::new(Stalls::default());
     let small = cache(false, KvDtype::F32, 30);
     let outcome = generate_over(Some(tier.clone()), &StandIn, &small, &requests, &settings(), is_end, |_| ()).unwrap();
-    assert_eq!((answers(&outcome), outcome.read_from_tier.tokens), (answers(&expected), 0));
+    assert_eq!((answers(&outcome), outcome.stats.read_from_tier.tokens), (answers(&expected), 0));
     // The threads that still wait can end.
     *tier.0.lock().unwrap() = true;
     tier.1.notify_all();

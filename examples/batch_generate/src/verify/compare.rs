@@ -54,7 +54,7 @@ pub(crate) fn compare(path: &Path, model: &Model, dtype: KvDtype, weights: Weigh
         let (sampling, step_tokens) = (Sampling::greedy(), engine::STEP_TOKENS);
         let settings = Settings { max_batch: 8, step_tokens, samples: 1, seed: 0, sampling };
         let outcome = engine::generate(model, &cache, &requests, &settings, |_| false, |_| ())?;
-        Ok(outcome.decode.rate().unwrap_or_default())
+        Ok(outcome.stats.decode.rate().unwrap_or_default())
     };
     let mut rates: Vec<[f64; 4]> = Vec::new();
     for _ in 0..ROUNDS {

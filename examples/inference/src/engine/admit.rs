@@ -3,6 +3,7 @@
 use anyhow::{Result, bail, ensure};
 use paged_attention::{Admitted, BlockTable, Need, PrefixMatch, Room};
 
+use super::Event;
 use super::state::{Engine, Group, Running};
 use super::tier::Loading;
 
@@ -27,7 +28,7 @@ impl Engine<'_> {
 
     fn start_waiting(&mut self) -> Result<()> {
         let pool = self.cache.pool();
-        let step_tokens = self.settings.step_tokens;
+        let step_tokens = self.limits.step_tokens;
         // How many units a sequence with this table still takes, to compute the tokens that it has.
         let found = |table: &BlockTable, tokens: &[u32]| table.lookup_prefix_in_chunks(tokens, step_tokens);
         let needed = |table: &BlockTable, tokens: &[u32]| found(table, tokens).blocks;
@@ -38,20 +39,21 @@ impl Engine<'_> {
         for Running { id, group, .. } in &self.running {
             promised += needed(&*self.tables.check_out(*id)?, &self.sequences[group[0]].tokens);
         }
-        let empty = self.cache.table();
         loop {
-            let room_in_batch = self.settings.max_batch - self.batch();
+            let room_in_batch = self.limits.max_batch - self.batch();
             let need = |group: &Group| {
                 if group.len() > room_in_batch {
                     return Need::NotNow;
                 }
                 // Samples can also diverge one after the other, so in a small pool it is enough that the prompt fits,
                 // which `check` has verified.
-                let PrefixMatch { blocks, tokens: cached, .. } = found(&empty, &self.sequences[group[0]].tokens);
+                let sequence = &self.sequences[group[0]];
+                let empty = self.cache.table_with(&sequence.table_options());
+                let PrefixMatch { blocks, tokens: cached, .. } = found(&empty, &sequence.tokens);
                 Need::Prefix { blocks: (blocks + of_samples(group)).min(pool.units()), cached }
             };
             let room = Room { available: pool.available().saturating_sub(promised), running: self.running.len() };
-            let group = match self.waiting.admit(pool, room, need) {
+            let mut group = match self.waiting.admit(pool, room, need) {
                 Some(Admitted::Start(group)) => group,
                 Some(Admitted::Never(group)) => {
                     let request = self.sequences[group[0]].answer.request + 1;
@@ -59,10 +61,17 @@ impl Engine<'_> {
                 }
                 None => return Ok(()),
             };
-            let mut table = self.cache.table();
-            let sequence = &mut self.sequences[group[0]];
+            self.drop_cancelled(&mut group);
+            let Some(&first) = group.first() else { continue };
+            for &member in &group {
+                if self.sequences[member].answer.preemptions == 0 {
+                    self.events.push(Event::Started { sequence: member });
+                }
+            }
+            let sequence = &mut self.sequences[first];
+            let mut table = self.cache.table_with(&sequence.table_options());
             let matched = table.match_prefix(&sequence.tokens);
-            sequence.count_matched(matched);
+            sequence.count_matched(matched, &mut self.stats);
             promised += needed(&table, &sequence.tokens) + of_samples(&group);
             let loading = if self.loads.is_some() { Loading::Unasked } else { Loading::No };
             self.running.push(Running { id: self.tables.insert(table), group, loading });
@@ -75,8 +84,15 @@ mod tests {
     use paged_attention::{KvCache, KvShape};
 
     use crate::engine::state::Engine;
-    use crate::engine::{Request, STEP_TOKENS, Settings};
-    use crate::sampling::Sampling;
+    use crate::engine::{Limits, Request, RequestOptions, STEP_TOKENS};
+
+    fn engine<'a>(cache: &'a KvCache, requests: &[Request]) -> Engine<'a> {
+        let mut engine = Engine::new(cache, Limits { max_batch: 8, step_tokens: STEP_TOKENS, step_time: None });
+        for request in requests {
+            engine.submit(request.clone(), RequestOptions::default());
+        }
+        engine
+    }
 
     /// There are enough blocks to admit the preempted sequence again at once.
     #[test]
@@ -84,9 +100,7 @@ mod tests {
         let shape = KvShape::new(1, 1, 4);
         let cache = KvCache::builder(shape).blocks(32).build().unwrap();
         let requests = vec![Request { prompt: vec![1, 2, 3], max_tokens: 4 }; 2];
-        let sampling = Sampling::greedy();
-        let settings = Settings { max_batch: 8, step_tokens: STEP_TOKENS, samples: 1, seed: 0, sampling };
-        let mut engine = Engine::new(&cache, &requests, &settings);
+        let mut engine = engine(&cache, &requests);
         assert!(engine.admit().unwrap());
         assert_eq!((engine.running.len(), engine.waiting.len()), (2, 0));
 
@@ -104,9 +118,7 @@ mod tests {
         let shape = KvShape::new(1, 1, 4);
         let cache = KvCache::builder(shape).blocks(4).block_size(4).build().unwrap();
         let requests = [Request { prompt: vec![1; 8], max_tokens: 4 }];
-        let sampling = Sampling::greedy();
-        let settings = Settings { max_batch: 8, step_tokens: STEP_TOKENS, samples: 1, seed: 0, sampling };
-        let mut engine = Engine::new(&cache, &requests, &settings);
+        let mut engine = engine(&cache, &requests);
         let mut other = cache.table();
         other.append(9).unwrap();
         let error = engine.admit().unwrap_err().to_string();

@@ -6,29 +6,36 @@
 //! queue. Its answer so far is kept. Its full blocks stay cached until they are evicted, and it matches them when it
 //! starts again.
 //!
+//! [`Engine`] gets requests at any time and is stepped, for a server; [`generate`] answers a list of requests with it.
+//!
 //! - `check` refuses requests that can never be answered.
 //! - `admit` starts waiting requests.
 //! - `step` computes one forward pass, and decides which sequences take part with how many tokens.
+//! - `pace` keeps steps with prompts short, so that those who decode do not wait.
 //! - `tier` reads from what is below the cache.
 //! - `state` has the state of each sequence, and updates it after a step.
+//! - `logprobs` has the probabilities of a token and its alternatives.
+//! - `batch` has [`generate`].
 
 mod admit;
+mod batch;
 mod check;
+mod logprobs;
+mod pace;
 mod state;
 mod step;
 mod tier;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
 use candle_core::Tensor;
-use paged_attention::{Attention, KvCache, Snapshot, Step, Tier};
+use paged_attention::{Attention, Salt, Snapshot, Step};
 
 use crate::sampling::Sampling;
-pub use check::check;
-use state::{Engine, Sequence};
-use tier::Loads;
+pub use batch::{Outcome, Progress, Settings, generate, generate_over};
+pub use check::{check, why_never};
+pub use logprobs::{Logprobs, TokenLogprob};
+pub use state::Engine;
 
 /// The usual limit of new tokens in a step. Long prompts are computed in chunks of this size, so that the other
 /// sequences go on decoding.
@@ -59,26 +66,81 @@ pub struct Request {
     pub max_tokens: usize,
 }
 
-/// How requests are answered.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// The maximum number of sequences that run together.
-    pub max_batch: usize,
-    /// The maximum number of new tokens in a step, for example [`STEP_TOKENS`]. A sequence that decodes computes one
-    /// token in every step. Prompts share the rest, which is always at least one token.
-    pub step_tokens: usize,
-    /// Answers per prompt.
+/// How a request is answered.
+#[derive(Debug, Clone)]
+pub struct RequestOptions {
+    /// Answers to the prompt, which is computed once.
     pub samples: usize,
     /// Sample `i` uses the seed `seed + i`.
     pub seed: u64,
     /// How tokens are drawn.
     pub sampling: Sampling,
+    /// Only requests with an equal salt share what they have in common.
+    pub salt: Salt,
+    /// Also report the log probability of each token, and of this many alternatives.
+    pub logprobs: Option<usize>,
+}
+
+impl Default for RequestOptions {
+    /// One answer of the most likely tokens.
+    fn default() -> Self {
+        Self { samples: 1, seed: 0, sampling: Sampling::greedy(), salt: Salt::none(), logprobs: None }
+    }
+}
+
+/// What bounds a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// The maximum number of sequences that run together.
+    pub max_batch: usize,
+    /// The maximum number of new tokens in a step, for example [`STEP_TOKENS`]. A sequence that decodes computes one
+    /// token in every step. Prompts share the rest, which is always at least one token.
+    pub step_tokens: usize,
+    /// Steps compute so much of prompts that they take about this long, as far as the steps before tell.
+    pub step_time: Option<Duration>,
+}
+
+/// What has happened to a sequence in a step.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// It runs for the first time.
+    Started {
+        /// The number that [`Engine::submit`] returned.
+        sequence: usize,
+    },
+    /// It has one more token.
+    Token {
+        /// The number that [`Engine::submit`] returned.
+        sequence: usize,
+        /// The token.
+        token: u32,
+        /// Its log probability, if the request asks for it.
+        logprobs: Option<Logprobs>,
+    },
+    /// It is complete; its number may be given to another.
+    Finished {
+        /// The number that [`Engine::submit`] returned.
+        sequence: usize,
+        /// The whole answer.
+        answer: Answer,
+        /// Why it is complete.
+        reason: FinishReason,
+    },
+}
+
+/// Why an answer is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model generated an end token.
+    Stop,
+    /// It has as many tokens as it may have.
+    Length,
 }
 
 /// One answer to one prompt.
 #[derive(Debug, Clone)]
 pub struct Answer {
-    /// The index of the request that it answers.
+    /// The index of the request that it answers, in the order in which they were submitted.
     pub request: usize,
     /// The generated tokens, including the end token if the model generated one.
     pub tokens: Vec<u32>,
@@ -91,11 +153,9 @@ pub struct Answer {
     pub preemptions: usize,
 }
 
-/// The answers to all requests, and statistics.
+/// Numbers of all steps so far.
 #[derive(Debug, Clone, Default)]
-pub struct Outcome {
-    /// In the order of the requests; the samples of a request follow one another.
-    pub answers: Vec<Answer>,
+pub struct Statistics {
     /// The number of forward passes.
     pub steps: usize,
     /// Tokens of prompts that were computed, including those computed again after a preemption.
@@ -134,88 +194,4 @@ impl Work {
     pub fn rate(&self) -> Option<f64> {
         (self.tokens > 0).then(|| self.tokens as f64 / self.time.as_secs_f64())
     }
-}
-
-/// The progress of [`generate`] after a step.
-#[derive(Debug, Clone, Copy)]
-pub struct Progress<'a> {
-    /// Tokens generated so far, of all answers.
-    pub generated: usize,
-    /// Answers that are complete.
-    pub finished: usize,
-    /// Running sequences.
-    pub running: usize,
-    /// Waiting sequences.
-    pub waiting: usize,
-    /// Units of the pool in use: blocks, if there is one group of layers.
-    pub in_use: usize,
-    sequences: &'a [Sequence],
-}
-
-impl<'a> Progress<'a> {
-    /// The tokens of each answer so far, and whether it is complete, in the order of [`Outcome::answers`].
-    pub fn answers(&self) -> impl Iterator<Item = (&'a [u32], bool)> {
-        self.sequences.iter().map(|sequence| (&sequence.answer.tokens[..], sequence.finished))
-    }
-}
-
-/// Answers all requests, and calls `progress` after every step.
-///
-/// # Errors
-///
-/// If a request can never be answered with this model and pool; then nothing is computed. If a step fails. If tables
-/// outside the engine use so many blocks that no request can run.
-pub fn generate(
-    model: &impl LanguageModel,
-    cache: &KvCache,
-    requests: &[Request],
-    settings: &Settings,
-    is_end: impl Fn(u32) -> bool,
-    progress: impl FnMut(Progress<'_>),
-) -> Result<Outcome> {
-    generate_over(None, model, cache, requests, settings, is_end, progress)
-}
-
-/// The same, with a tier below the cache: what prompts have in common with sequences that were stored there is read
-/// instead of computed. The engine stores nothing there: that is what `BlockPool::offload_to` is
-/// for.
-///
-/// # Errors
-///
-/// As [`generate`]. A tier that fails is no error.
-pub fn generate_over(
-    tier: Option<Arc<dyn Tier>>,
-    model: &impl LanguageModel,
-    cache: &KvCache,
-    requests: &[Request],
-    settings: &Settings,
-    is_end: impl Fn(u32) -> bool,
-    mut progress: impl FnMut(Progress<'_>),
-) -> Result<Outcome> {
-    check(model.context(), cache, requests, settings)?;
-    let mut engine = Engine::new(cache, requests, settings);
-    engine.loads = tier.map(Loads::new);
-    // Why this terminates. The *longest* is the running sequence with the most computed tokens, the earliest among
-    // equals. It gets tokens and blocks first in each step, and it is never preempted while another sequence runs. So
-    // each step is one of these cases:
-    //
-    // 1. A sequence finishes.
-    // 2. The longest computes at least one token.
-    // 3. The longest does not fit. Then another sequence is preempted, and none is admitted until all running sequences
-    //    have fitted into a step, so fewer sequences run in the next step. Alone, the longest fits: `check` has counted
-    //    its blocks, and all blocks that it does not use are available then. If its last block is cached, it is written
-    //    in place when there is no room for a copy.
-    //
-    // With a tier there are other steps in between: the longest waits for what is read, as long as it would take to compute
-    // it, and others compute meanwhile. It does so once, since it is not admitted again, and its length never decreases.
-    //
-    // Let S be the number of sequences, B the maximum batch, and T the maximum number of computed tokens of a sequence.
-    // Case 3 happens fewer than B times in a row. Between two finishes, the number of computed tokens of the longest
-    // never decreases and cannot exceed T, so case 2 happens at most T times. Case 1 happens S times. So there are at
-    // most S * (T + 1) * B steps.
-    while engine.admit()? {
-        engine.step(model, &is_end)?;
-        progress(engine.progress());
-    }
-    Ok(engine.outcome())
 }

@@ -1,11 +1,18 @@
 //! The state of each sequence, and its update after a step.
 
-use anyhow::{Result, bail};
-use paged_attention::{Admission, KvCache, SequenceId, Sequences, preemption_victim};
+use std::sync::Arc;
 
+use anyhow::{Result, bail};
+use paged_attention::{
+    Admission, BlockId, KvCache, Salt, SequenceId, Sequences, TableOptions, Tier, preemption_victim,
+};
+use slab::Slab;
+
+use super::logprobs::Logprobs;
+use super::pace::Pace;
 use super::tier::{Loading, Loads};
-use super::{Answer, Outcome, Progress, Request, Settings, Work};
-use crate::sampling::Random;
+use super::{Answer, Event, FinishReason, Limits, Request, RequestOptions, Statistics, Work};
+use crate::sampling::{Random, Sampling};
 
 #[derive(Debug)]
 pub(super) struct Sequence {
@@ -13,17 +20,26 @@ pub(super) struct Sequence {
     /// Prompt and answer so far.
     pub(super) tokens: Vec<u32>,
     max_tokens: usize,
-    /// Tokens that were matched in the cache after a preemption.
-    resumed: usize,
     random: Random,
-    pub(super) finished: bool,
+    sampling: Sampling,
+    /// Its table is made with it.
+    pub(super) salt: Salt,
+    /// Of how many alternatives the log probabilities are wanted.
+    logprobs: Option<usize>,
+    /// It is removed as soon as its group is looked at.
+    pub(super) cancelled: bool,
 }
 
 impl Sequence {
+    /// With what its table is made.
+    pub(super) fn table_options(&self) -> TableOptions {
+        TableOptions::default().salt(self.salt.clone())
+    }
+
     /// Counts tokens that were matched in the cache, so that they are not computed.
-    pub(super) fn count_matched(&mut self, tokens: usize) {
-        let counter = if self.answer.preemptions == 0 { &mut self.answer.cached_tokens } else { &mut self.resumed };
-        *counter += tokens;
+    pub(super) fn count_matched(&mut self, tokens: usize, stats: &mut Statistics) {
+        let first = self.answer.preemptions == 0;
+        *if first { &mut self.answer.cached_tokens } else { &mut stats.resumed_tokens } += tokens;
     }
 }
 
@@ -36,59 +52,151 @@ pub(super) struct Running {
     pub(super) loading: Loading,
 }
 
-pub(super) struct Engine<'a> {
+/// Answers requests that come at any time.
+pub struct Engine<'a> {
     pub(super) cache: &'a KvCache,
     /// What is read from the tier below the cache, if there is one.
     pub(super) loads: Option<Loads>,
-    pub(super) settings: &'a Settings,
-    pub(super) sequences: Vec<Sequence>,
+    pub(super) limits: Limits,
+    pub(super) pace: Pace,
+    /// By the numbers that [`submit`](Self::submit) returned.
+    pub(super) sequences: Slab<Sequence>,
     pub(super) tables: Sequences,
     pub(super) waiting: Admission<Group>,
     /// In the order of admission.
     pub(super) running: Vec<Running>,
     /// Whether a sequence did not fit into the last step.
     pub(super) full: bool,
-    finished: usize,
-    /// The sum over all steps, for the mean in [`Outcome`].
+    /// What has happened since the last step was reported.
+    pub(super) events: Vec<Event>,
+    submitted: usize,
+    /// The sum over all steps, for the mean in [`Statistics`].
     pub(super) utilisation: f64,
-    pub(super) outcome: Outcome,
+    pub(super) stats: Statistics,
+}
+
+impl std::fmt::Debug for Engine<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (running, waiting) = (self.running(), self.waiting());
+        f.debug_struct("Engine").field("running", &running).field("waiting", &waiting).finish_non_exhaustive()
+    }
 }
 
 impl<'a> Engine<'a> {
-    pub(super) fn new(cache: &'a KvCache, requests: &[Request], settings: &'a Settings) -> Self {
-        let mut sequences = Vec::new();
-        let mut waiting = Admission::new();
-        for (i, request) in requests.iter().enumerate() {
-            let first = sequences.len();
-            sequences.extend((0..settings.samples).map(|sample| Sequence {
-                answer: Answer {
-                    request: i,
-                    tokens: Vec::new(),
-                    prompt_tokens: request.prompt.len(),
-                    cached_tokens: 0,
-                    preemptions: 0,
-                },
-                tokens: request.prompt.clone(),
-                max_tokens: request.max_tokens,
-                resumed: 0,
-                random: Random::new(settings.seed.wrapping_add(sample as u64), i),
-                finished: false,
-            }));
-            waiting.enqueue((first..sequences.len()).collect());
-        }
+    /// An engine that has nothing to do.
+    pub fn new(cache: &'a KvCache, limits: Limits) -> Self {
         Self {
             cache,
             loads: None,
-            settings,
-            sequences,
+            limits,
+            pace: Pace::new(limits.step_time),
+            sequences: Slab::new(),
             tables: Sequences::new(cache.pool()),
-            waiting,
+            waiting: Admission::new(),
             running: Vec::new(),
             full: false,
-            finished: 0,
+            events: Vec::new(),
+            submitted: 0,
             utilisation: 0.0,
-            outcome: Outcome::default(),
+            stats: Statistics::default(),
         }
+    }
+
+    /// The same with a tier below the cache.
+    #[must_use]
+    pub fn over(self, tier: Arc<dyn Tier>) -> Self {
+        Self { loads: Some(Loads::new(tier)), ..self }
+    }
+
+    /// Puts a request into the queue. Returns a number for each of its answers. A request that can never be answered
+    /// makes a later [`step`](Self::step) fail: [`why_never`](super::why_never) finds it before.
+    pub fn submit(&mut self, request: Request, options: RequestOptions) -> Vec<usize> {
+        let RequestOptions { samples, seed, sampling, salt, logprobs } = options;
+        let number = self.submitted;
+        self.submitted += 1;
+        let sequence = |sample| Sequence {
+            answer: Answer {
+                request: number,
+                tokens: Vec::new(),
+                prompt_tokens: request.prompt.len(),
+                cached_tokens: 0,
+                preemptions: 0,
+            },
+            tokens: request.prompt.clone(),
+            max_tokens: request.max_tokens,
+            random: Random::new(seed.wrapping_add(sample as u64), 0),
+            sampling,
+            salt: salt.clone(),
+            logprobs,
+            cancelled: false,
+        };
+        let group: Group = (0..samples).map(|sample| self.sequences.insert(sequence(sample))).collect();
+        if !group.is_empty() {
+            self.waiting.enqueue(group.clone());
+        }
+        group
+    }
+
+    /// Ends sequences, whose blocks are freed at once. Nothing is reported of them any more, and their numbers may be
+    /// given to others. Those that are complete, or not known, are left out.
+    pub fn cancel(&mut self, sequences: &[usize]) -> Result<()> {
+        for &sequence in sequences {
+            if let Some(sequence) = self.sequences.get_mut(sequence) {
+                sequence.cancelled = true;
+            }
+        }
+        let mut running = std::mem::take(&mut self.running);
+        for Running { group, .. } in &mut running {
+            self.drop_cancelled(group);
+        }
+        let gone: Vec<Running> = running.extract_if(.., |running| running.group.is_empty()).collect();
+        self.running = running;
+        for Running { id, .. } in gone {
+            self.tables.remove(id)?;
+        }
+        let all = &self.sequences;
+        let gone = self.waiting.remove_if(|group| group.iter().all(|&member| all[member].cancelled));
+        for mut group in gone {
+            self.drop_cancelled(&mut group);
+        }
+        Ok(())
+    }
+
+    /// Removes the sequences of a group that are cancelled.
+    pub(super) fn drop_cancelled(&mut self, group: &mut Group) {
+        group.retain(|&member| match self.sequences[member].cancelled {
+            true => {
+                self.sequences.remove(member);
+                false
+            }
+            false => true,
+        });
+    }
+
+    /// Whether no request runs or waits.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// The number of running sequences.
+    pub fn running(&self) -> usize {
+        self.batch()
+    }
+
+    /// The number of waiting sequences.
+    pub fn waiting(&self) -> usize {
+        self.waiting.iter().flatten().filter(|&&member| !self.sequences[member].cancelled).count()
+    }
+
+    /// How many tokens each running sequence has in the cache, and its blocks in the first group of layers: for those
+    /// who watch the pool.
+    ///
+    /// # Errors
+    ///
+    /// None, unless a table is lost.
+    pub fn tables(&self) -> Result<Vec<(usize, Vec<BlockId>)>> {
+        let of = |running: &Running| Ok((running.group[0], self.tables.check_out(running.id)?.blocks().to_vec()));
+        self.running.iter().map(of).collect()
     }
 
     /// The number of running sequences. Each member of a group counts.
@@ -104,9 +212,11 @@ impl<'a> Engine<'a> {
         let computed = self.sequences[first].tokens.len();
         for &member in [first].iter().chain(&others) {
             let sequence = &mut self.sequences[member];
-            let token = self.settings.sampling.draw(logits, &mut sequence.random)?;
+            let token = sequence.sampling.draw(logits, &mut sequence.random)?;
             sequence.tokens.push(token);
             sequence.answer.tokens.push(token);
+            let logprobs = sequence.logprobs.map(|most| Logprobs::of(logits, token, most));
+            self.events.push(Event::Token { sequence: member, token, logprobs });
         }
         for member in others {
             // The whole prompt, if this is the first token.
@@ -122,16 +232,18 @@ impl<'a> Engine<'a> {
     pub(super) fn retire(&mut self, is_end: &impl Fn(u32) -> bool) -> Result<usize> {
         let before = self.running.len();
         for i in (0..before).rev() {
-            let sequence = &mut self.sequences[self.running[i].group[0]];
-            let tokens = &sequence.answer.tokens;
-            if tokens.len() == sequence.max_tokens || tokens.last().is_some_and(|&token| is_end(token)) {
-                sequence.finished = true;
-                self.tables.remove(self.running.remove(i).id)?;
-            }
+            let number = self.running[i].group[0];
+            let sequence = &self.sequences[number];
+            let reason = match sequence.answer.tokens.last() {
+                Some(&token) if is_end(token) => FinishReason::Stop,
+                _ if sequence.answer.tokens.len() == sequence.max_tokens => FinishReason::Length,
+                _ => continue,
+            };
+            self.tables.remove(self.running.remove(i).id)?;
+            let Sequence { answer, .. } = self.sequences.remove(number);
+            self.events.push(Event::Finished { sequence: number, answer, reason });
         }
-        let finished = before - self.running.len();
-        self.finished += finished;
-        Ok(finished)
+        Ok(before - self.running.len())
     }
 
     /// Preempts the sequence with the fewest computed tokens: frees its blocks, and puts it at the front of the queue.
@@ -155,25 +267,20 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    pub(super) fn progress(&self) -> Progress<'_> {
-        Progress {
-            generated: self.sequences.iter().map(|sequence| sequence.answer.tokens.len()).sum(),
-            finished: self.finished,
-            running: self.batch(),
-            waiting: self.waiting.iter().map(Vec::len).sum(),
-            in_use: self.cache.pool().in_use(),
-            sequences: &self.sequences,
+    /// What all steps so far have done.
+    pub fn statistics(&self) -> Statistics {
+        Statistics {
+            read_from_tier: self
+                .loads
+                .as_ref()
+                .map(|loads| Work { tokens: loads.tokens, time: loads.time })
+                .unwrap_or_default(),
+            mean_utilisation: self.utilisation / self.stats.steps.max(1) as f64,
+            ..self.stats.clone()
         }
     }
 
-    pub(super) fn outcome(self) -> Outcome {
-        let read = |loads: &Loads| Work { tokens: loads.tokens, time: loads.time };
-        Outcome {
-            read_from_tier: self.loads.as_ref().map(read).unwrap_or_default(),
-            resumed_tokens: self.sequences.iter().map(|sequence| sequence.resumed).sum(),
-            answers: self.sequences.into_iter().map(|sequence| sequence.answer).collect(),
-            mean_utilisation: self.utilisation / self.outcome.steps.max(1) as f64,
-            ..self.outcome
-        }
+    pub(super) fn into_statistics(self) -> Statistics {
+        self.statistics()
     }
 }

@@ -7,9 +7,9 @@ use std::time::Instant;
 use anyhow::Result;
 use paged_attention::{Logits, PushError, PushOptions};
 
-use super::LanguageModel;
 use super::state::{Engine, Sequence};
 use super::tier::Loading;
+use super::{Event, LanguageModel};
 
 /// The result of a forward pass.
 struct Pass {
@@ -17,8 +17,8 @@ struct Pass {
     started: Instant,
     /// New tokens.
     tokens: usize,
-    /// Whether some of them belong to a prompt.
-    prefill: bool,
+    /// How many of them belong to chunks of prompts.
+    chunks: usize,
     /// Whether a sequence did not fit.
     full: bool,
     /// The logits of the sequences whose last token is computed, each with its index in `running`.
@@ -26,8 +26,21 @@ struct Pass {
 }
 
 impl Engine<'_> {
-    /// One forward pass over all running sequences that fit.
-    pub(super) fn step(&mut self, model: &impl LanguageModel, is_end: &impl Fn(u32) -> bool) -> Result<()> {
+    /// Starts waiting requests, and computes one forward pass over all running sequences that fit. Returns what has
+    /// happened, in order; nothing if there is nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// If the model fails, or a request can never be answered. The requests stay as they are; [`cancel`](Self::cancel)
+    /// ends them.
+    pub fn step(&mut self, model: &impl LanguageModel, is_end: &impl Fn(u32) -> bool) -> Result<Vec<Event>> {
+        if self.admit()? {
+            self.compute(model, is_end)?;
+        }
+        Ok(std::mem::take(&mut self.events))
+    }
+
+    fn compute(&mut self, model: &impl LanguageModel, is_end: &impl Fn(u32) -> bool) -> Result<()> {
         let pass = loop {
             if let Some(pass) = self.pass(model)? {
                 break pass;
@@ -48,8 +61,9 @@ impl Engine<'_> {
         }
         self.full = pass.full;
 
-        self.outcome.steps += 1;
-        let work = if pass.prefill { &mut self.outcome.prefill } else { &mut self.outcome.decode };
+        self.stats.steps += 1;
+        self.pace.record(pass.chunks, pass.started.elapsed());
+        let work = if pass.chunks > 0 { &mut self.stats.prefill } else { &mut self.stats.decode };
         work.tokens += pass.tokens;
         work.time += pass.started.elapsed();
         Ok(())
@@ -62,7 +76,7 @@ impl Engine<'_> {
                 self.running.iter().filter(|running| running.loading == Loading::Waits).map(|running| running.id),
             );
         }
-        let rate = self.outcome.prefill.rate();
+        let rate = self.stats.prefill.rate();
         let (pool, running) = (self.cache.pool(), &mut self.running);
         let mut tables = self.tables.check_out_all(running.iter().map(|running| running.id))?;
         // Since a sequence was admitted, another may have computed its next tokens.
@@ -72,7 +86,7 @@ impl Engine<'_> {
             if let Some(loads) = &mut self.loads {
                 running.loading = loads.advance(running.id, running.loading, table, &sequence.tokens, rate);
             }
-            sequence.count_matched(table.len().saturating_sub(before));
+            sequence.count_matched(table.len().saturating_sub(before), &mut self.stats);
         }
         let (started, running) = (Instant::now(), &*running);
         let sequence = |index: usize| &self.sequences[running[index].group[0]];
@@ -80,17 +94,18 @@ impl Engine<'_> {
         let mut order: Vec<_> = tables.iter_mut().enumerate().collect();
         order.sort_by_key(|(_, table)| Reverse(table.len()));
         let decoding = order.iter().filter(|(index, table)| sequence(*index).tokens.len() - table.len() == 1).count();
-        let mut budget = self.settings.step_tokens.saturating_sub(decoding).max(1);
+        let room = self.limits.step_tokens.saturating_sub(decoding).max(1);
+        let mut budget = self.pace.budget(room);
 
         let mut step = self.cache.step();
         let (mut live, mut read, mut prompt_tokens) = (0, 0, 0);
-        let (mut prefill, mut full) = (false, false);
+        let (mut chunks, mut full) = (0, false);
         // The sequences whose last token is computed, by their index in `running`: those whose logits are wanted.
         let mut complete = Vec::new();
-        // For each prompt of the step: its tokens up to and including the next block.
+        // For each prompt of the step: its salt, and its tokens up to and including the next block.
         let mut in_progress = HashSet::new();
         for (index, table) in order {
-            let Sequence { tokens, answer, .. } = sequence(index);
+            let Sequence { tokens, answer, salt, .. } = sequence(index);
             let computed = table.len();
             let decodes = tokens.len() - computed == 1;
             live += computed;
@@ -99,7 +114,7 @@ impl Engine<'_> {
             let n = match decodes {
                 true => 1,
                 false if running[index].loading == Loading::Waits => 0,
-                false if in_progress.contains(next_block) => 0,
+                false if in_progress.contains(&(salt, next_block)) => 0,
                 false => chunk(computed, tokens.len(), budget, pool.block_size()),
             };
             if n == 0 {
@@ -117,9 +132,9 @@ impl Engine<'_> {
                 Err(error) => return Err(error.into()),
             }
             if !decodes {
-                in_progress.insert(next_block);
+                in_progress.insert((salt, next_block));
                 budget -= n;
-                prefill = true;
+                chunks += n;
             }
             live += n;
             read += computed + n;
@@ -132,9 +147,9 @@ impl Engine<'_> {
             return Ok(None);
         }
         let in_use = pool.in_use();
-        if in_use > self.outcome.peak_blocks {
-            self.outcome.peak_blocks = in_use;
-            self.outcome.fullest = Some(pool.snapshot());
+        if in_use > self.stats.peak_blocks {
+            self.stats.peak_blocks = in_use;
+            self.stats.fullest = Some(pool.snapshot());
         }
         // With several groups of layers, a slot here is one in each.
         let slots = (in_use * pool.block_size()) as f64 / pool.units_per_block() as f64;
@@ -142,12 +157,12 @@ impl Engine<'_> {
 
         let logits = model.forward(&step)?.to_vec2::<f32>()?;
         let tokens = step.tokens();
-        self.outcome.read_tokens += read;
-        self.outcome.shared_tokens += step.shared_tokens(0, &model.attention())?;
+        self.stats.read_tokens += read;
+        self.stats.shared_tokens += step.shared_tokens(0, &model.attention())?;
         step.commit()?;
-        self.outcome.computed_prompt_tokens += prompt_tokens;
+        self.stats.computed_prompt_tokens += prompt_tokens;
         let logits = complete.into_iter().zip(logits).collect();
-        Ok(Some(Pass { started, tokens, prefill, full, logits }))
+        Ok(Some(Pass { started, tokens, chunks, full, logits }))
     }
 }
 
