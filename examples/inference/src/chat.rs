@@ -1,6 +1,6 @@
 //! The chat template of a GGUF file: it formats a prompt so that the model answers it instead of continuing it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::Content;
 use jiff::Timestamp;
 use jiff::fmt::strtime;
@@ -8,10 +8,33 @@ use jiff::tz::TimeZone;
 
 use minijinja::{Environment, Error, ErrorKind, context};
 use minijinja_contrib::pycompat;
+use serde::Serialize;
 
 use crate::metadata::Metadata;
 
 const NAME: &str = "chat template";
+
+/// A message of a chat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Message {
+    /// Whose it is: `system`, `user` or `assistant`.
+    pub role: String,
+    /// Its text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role`.
+    pub fn new(role: &str, content: &str) -> Self {
+        Self { role: role.to_owned(), content: content.to_owned() }
+    }
+
+    /// A user's prompt, after the system message if there is one.
+    pub fn prompt(prompt: &str, system: Option<&str>) -> Vec<Self> {
+        let system = system.map(|system| Self::new("system", system));
+        system.into_iter().chain([Self::new("user", prompt)]).collect()
+    }
+}
 
 /// Formats a prompt as a model was trained to expect it.
 #[derive(Debug)]
@@ -53,22 +76,25 @@ impl ChatTemplate {
         template.map(|template| template.source().to_owned()).unwrap_or_default()
     }
 
-    /// The text after which the model answers `prompt`, with the system message `system`. If `system` is `None`, the
-    /// template may insert a system message of its own.
+    /// Whether the model file has a template.
+    pub fn is_some(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// The text after which the model answers the last of `messages`. If none of them is of the system, the template may
+    /// insert a system message of its own.
     ///
     /// # Errors
     ///
-    /// If the template refuses, or if there is a `system` message but no template.
-    pub fn render_user(&self, prompt: &str, system: Option<&str>) -> Result<String> {
+    /// If the template refuses, or if there is more than a user's message but no template.
+    pub fn render(&self, messages: &[Message]) -> Result<String> {
         let Some(environment) = &self.template else {
-            ensure!(system.is_none(), "the model file has no chat template, so there is no place for a system message");
-            return Ok(prompt.to_owned());
+            let [Message { role, content }] = messages else {
+                bail!("the model file has no chat template, so it can answer one message, not {}", messages.len());
+            };
+            ensure!(role == "user", "the model file has no chat template, so there is no place for a {role} message");
+            return Ok(content.clone());
         };
-        let messages: Vec<_> = system
-            .map(|system| context! { role => "system", content => system })
-            .into_iter()
-            .chain([context! { role => "user", content => prompt }])
-            .collect();
         environment
             .get_template(NAME)
             .and_then(|template| {
@@ -126,9 +152,9 @@ mod tests {
              {% endfor %}\n\
              {% if add_generation_prompt %}[assistant]{% endif %}",
         )?;
-        assert_eq!(chat.render_user(" Hi! ", None)?, "<s>[user] Hi!</s>\n[assistant]");
+        assert_eq!(chat.render(&Message::prompt(" Hi! ", None))?, "<s>[user] Hi!</s>\n[assistant]");
         assert_eq!(
-            chat.render_user("Hi!", Some("Be brief."))?,
+            chat.render(&Message::prompt("Hi!", Some("Be brief.")))?,
             "<s>[system] Be brief.</s>\n[user] Hi!</s>\n[assistant]"
         );
         Ok(())
@@ -165,7 +191,11 @@ mod tests {
             ),
             ("{% if (messages[1].role == 'user') != (1 % 2 == 0) %}alternate{% endif %}", "alternate"),
         ] {
-            assert_eq!(chat(template)?.render_user("a x\nhi ", Some(" Be brief. "))?, rendered, "{template}");
+            assert_eq!(
+                chat(template)?.render(&Message::prompt("a x\nhi ", Some(" Be brief. ")))?,
+                rendered,
+                "{template}"
+            );
         }
         let error = chat("{% generation %}a{% endgeneration %}").expect_err("not known");
         assert!(format!("{error:#}").contains("unknown statement generation"), "{error:#}");
@@ -175,15 +205,15 @@ mod tests {
     #[test]
     fn a_prompt_is_neither_escaped_nor_run() -> Result<()> {
         let prompt = "<b> & \"c\" {{ 1 + 1 }} {% raw %}\n";
-        assert_eq!(chat("{{ messages[0].content }}")?.render_user(prompt, None)?, prompt);
+        assert_eq!(chat("{{ messages[0].content }}")?.render(&Message::prompt(prompt, None))?, prompt);
         Ok(())
     }
 
     #[test]
     fn without_a_template_the_prompt_is_unchanged() -> Result<()> {
         let chat = ChatTemplate::from_gguf(&content([]))?;
-        assert_eq!(chat.render_user("Once upon", None)?, "Once upon");
-        let error = chat.render_user("Once upon", Some("Be brief.")).expect_err("no place for it");
+        assert_eq!(chat.render(&Message::prompt("Once upon", None))?, "Once upon");
+        let error = chat.render(&Message::prompt("Once upon", Some("Be brief."))).expect_err("no place for it");
         assert!(error.to_string().contains("no chat template"), "{error}");
         Ok(())
     }
@@ -191,7 +221,7 @@ mod tests {
     #[test]
     fn a_template_can_refuse() -> Result<()> {
         let chat = chat("{{ raise_exception('system messages are ' ~ 'unknown') }}")?;
-        let error = chat.render_user("Hi!", None).expect_err("it refuses");
+        let error = chat.render(&Message::prompt("Hi!", None)).expect_err("it refuses");
         assert!(format!("{error:#}").contains("system messages are unknown"), "{error:#}");
         Ok(())
     }

@@ -57,21 +57,17 @@ impl Specials {
     /// # Errors
     ///
     /// If there is something to guard, and every possible guard occurs in `texts` or `template`.
-    pub(crate) fn guard<const N: usize>(
-        &self,
-        texts: [&str; N],
-        template: &str,
-    ) -> Result<([String; N], Option<char>)> {
+    pub(crate) fn guard(&self, texts: &[&str], template: &str) -> Result<(Vec<String>, Option<char>)> {
         let has_special = |text: &str| text.char_indices().any(|(i, _)| self.needs_guard(&text[i..]));
         if !texts.iter().any(|text| has_special(text)) {
-            return Ok((texts.map(str::to_owned), None));
+            return Ok((texts.iter().map(|&text| text.to_owned()).collect(), None));
         }
         let unused = |c: &char| !template.contains(*c) && !texts.iter().any(|text| text.contains(*c));
         // Noncharacters (Unicode, section 23.7), then characters for private use.
         let guard = ('\u{fdd0}'..='\u{fdef}').chain('\u{f0000}'..='\u{ffffd}').find(unused);
         let guard =
             guard.context("the prompt contains names of special tokens, and every character that could guard them")?;
-        let guarded = texts.map(|text| {
+        let guarded = texts.iter().map(|text| {
             let mut guarded = String::with_capacity(text.len());
             for (i, c) in text.char_indices() {
                 if self.needs_guard(&text[i..]) {
@@ -81,7 +77,7 @@ impl Specials {
             }
             guarded
         });
-        Ok((guarded, Some(guard)))
+        Ok((guarded.collect(), Some(guard)))
     }
 
     /// Splits `text` at the special tokens. The leftmost match comes first; of several that begin there, the longest. A
@@ -158,9 +154,10 @@ mod tests {
         for words in
             ["<a>", "x<a><b><a>y", "§", "§§", "<b><a><b><", "<tab>s<tab>", "\u{fdd0}<a>\u{fdd1}\u{fdd0}", "é<a>é"]
         {
-            let ([guarded], guard) = specials().guard([words], "").unwrap();
+            let (guarded, guard) = specials().guard(&[words], "").unwrap();
+            let guarded = &guarded[0];
             assert!(guard.is_some_and(|guard| !words.contains(guard)), "{words}");
-            assert_eq!(specials().split(&guarded, guard), [plain(words)]);
+            assert_eq!(specials().split(guarded, guard), [plain(words)]);
             // Between special tokens.
             let between = specials().split(&format!("<a>{guarded}<a>"), guard);
             assert_eq!(between, [Piece::Special(1), plain(words), Piece::Special(1)]);
@@ -169,15 +166,15 @@ mod tests {
 
     #[test]
     fn the_guard_is_in_none_of_the_texts() {
-        let (guarded, guard) = specials().guard(["\u{fdd0}", "<a>\u{fdd2}"], "\u{fdd1}").unwrap();
+        let (guarded, guard) = specials().guard(&["\u{fdd0}", "<a>\u{fdd2}"], "\u{fdd1}").unwrap();
         assert_eq!((guarded[0].as_str(), guard), ("\u{fdd0}", Some('\u{fdd3}')));
         let all: String = ('\u{fdd0}'..='\u{fdef}').collect();
-        assert_eq!(specials().guard(["§", &all], "").unwrap().1, Some('\u{f0000}'));
+        assert_eq!(specials().guard(&["§", &all], "").unwrap().1, Some('\u{f0000}'));
     }
 
     #[test]
     fn text_without_special_names_is_unchanged() {
         let words = ["<tab> \u{fdd0}", ""];
-        assert_eq!(specials().guard(words, "<a>").unwrap(), (words.map(str::to_owned), None));
+        assert_eq!(specials().guard(&words, "<a>").unwrap(), (words.map(str::to_owned).to_vec(), None));
     }
 }

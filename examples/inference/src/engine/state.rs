@@ -173,6 +173,11 @@ impl<'a> Engine<'a> {
         });
     }
 
+    /// The answer of a sequence so far, unless it is complete.
+    pub fn answer(&self, sequence: usize) -> Option<&Answer> {
+        self.sequences.get(sequence).map(|sequence| &sequence.answer)
+    }
+
     /// Whether no request runs or waits.
     pub fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()

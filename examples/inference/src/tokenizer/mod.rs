@@ -20,7 +20,7 @@ use std::collections::HashSet;
 use anyhow::{Result, bail, ensure};
 use candle_core::quantized::gguf_file::Content;
 
-use crate::chat::ChatTemplate;
+use crate::chat::{ChatTemplate, Message};
 use crate::metadata::Metadata;
 use crate::shown::line;
 use crate::specials::{Piece, Specials};
@@ -100,17 +100,27 @@ impl Tokenizer {
         })
     }
 
-    /// The token ids of a user's `prompt` and the system message `system`, formatted by `template`. The name of a
-    /// special token is that token where the template writes it, and plain text in `prompt` and `system`.
+    /// The token ids of a user's `prompt` and the system message `system`: as [`encode_chat`](Self::encode_chat).
     ///
     /// # Errors
     ///
-    /// As [`ChatTemplate::render_user`], or if the tokenizer fails.
+    /// As [`ChatTemplate::render`], or if the tokenizer fails.
     pub fn encode_user(&self, template: &ChatTemplate, prompt: &str, system: Option<&str>) -> Result<Vec<u32>> {
-        let ([prompt, guarded], guard) =
-            self.specials.guard([prompt, system.unwrap_or_default()], &template.source())?;
-        let text = template.render_user(&prompt, system.is_some().then_some(guarded.as_str()))?;
-        self.encode_guarded(&text, guard)
+        self.encode_chat(template, &Message::prompt(prompt, system))
+    }
+
+    /// The token ids of `messages`, formatted by `template`. The name of a special token is that token where the template
+    /// writes it, and plain text in a message.
+    ///
+    /// # Errors
+    ///
+    /// As [`ChatTemplate::render`], or if the tokenizer fails.
+    pub fn encode_chat(&self, template: &ChatTemplate, messages: &[Message]) -> Result<Vec<u32>> {
+        let contents: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
+        let (contents, guard) = self.specials.guard(&contents, &template.source())?;
+        let guarded = messages.iter().zip(contents);
+        let guarded: Vec<Message> = guarded.map(|(message, content)| Message { content, ..message.clone() }).collect();
+        self.encode_guarded(&template.render(&guarded)?, guard)
     }
 
     /// The token ids of `text`. The name of a special token becomes that token.
@@ -448,7 +458,7 @@ mod tests {
         let user = [1, 4093, 198, 44, 108, 306, 79, 486, 108, 46, 2, 198, 1, 520, 9531, 198];
         assert!(ids.ends_with(&user), "{ids:?}");
         assert_eq!(
-            template.render_user("Hi", Some("Be brief."))?,
+            template.render(&Message::prompt("Hi", Some("Be brief.")))?,
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         );
         Ok(())
