@@ -74,3 +74,13 @@ neon:
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64-static -L /usr/aarch64-linux-gnu' \
         cargo test --package paged-kv-attention --target aarch64-unknown-linux-gnu --lib --test attention
+
+# The server under 64 clients of which some go away, ask nonsense, or read slowly: `just load 600 --slow`
+load seconds="600" *args:
+    cargo build --release --package serve
+    python3 examples/serve/clients/load.py target/release/serve --seconds {{seconds}} {{args}}
+
+# The server under OpenAI's Python client, which must be installed
+openai-client:
+    cargo build --release --package serve
+    python3 examples/serve/clients/openai_client.py target/release/serve

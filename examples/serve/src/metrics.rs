@@ -23,23 +23,27 @@ pub fn install() -> Result<PrometheusHandle> {
     builder.install_recorder().map_err(|error| anyhow!("cannot count: {error}"))
 }
 
-/// Takes note of the state after a step that took `time`.
-pub fn after_step(engine: &Engine<'_>, pool: &BlockPool, time: Duration) {
+/// Takes note of what runs and waits, and of the pool.
+pub fn state(engine: &Engine<'_>, pool: &BlockPool) {
     gauge!("vllm:num_requests_running").set(engine.running() as f64);
     gauge!("vllm:num_requests_waiting").set(engine.waiting() as f64);
     gauge!("vllm:kv_cache_usage_perc").set(pool.in_use() as f64 / pool.units().max(1) as f64);
     let stats = pool.stats();
-    counter!("vllm:prefix_cache_queries").absolute(stats.queried_tokens);
-    counter!("vllm:prefix_cache_hits").absolute(stats.hit_tokens);
-    counter!("serve_cache_evictions").absolute(stats.evictions);
+    counter!("vllm:prefix_cache_queries_total").absolute(stats.queried_tokens);
+    counter!("vllm:prefix_cache_hits_total").absolute(stats.hit_tokens);
+    counter!("serve_cache_evictions_total").absolute(stats.evictions);
+}
+
+/// Takes note of a step.
+pub fn step(time: Duration) {
     histogram!("serve_step_seconds").record(time);
 }
 
 /// Takes note of an answer that is complete.
 pub fn finished(reason: &'static str, prompt_tokens: usize, tokens: usize, since: Duration) {
-    counter!("vllm:request_success", "finished_reason" => reason).increment(1);
-    counter!("vllm:prompt_tokens").increment(prompt_tokens as u64);
-    counter!("vllm:generation_tokens").increment(tokens as u64);
+    counter!("vllm:request_success_total", "finished_reason" => reason).increment(1);
+    counter!("vllm:prompt_tokens_total").increment(prompt_tokens as u64);
+    counter!("vllm:generation_tokens_total").increment(tokens as u64);
     histogram!("vllm:e2e_request_latency_seconds").record(since);
 }
 
@@ -54,5 +58,5 @@ pub fn token(first: bool, since: Duration) {
 
 /// Takes note of a request that was refused, or given up, with this status.
 pub fn refused(status: u16) {
-    counter!("serve_requests_refused", "status" => status.to_string()).increment(1);
+    counter!("serve_requests_refused_total", "status" => status.to_string()).increment(1);
 }

@@ -174,7 +174,7 @@ fn work<M: LanguageModel>(machine: Machine<M>, messages: &Receiver<Message>) {
                 Err(_) => break,
             }
         }
-        let failed = match step(&mut engine, &model, &is_end, &cache, &mut open) {
+        let failed = match step(&mut engine, &model, &is_end, &mut open) {
             Ok(()) => None,
             // The model may fail for one of the sequences only, but it is not known for which.
             Err(error) => Some(Failure::Model(format!("{error:#}"))),
@@ -196,6 +196,7 @@ fn work<M: LanguageModel>(machine: Machine<M>, messages: &Receiver<Message>) {
             })
             .collect();
         end(&mut engine, &mut open, &ended);
+        metrics::state(&engine, cache.pool());
     }
 }
 
@@ -228,13 +229,12 @@ fn step(
     engine: &mut Engine<'_>,
     model: &impl LanguageModel,
     is_end: &impl Fn(u32) -> bool,
-    cache: &KvCache,
     open: &mut HashMap<usize, Open<'_>>,
 ) -> Result<()> {
     let started = Instant::now();
     let events = engine.step(model, is_end)?;
     if !events.is_empty() {
-        metrics::after_step(engine, cache.pool(), started.elapsed());
+        metrics::step(started.elapsed());
     }
     let mut stopped = Vec::new();
     for event in events {
