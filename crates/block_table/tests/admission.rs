@@ -156,8 +156,8 @@ fn of_those_that_fit_the_one_with_most_cached_tokens_starts_first() {
     let started = |admission: Admission<(usize, usize)>| {
         let mut waiting = admission;
         requests.iter().for_each(|&request| waiting.enqueue(request));
-        let mut next = || waiting.admit(&pool(), room(10, 0), need);
-        std::iter::from_fn(|| next()).collect::<Vec<_>>()
+        let next = || waiting.admit(&pool(), room(10, 0), need);
+        std::iter::from_fn(next).collect::<Vec<_>>()
     };
     assert_eq!(started(Admission::new()), [(4, 64), (1, 64), (3, 32), (2, 0)].map(Admitted::Start));
     assert_eq!(started(Admission::new().prefix_ahead(0)), [(2, 0), (3, 32), (4, 64), (1, 64)].map(Admitted::Start));

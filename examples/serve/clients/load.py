@@ -32,7 +32,7 @@ def requests():
             messages.insert(0, {"role": "system", "content": system})
         yield {
             "messages": messages,
-            "max_tokens": random.choice([8, 48, 96, 224]),
+            "max_tokens": random.choice([8, 32, 64, 128]),
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": 2,
