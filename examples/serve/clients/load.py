@@ -168,7 +168,7 @@ async def run(process, address, args):
     async def burst():
         await asyncio.sleep(args.seconds / 3)
         body = expected[0][0]
-        answers = await asyncio.gather(*(client.post(body) for _ in range(3 * args.clients)))
+        answers = await asyncio.gather(*(client.post(body) for _ in range(2 * args.clients)))
         counts["refused"] += sum(status == 429 for status, _ in answers)
         assert all(status in (200, 429) for status, _ in answers)
 

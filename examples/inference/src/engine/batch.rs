@@ -13,8 +13,8 @@ use crate::sampling::Sampling;
 pub struct Settings {
     /// The maximum number of sequences that run together.
     pub max_batch: usize,
-    /// The maximum number of new tokens in a step, for example [`STEP_TOKENS`]. A sequence that decodes computes one
-    /// token in every step. Prompts share the rest, which is always at least one token.
+    /// The maximum number of new tokens in a step, for example [`STEP_TOKENS`](super::STEP_TOKENS). A sequence that
+    /// decodes computes one token in every step. Prompts share the rest, which is always at least one token.
     pub step_tokens: usize,
     /// Answers per prompt.
     pub samples: usize,

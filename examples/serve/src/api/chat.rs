@@ -63,12 +63,20 @@ pub(super) async fn answer(
     let prompt = server.tokens(move |server| server.tokenizer.encode_chat(&server.template, &messages)).await?;
     let submitted = server.submit(vec![prompt], max_tokens, &options, &common.stops()?)?;
     let id = format!("chatcmpl-{:032x}", rand::random::<u128>());
-    let head = move |object: &str, model: &str| json!({ "id": id, "object": object, "created": now(), "model": model, "system_fingerprint": null });
+    let head = move |object: &str, model: &str| {
+        json!({
+            "id": id, "object": object, "created": now(), "model": model, "system_fingerprint": null
+        })
+    };
     if let Some(include_usage) = streams {
         let server = server.clone();
         return Ok(stream(submitted, include_usage, move |part| {
             let mut chunk = head("chat.completion.chunk", &server.model);
-            let delta = |index: usize, delta: Value, logprobs: Value, reason: Value| json!([{ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason }]);
+            let delta = |index: usize, delta: Value, logprobs: Value, reason: Value| {
+                json!([{
+                    "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason
+                }])
+            };
             if include_usage {
                 chunk["usage"] = Value::Null;
             }

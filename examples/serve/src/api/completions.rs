@@ -52,12 +52,20 @@ pub(super) async fn answer(
     let prompts = completion.prompts(&server).await?;
     let submitted = server.submit(prompts, Some(max_tokens), &options, &common.stops()?)?;
     let id = format!("cmpl-{:032x}", rand::random::<u128>());
-    let head = move |model: &str| json!({ "id": id, "object": "text_completion", "created": now(), "model": model, "system_fingerprint": null });
+    let head = move |model: &str| {
+        json!({
+            "id": id, "object": "text_completion", "created": now(), "model": model, "system_fingerprint": null
+        })
+    };
     if let Some(include_usage) = streams {
         let server = server.clone();
         return Ok(stream(submitted, include_usage, move |part| {
             let mut chunk = head(&server.model);
-            let choice = |index: usize, text: String, logprobs: Value, reason: Value| json!([{ "index": index, "text": text, "logprobs": logprobs, "finish_reason": reason }]);
+            let choice = |index: usize, text: String, logprobs: Value, reason: Value| {
+                json!([{
+                    "index": index, "text": text, "logprobs": logprobs, "finish_reason": reason
+                }])
+            };
             if include_usage {
                 chunk["usage"] = Value::Null;
             }
