@@ -54,9 +54,8 @@ def check(client):
     [token, *_] = create(**usual, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert text.startswith(token.token) and token.top_logprobs[0].token == token.token
 
-    with client.chat.completions.stream(model=model, messages=messages, max_completion_tokens=12) as stream:
-        final = stream.get_final_completion()
-    assert final.choices[0].message.content
+    with client.chat.completions.stream(**usual) as stream:
+        assert "".join(event.delta for event in stream if event.type == "content.delta") == text
 
     text = client.completions.create(model=model, prompt=["1, 2, 3,", "a, b, c,"], max_tokens=4, temperature=0, logprobs=1)
     assert [choice.index for choice in text.choices] == [0, 1] and "4" in text.choices[0].text, text
