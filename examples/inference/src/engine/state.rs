@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use paged_attention::{
-    Admission, BlockId, KvCache, Salt, SequenceId, Sequences, TableOptions, Tier, preemption_victim,
-};
+use paged_attention::{Admission, KvCache, Salt, SequenceId, Sequences, TableOptions, Tier, preemption_victim};
 use slab::Slab;
 
 use super::logprobs::Logprobs;
@@ -191,17 +189,6 @@ impl<'a> Engine<'a> {
     /// The number of waiting sequences.
     pub fn waiting(&self) -> usize {
         self.waiting.iter().flatten().filter(|&&member| !self.sequences[member].cancelled).count()
-    }
-
-    /// How many tokens each running sequence has in the cache, and its blocks in the first group of layers: for those
-    /// who watch the pool.
-    ///
-    /// # Errors
-    ///
-    /// None, unless a table is lost.
-    pub fn tables(&self) -> Result<Vec<(usize, Vec<BlockId>)>> {
-        let of = |running: &Running| Ok((running.group[0], self.tables.check_out(running.id)?.blocks().to_vec()));
-        self.running.iter().map(of).collect()
     }
 
     /// The number of running sequences. Each member of a group counts.
