@@ -10,8 +10,8 @@ use block_pool::{BlockPool, PrefixMatch};
 /// something is cached, one starts that fits: the one of which most tokens are cached, as its prefix is used before it is
 /// evicted, and among equals the one that came first. (SGLang calls this order *longest prefix match*; Zheng et al.,
 /// "SGLang", 2024, section 3.) So a request can start before an earlier one, and one long prompt does not leave the pool
-/// idle; but each request is skipped at most [`max_skips`](Self::max_skips) times. A [`watermark`](Self::watermark) of blocks is kept free for running sequences to grow into, since a preempted
-/// sequence is computed twice.
+/// idle; but each request is skipped at most [`max_skips`](Self::max_skips) times. A [`watermark`](Self::watermark) of
+/// blocks is kept free for running sequences to grow into, since a preempted sequence is computed twice.
 ///
 /// No request waits for ever: if every running sequence ends, every request either starts or is returned as one that
 /// can never start.
@@ -195,9 +195,9 @@ impl<T> Admission<T> {
     /// Removes the next request that may start, or one that can never start, from the queue and returns it. The other
     /// requests keep their order.
     ///
-    /// `need` says what a request needs to start. When no sequence runs, no watermark is kept. When a request starts, each request before it has been skipped once, whether it
-    /// lacked blocks or was [`Need::NotNow`]. No request starts before one that has been skipped
-    /// [`max_skips`](Self::max_skips) times. Returning a request that can never start does not count as a skip for
+    /// `need` says what a request needs to start. When no sequence runs, no watermark is kept. When a request starts, each
+    /// request before it has been skipped once, whether it lacked blocks or was [`Need::NotNow`]. No request starts before
+    /// one that has been skipped [`max_skips`](Self::max_skips) times. Returning a request that can never start does not count as a skip for
     /// those before it, and does not keep those after it from starting.
     pub fn admit(&mut self, pool: &BlockPool, room: Room, mut need: impl FnMut(&T) -> Need) -> Option<Admitted<T>> {
         let watermark = pool.blocks_for(room.running.saturating_mul(self.watermark));
