@@ -197,8 +197,8 @@ impl<T> Admission<T> {
     ///
     /// `need` says what a request needs to start. When no sequence runs, no watermark is kept. When a request starts, each
     /// request before it has been skipped once, whether it lacked blocks or was [`Need::NotNow`]. No request starts before
-    /// one that has been skipped [`max_skips`](Self::max_skips) times. Returning a request that can never start does not count as a skip for
-    /// those before it, and does not keep those after it from starting.
+    /// one that has been skipped [`max_skips`](Self::max_skips) times. Returning a request that can never start does not
+    /// count as a skip for those before it, and does not keep those after it from starting.
     pub fn admit(&mut self, pool: &BlockPool, room: Room, mut need: impl FnMut(&T) -> Need) -> Option<Admitted<T>> {
         let watermark = pool.blocks_for(room.running.saturating_mul(self.watermark));
         let watermark = watermark.saturating_mul(pool.units_per_block());

@@ -17,6 +17,7 @@ pub mod memory;
 mod metadata;
 pub mod model;
 pub mod model_file;
+pub mod program;
 pub mod rope;
 pub mod sampling;
 pub mod setup;

@@ -40,7 +40,7 @@ impl Engine<'_> {
             promised += needed(&*self.tables.check_out(*id)?, &self.sequences[group[0]].tokens);
         }
         loop {
-            let room_in_batch = self.limits.max_batch - self.batch();
+            let room_in_batch = self.limits.max_batch - self.running();
             let need = |group: &Group| {
                 if group.len() > room_in_batch {
                     return Need::NotNow;

@@ -143,5 +143,5 @@ pub fn generate_over(
             answers: &so_far,
         });
     }
-    Ok(Outcome { answers: answers.into_iter().flatten().collect(), stats: engine.into_statistics() })
+    Ok(Outcome { answers: answers.into_iter().flatten().collect(), stats: engine.statistics() })
 }

@@ -181,19 +181,14 @@ impl<'a> Engine<'a> {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// The number of running sequences.
+    /// The number of running sequences. Each member of a group counts.
     pub fn running(&self) -> usize {
-        self.batch()
+        self.running.iter().map(|running| running.group.len()).sum()
     }
 
     /// The number of waiting sequences.
     pub fn waiting(&self) -> usize {
         self.waiting.iter().flatten().filter(|&&member| !self.sequences[member].cancelled).count()
-    }
-
-    /// The number of running sequences. Each member of a group counts.
-    pub(super) fn batch(&self) -> usize {
-        self.running.iter().map(|running| running.group.len()).sum()
     }
 
     /// Draws the next token of each sequence in the group `running[i]`. The first sequence keeps the table; each of the
@@ -270,9 +265,5 @@ impl<'a> Engine<'a> {
             mean_utilisation: self.utilisation / self.stats.steps.max(1) as f64,
             ..self.stats.clone()
         }
-    }
-
-    pub(super) fn into_statistics(self) -> Statistics {
-        self.statistics()
     }
 }

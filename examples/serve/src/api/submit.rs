@@ -54,9 +54,12 @@ impl Server {
         let since = Instant::now();
         let mut requests = Vec::new();
         for prompt in prompts {
-            let left = self.context.saturating_sub(prompt.len()).max(1);
-            let request = Request { max_tokens: max_tokens.unwrap_or(left), prompt };
-            requests.push(self.checked(request, max_tokens.is_none())?);
+            let max_tokens = max_tokens.unwrap_or_else(|| self.longest_answer(&prompt));
+            let request = Request { prompt, max_tokens };
+            match why_never(self.context, &self.cache, &request, self.step_tokens) {
+                None => requests.push(request),
+                Some(reason) => return Err(ApiError::too_long(format!("the prompt {reason}"))),
+            }
         }
         if self.stopping.load(Ordering::Relaxed) {
             return Err(ApiError::stopping());
@@ -80,21 +83,12 @@ impl Server {
         Ok(Submitted { replies, choices, samples: options.samples, prompt_tokens })
     }
 
-    /// The request, unless it can never be answered. If the client does not say how long the answer may be, it is no
-    /// longer than the pool is large.
-    fn checked(&self, mut request: Request, shortens: bool) -> Result<Request, ApiError> {
-        let never = |request: &Request| why_never(self.context, &self.cache, request, self.step_tokens);
-        if shortens {
-            let pool = self.cache.pool();
-            let tokens = pool.units() / pool.units_per_block() * pool.block_size();
-            // The last token needs no room.
-            let left = (tokens + 1).saturating_sub(request.prompt.len()).max(1);
-            request.max_tokens = request.max_tokens.min(left);
-        }
-        match never(&request) {
-            None => Ok(request),
-            Some(reason) => Err(ApiError::too_long(format!("the prompt {reason}"))),
-        }
+    /// The most tokens of an answer to this prompt, but at least 1: the model's context and the pool have room for them.
+    fn longest_answer(&self, prompt: &[u32]) -> usize {
+        let pool = self.cache.pool();
+        let tokens = pool.units() / pool.units_per_block() * pool.block_size();
+        // The last token needs no room in the pool.
+        self.context.min(tokens + 1).saturating_sub(prompt.len()).max(1)
     }
 
     fn waiting(&self) -> usize {
